@@ -9,7 +9,7 @@ __all__ = ['EMB_DIM', 'IMAGE_EXTS', 'MAX_PIXELS', 'PAIR_COLUMNS', 'NULL_WORDS', 
            'clean_prompts', 'duplicate_of']
 
 # %% ../nbs/00_data.ipynb #imports
-import hashlib, io, json, math, os, unicodedata, uuid, warnings
+import hashlib, io, json, os, unicodedata, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -224,7 +224,7 @@ def _picture_name(src):
 def _why_unreadable(src, e): # reason and remedy for whatever opening `src` raised
     if isinstance(e, ImageError): return str(e)
     if isinstance(e, FileNotFoundError): return 'there is no such file: check the path, relative paths start at the working directory'
-    if isinstance(e, Image.DecompressionBombError): return f'{e}: at most {MAX_PIXELS:,} pixels are decoded; shrink it'
+    if isinstance(e, Image.DecompressionBombError): return f'it claims too many pixels ({e}), at most {MAX_PIXELS:,} are decoded: a small file can unpack to fill the memory; shrink it'
     empty = not src if isinstance(src, (bytes, bytearray)) else isinstance(src, (str, os.PathLike)) and os.path.isfile(src) and not os.path.getsize(src)
     if empty: return 'the file is empty (0 bytes): download or render it again'
     if isinstance(e, Image.UnidentifiedImageError): return f"it is none of {', '.join(_FORMATS)}, whatever its name says, or its header is damaged: convert it, or leave it out"
@@ -283,6 +283,8 @@ def check_pairs(
         if bad.any(): raise ValueError(f"pairs has {bad.sum()} rows whose {c} is missing or no string, first at {np.flatnonzero(bad)[:5].tolist()}: drop them, or convert the column with .astype(str)")
     twice = pairs['id'][pairs['id'].duplicated()].unique()
     if len(twice): raise ValueError(f"pairs has {len(twice)} ids on more than one row ({_some(twice)}), expected each once: rename the pictures or drop the repeats")
+    odd = set(pairs['split']) - {'', 'train', 'valid', 'test'}
+    if odd: raise ValueError(f"pairs has the splits {_some(sorted(map(str, odd)))}, expected train, valid, test or '' while unknown")
     weight = pairs['weight'].to_numpy(np.float64)
     if not (np.isfinite(weight) & (weight >= 0)).all(): raise ValueError(f"pairs has weights that are negative or not finite, first {weight[~(weight >= 0) | ~np.isfinite(weight)][0]}: weights are 0 or more")
     return pairs
