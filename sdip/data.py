@@ -35,7 +35,8 @@ def check_emb(
     finite:bool=True, # refuse NaN and infinity?
 ) -> np.ndarray: # (n, width) float32
     "`emb` as a float32 table, or a `ValueError` that says what is wrong with it"
-    emb = np.asarray(emb, dtype=np.float32)
+    try: emb = np.asarray(emb, dtype=np.float32)
+    except (ValueError, TypeError) as e: raise ValueError(f"{name} is no table of numbers ({e}), expected rows of equal width") from e
     if emb.ndim != 2: raise ValueError(f"{name} has shape {emb.shape}, expected two dimensions (n, {width or 'd'}): one row a picture; for a single vector pass {name}[None]")
     if width is not None and emb.shape[1] != width:
         raise ValueError(f"{name} has width {emb.shape[1]}, expected {width}: was another text encoder used?")
@@ -214,7 +215,7 @@ def _to_rgb(
     im.info = {}
     return im
 
-# %% ../nbs/00_data.ipynb #read-image
+# %% ../nbs/00_data.ipynb #why-unreadable
 def _picture_name(src):
     if isinstance(src, (str, os.PathLike)): return str(src)
     if isinstance(src, (bytes, bytearray)): return f'bytes ({len(src)})'
@@ -229,8 +230,10 @@ def _why_unreadable(src, e): # reason and remedy for whatever opening `src` rais
     if empty: return 'the file is empty (0 bytes): download or render it again'
     if isinstance(e, Image.UnidentifiedImageError): return f"it is none of {', '.join(_FORMATS)}, whatever its name says, or its header is damaged: convert it, or leave it out"
     if isinstance(e, OSError) and e.errno: return f'{e.strerror}: it must be a file that this user may read'
+    if isinstance(e, MemoryError): return 'there is not enough memory to decode it: shrink it, or pass a smaller max_pixels to refuse such pictures'
     return f'the file is damaged or cut short ({type(e).__name__}: {e}): download or render it again, or leave it out'
 
+# %% ../nbs/00_data.ipynb #read-image
 def read_image(
     src, # path, bytes of a file, PIL image, or array: HxW, HxWx3, HxWx4 of uint8, uint16, or floats in 0..1
     max_pixels:int=MAX_PIXELS, # refuse larger pictures before decoding
@@ -262,7 +265,7 @@ def find_images(
         if not files: raise ValueError(f"{p} holds no pictures, expected files ending in {' '.join(IMAGE_EXTS)}")
         for f in files:
             other = found.setdefault(f.stem, f)
-            if other.resolve() != f.resolve(): raise ValueError(f"{other} and {f} share the id {f.stem!r}, which comes from the file name: rename one, or pass them separately")
+            if other is not f and other.resolve() != f.resolve(): raise ValueError(f"{other} and {f} share the id {f.stem!r}, which comes from the file name: rename one, or pass them separately")
     return list(found.values())
 
 # %% ../nbs/00_data.ipynb #check-pairs
