@@ -1,0 +1,178 @@
+"The form of the repository: what no notebook can test about itself. Run by .ci/run; see harness.py."
+import ast, json, os, re, resource, subprocess, sys
+from collections import Counter
+from pathlib import Path
+import yaml
+from harness import ROOT, notebooks, snapshot
+
+def cells(path, kind=None):
+    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if kind in (None, c['cell_type'])]
+
+def source(cell): return ''.join(cell['source'])
+
+def none(faults, rule):
+    faults = list(faults)
+    assert not faults, f'{rule}:\n' + '\n'.join(f'  {o}' for o in faults)
+
+def settings():
+    from configparser import ConfigParser
+    parser = ConfigParser(delimiters=['='])
+    parser.read(ROOT/'settings.ini', encoding='utf-8')
+    return parser['DEFAULT']
+
+# notebooks
+
+def test_kernelspecs():
+    names = {p.name: json.loads(p.read_text(encoding='utf-8'))['metadata'].get('kernelspec', {}).get('name') for p in notebooks()}
+    none((f'{p}: {k}' for p, k in names.items() if k != 'python3'), 'kernelspec must be python3, or Kaggle stops before cell 1')
+
+def test_sources_are_lists_of_lines():
+    none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p) if not isinstance(c['source'], list)),
+         'a source must be a list of lines: Quarto loses the line breaks of one string')
+
+def test_cell_ids():
+    ids = {p.name: Counter(c.get('id') for c in cells(p)) for p in notebooks()}
+    none((f'{p}: {i}' for p, count in ids.items() for i, n in count.items() if n > 1 or not i), 'every cell needs an id of its own')
+
+def test_openings():
+    form = re.compile(r'# \S.*\n\n> \S.*(\n\n(- \w+: .*\n?)+)?\s*$')
+    none((p.name for p in notebooks() if not form.match(source(cells(p)[0])) or cells(p)[0]['cell_type'] != 'markdown'),
+         'the first cell holds "# Title", an empty line and "> one sentence", nothing else: the site drops the rest')
+
+def imports(code):
+    "Names of the modules that a cell imports"
+    code = '\n'.join('pass' if re.match(r'\s*[%!]', line) else line for line in code.splitlines())
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import): yield from (o.name for o in node.names)
+        elif isinstance(node, ast.ImportFrom): yield node.module or ''
+
+def test_no_notebook_imports_nbdev():
+    none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p, 'code')
+          if not source(c).startswith('%%') and any(m.split('.')[0] == 'nbdev' for m in imports(source(c)))),
+         'nbdev is a tool of development: where sdip runs it is absent')
+
+def test_outputs_are_small():
+    sizes = {p.name: sum(len(json.dumps(c['outputs'])) for c in cells(p, 'code')) for p in notebooks()}
+    none((f'{p}: {n:,} bytes' for p, n in sizes.items() if n >= 150_000), 'outputs of a notebook stay under 150 kB')
+
+def test_outputs_name_no_machine():
+    told = re.compile(r'/(?:root|home|tmp|Users)/\S+| object at 0x')
+    text = lambda out: json.dumps([out.get('text'), out.get('traceback'), {k: v for k, v in out.get('data', {}).items() if 'image/' not in k}])
+    none((f"{p.name} {c['id']}: {m[0]}" for p in notebooks() for c in cells(p, 'code') for o in c['outputs'] if (m := told.search(text(o)))),
+         'outputs hold no absolute path and no address')
+
+def alt(cell):
+    "Alt text of a cell's figures, as Quarto reads it: YAML after #|, on one line, since nbdev keeps no second"
+    lines = re.findall(r'^#\| (fig-alt: .*)$', source(cell), re.M)
+    return yaml.safe_load('\n'.join(lines)).get('fig-alt') if lines else None
+
+def test_figures_have_alt_text():
+    drawn = lambda cell: any(k.startswith('image/') for o in cell['outputs'] for k in o.get('data', {}))
+    none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p, 'code') if drawn(c) and len(str(alt(c) or '')) < 15),
+         'a cell with a figure starts with a line: #| fig-alt: "what a person would see"')
+
+# README, site, workflows
+
+def test_readme_agrees_with_index(): subprocess.run([ROOT/'.ci/readme', '--check'], check=True)
+
+def test_readme_links_exist():
+    links = re.findall(r'\]\(([^)#\s]+)', (ROOT/'README.md').read_text(encoding='utf-8'))
+    none((o for o in links if ':' not in o and not (ROOT/o).exists()), 'links of README.md that lead nowhere')
+
+def test_readme_names_the_commands():
+    named = set(re.findall(r'\bsdip_\w+', (ROOT/'README.md').read_text(encoding='utf-8')))
+    none(set(commands()) - named, 'commands that README.md does not name: add them to the table in index.ipynb')
+    none(named - set(commands()), 'commands that README.md names and settings.ini does not install')
+
+def test_quarto_yml_is_linked():
+    link = ROOT/'nbs/_quarto.yml'
+    assert link.is_symlink() and os.readlink(link) == '../_quarto.yml', 'nbs/_quarto.yml must be a link to ../_quarto.yml'
+
+def test_quarto_yml():
+    site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
+    assert set(site['format']['html']['theme']) == {'light', 'dark'}
+    web = site['website']
+    assert web['navbar']['search'] is True and web['page-navigation'] is True
+    assert web['navbar']['left'][0]['href'] == 'index.ipynb' and 'contents' not in web['sidebar'], web['navbar']
+    assert web['repo-subdir'] == 'nbs' and {'edit', 'issue'} <= set(web['repo-actions']), web['repo-actions']
+    none((o['href'] for o in web['navbar']['left'] if not (ROOT/'nbs'/o['href']).exists()), 'pages of the navigation bar that do not exist')
+
+def test_site_pages():
+    "Everything nbdev does for the site before it hands over to Quarto, which is not needed here"
+    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    os.chdir(ROOT)
+    refresh_quarto_yml()
+    nbdev_sidebar.__wrapped__()
+    nbdev = yaml.safe_load((ROOT/'nbs/nbdev.yml').read_text())
+    assert nbdev['website']['repo-url'] == settings()['git_url'] and nbdev['project']['output-dir'] == '_docs', nbdev
+    pages = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
+    names = sorted(p.name for p in notebooks())
+    assert pages == sorted(names, key=lambda o: (o != 'index.ipynb', o)), f'pages in the sidebar: {pages}'
+    cache = proc_nbs(n_workers=1, force=True)
+    assert (cache/'_quarto.yml').read_text() == (ROOT/'_quarto.yml').read_text()
+    for p in notebooks():
+        page = cells(cache/p.name)
+        assert page[0]['cell_type'] == 'raw' and 'title: ' in source(page[0]), f'{p.name} has no title on the site'
+        kept = {alt(c) for c in page if c['cell_type'] == 'code'}
+        none((a for c in cells(p, 'code') if (a := alt(c)) and a not in kept), f'{p.name}: alt texts that the site loses')
+
+def test_workflows():
+    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/'.github/workflows').glob('*.yml')}
+    for name, flow in flows.items(): assert flow.get('on', flow.get(True)) and flow['jobs'], name    # YAML reads `on` as True
+    steps = {name: [s for job in flow['jobs'].values() for s in job['steps']] for name, flow in flows.items()}
+    assert any(s.get('run') == 'bash .ci/run' for s in steps['test'])
+    quarto = [s for s in steps['docs'] if s.get('uses', '').startswith('quarto-dev/quarto-actions/setup@')]
+    assert re.fullmatch(r'\d+\.\d+\.\d+', quarto[0]['with']['version']), 'pin the version of Quarto'
+    assert any('nbdev_docs' in s.get('run', '') for s in steps['docs'])
+
+# package
+
+def commands():
+    "Names of the shell commands that settings.ini installs"
+    return [o.partition('=')[0] for o in settings()['console_scripts'].split()]
+
+def test_editable_install_is_this_clone():
+    import sdip
+    assert Path(sdip.__file__).resolve() == ROOT/'sdip/__init__.py', f'{sdip.__file__} is another clone: run .ci/run alone, or with another SDIP_CI_CACHE'
+
+def test_console_scripts():
+    tree = ast.parse((ROOT/'sdip/cli.py').read_text(encoding='utf-8'))
+    defined = {o.name for o in tree.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_')}
+    scripts = settings()['console_scripts'].split()
+    assert set(commands()) == defined, f'only in settings.ini: {set(commands()) - defined}; only in sdip/cli.py: {defined - set(commands())}'
+    none((o for o in scripts if not re.fullmatch(r'(\w+)=sdip\.cli:\1', o)), 'entries of console_scripts read name=sdip.cli:name')
+
+def test_help_is_quick():
+    cpu = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    def seconds(name):
+        start = cpu()
+        out = subprocess.run([Path(sys.executable).parent/name, '--help'], check=True, capture_output=True, text=True).stdout
+        assert 'usage' in out, f'{name} --help says: {out}'
+        return cpu() - start
+    none((f'{name}: {s:.1f} s' for name in commands() if (s := seconds(name)) >= 2), '--help takes 2 CPU s or more: import inside the function')
+
+def test_modules_have_notebooks():
+    made_from = {p: re.search(r'File to edit: (\S+)\.$', p.read_text(encoding='utf-8'), re.M) for p in (ROOT/'sdip').rglob('*.py')}
+    none((p.name for p, m in made_from.items() if m and not (p.parent/m[1]).exists()), 'modules whose notebook is gone: delete them')
+
+def test_kernels():
+    found = sorted((ROOT/'kernels').glob('*/kernel-metadata.json'))
+    assert found
+    for path in found:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        code = (path.parent/meta['code_file']).resolve()
+        assert code in notebooks() and code.stem == path.parent.name, f'{path.parent.name}: code_file is {code}'
+        assert code.stat().st_size < 1_000_000, f'{code.name} is over the 1 MB that Kaggle takes'
+        assert (meta['language'], meta['kernel_type'], meta['enable_internet']) == ('python', 'notebook', False), path
+        assert meta['id'].split('/')[1] == re.sub(r'\W+', '-', meta['title'].lower()), f"{path}: Kaggle makes the id's slug of the title"
+
+# last, after everything that could leave a trace
+
+def test_export_and_clean_leave_no_diff():
+    before = json.loads(Path(os.environ['SDIP_CI_BEFORE']).read_text()) if 'SDIP_CI_BEFORE' in os.environ else snapshot()
+    for command in 'nbdev_export', 'nbdev_clean': subprocess.run(command, cwd=ROOT, check=True)
+    after = snapshot()
+    none(sorted(p for p in {*before, *after} if before.get(p) != after.get(p)),
+         'files that a test, nbdev_export or nbdev_clean made, changed or deleted: run nbdev_export && nbdev_clean and commit')

@@ -1,0 +1,82 @@
+"""Runs the stages of .ci/run, goes on after a failure, and counts what passed.
+
+A slow test or a check is a function `test_*` of slow.py or checks.py. Each runs in a process and an empty
+folder of its own; one function alone: `python .ci/harness.py slow test_name`."""
+import ast, hashlib, importlib, json, os, re, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+LIMITS = dict(notebooks=12*60, slow=25*60, checks=10*60)    # seconds a stage may take
+TAIL = 40                                                   # lines of a failure's log that are shown
+
+def notebooks(): return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
+
+def snapshot():
+    "SHA-256 of every file that git tracks or does not ignore: tests and checks must leave it as it was"
+    cmd = 'git ls-files -z --cached --others --exclude-standard'.split()
+    names = subprocess.run(cmd, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split('\0')
+    paths = {name: ROOT/name for name in names if name}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in sorted(paths.items()) if p.is_file()}
+
+def run(cmd, cwd, limit):
+    "Exit status (None when the time was up) and output of `cmd`; nothing that it started outlives it"
+    with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
+        proc = subprocess.Popen(cmd, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try: status = proc.wait(timeout=max(limit, 0))
+        except subprocess.TimeoutExpired: status = None
+        try: os.killpg(proc.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+        proc.wait()
+        log.seek(0)
+        return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n' if status is None else '')
+
+def tell(ok, stage, name, seconds, log=''):
+    print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {stage}: {name}")
+    if not ok: print('\n'.join('      | ' + line for line in log.splitlines()[-TAIL:]))
+    return ok
+
+def run_notebooks(limit):
+    "README's test command; a notebook passes when it was completed and no traceback or list names it"
+    start = time.time()
+    status, log = run('nbdev_test --n_workers 2 --do_print'.split(), ROOT, limit)
+    names = [p.name for p in notebooks()]
+    done = set(re.findall(r'^- Completed .*?([^/\n]+\.ipynb)$', log, re.M))
+    failed = set(re.findall(r'^(?:\t|\S+ in .*?)([^/\t\n]+\.ipynb):?$', log, re.M))
+    results = [name in done - failed for name in names]
+    if status != 0 and all(results): results.append(False)    # it died of something else
+    for name in names:
+        if name not in done - failed: print('FAIL  notebooks:', name, '' if name in done else '(not completed)')
+    tell(status == 0, 'notebooks', f'{results.count(True)} of {len(results)}', time.time() - start, log)
+    return results
+
+def functions(stage):
+    tree = ast.parse((HERE/f'{stage}.py').read_text(encoding='utf-8'))
+    return [o.name for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('test_')]
+
+def run_functions(stage, limit):
+    end, results = time.time() + limit, []
+    for name in functions(stage):
+        start = time.time()
+        with tempfile.TemporaryDirectory(prefix='sdip-ci-') as tmp:
+            status, log = run([sys.executable, __file__, stage, name], tmp, end - start)
+        results.append(tell(status == 0, stage, name, time.time() - start, log))
+    return results
+
+def call(stage, name):
+    "Runs one test function in this process"
+    sys.path.insert(0, str(HERE))
+    getattr(importlib.import_module(stage), name)()
+
+def main():
+    with tempfile.NamedTemporaryFile('w', suffix='.json') as before:
+        json.dump(snapshot(), before)
+        before.flush()
+        os.environ['SDIP_CI_BEFORE'] = before.name    # checks.py compares the tree with it
+        results = run_notebooks(LIMITS['notebooks'])
+        for stage in 'slow', 'checks': results += run_functions(stage, LIMITS[stage])
+    failed = results.count(False)
+    print(f'{len(results) - failed} passed, {failed} failed')
+    return bool(failed)
+
+if __name__ == '__main__': sys.exit(call(*sys.argv[1:]) if sys.argv[1:] else main())
