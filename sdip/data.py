@@ -272,7 +272,8 @@ def find_images(
 PAIR_COLUMNS = ('id', 'image', 'prompt', 'source', 'split', 'group', 'weight')
 
 def _some(values, k=3): # the first few of many, for a message
-    return ', '.join(map(repr, list(values)[:k])) + (', ...' if len(values) > k else '')
+    values = list(values)
+    return ', '.join(map(repr, values[:k])) + (', ...' if len(values) > k else '')
 
 def check_pairs(
     pairs:pd.DataFrame, # what should be a pairs table

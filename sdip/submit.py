@@ -10,7 +10,7 @@ import csv, os
 from array import array
 from pathlib import Path
 import numpy as np
-from .data import EMB_DIM, atomic_path, check_emb, find_images, mean_cosine, unit
+from .data import EMB_DIM, _some, atomic_path, check_emb, find_images, mean_cosine, unit
 
 # %% ../nbs/07_submit.ipynb #fill-missing
 def fill_missing(
@@ -33,10 +33,6 @@ _QUOTED = ''.join(f'"\0_{k}",%.6g\n' for k in range(EMB_DIM))
 def _lines(id, row): # the 384 lines of one picture
     if any(c in id for c in ',"\r\n'): return (_QUOTED % tuple(row)).replace('\0', id.replace('"', '""'))
     return (_PLAIN % tuple(row)).replace('\0', id)
-
-def _some(values, k=3): # the first few of many, for a message
-    values = list(values)
-    return ', '.join(map(repr, values[:k])) + (', ...' if len(values) > k else '')
 
 def _check_ids(ids):
     "A list of non-empty strings, each once"
