@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMITS = dict(notebooks=12*60, slow=25*60, checks=10*60)    # seconds a stage may take
-TAIL = 40                                                   # lines of a failure's log that are shown
+TAIL = 60                                                   # lines of a failure's log that are shown
 
 def notebooks(): return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
 
@@ -31,9 +31,9 @@ def run(cmd, cwd, limit):
         log.seek(0)
         return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n' if status is None else '')
 
-def tell(ok, stage, name, seconds, log=''):
+def tell(ok, stage, name, seconds, log='', tail=TAIL):
     print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {stage}: {name}")
-    if not ok: print('\n'.join('      | ' + line for line in log.splitlines()[-TAIL:]))
+    if not ok: print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
     return ok
 
 def run_notebooks(limit):
@@ -47,7 +47,7 @@ def run_notebooks(limit):
     if status != 0 and all(results): results.append(False)    # it died of something else
     for name in names:
         if name not in done - failed: print('FAIL  notebooks:', name, '' if name in done else '(not completed)')
-    tell(status == 0, 'notebooks', f'{results.count(True)} of {len(results)}', time.time() - start, log)
+    tell(status == 0, 'notebooks', f'{results.count(True)} of {len(results)}', time.time() - start, log, TAIL*(1 + results.count(False)))
     return results
 
 def functions(stage):

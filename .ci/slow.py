@@ -36,11 +36,11 @@ def test_generate():
     assert 'no known subject' in sh('sdip_generate', 'x.png', '--prompt', 'nothing at all', status=1) and not Path('x.png').exists()
     command = 'sdip_generate', 'world', '--n', 300
     first = subprocess.Popen([str(o) for o in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(Path('world').glob('images/*.png'))) > 20)
+    wait_for(lambda: len(list(Path('world').glob('images/[!.]*.png'))) > 20)
     first.kill()
     first.wait()
     assert not Path('world/pairs.parquet').exists(), 'it was done before it could be killed'
-    kept = {p: p.stat().st_mtime_ns for p in Path('world').glob('images/*.png')}
+    kept = {p: p.stat().st_mtime_ns for p in Path('world').glob('images/[!.]*.png')}
     sh(*command)
-    assert Path('world/pairs.parquet').exists() and len(list(Path('world').glob('images/*.png'))) == 600 + 30 + 60
+    assert Path('world/pairs.parquet').exists() and len(list(Path('world').glob('images/[!.]*.png'))) == 600 + 30 + 60
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'pictures that were complete were drawn again'
