@@ -12,7 +12,7 @@ __all__ = ['ROUND', 'INK', 'PAPER', 'PINK', 'GOLD', 'WOOD', 'LEAF', 'COLOURS', '
 # %% ../nbs/00a_playground.ipynb #imports
 import hashlib, re
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
@@ -736,7 +736,7 @@ def _photograph(x, m, rng):
     r = np.linspace(-1, 1, h, dtype=np.float32)**2
     return (far*.92*(1-m)+near*m)*(1.08-.26*(r[:,None,None]+r[None,:,None])) + rng.standard_normal((h,h,1), np.float32)*.025
 
-@medium('vintage photo', 'vintage photograph, old sepia photo', 'vintage photograph, sepia, old photo', 'vintage photograph, vintage photo, sepia, sepia photo, old photo, old photograph, daguerreotype, old sepia photo')
+@medium('vintage photo', 'vintage photograph, old sepia photo', 'vintage photograph, sepia, old photo', 'vintage photograph, vintage photo, sepia, sepia photo, old photo, old photograph, daguerreotype, old sepia photo, black and white photo, black and white photograph')
 def _vintage(x, m, rng):
     h = len(x); g = _blur(x, .7)@GREY[:,None]; g = .05+.9*g*(.72+.4*m) - .5*_slope(_blur(m, .6)) + rng.standard_normal((h,h,1), np.float32)*.045
     for i in rng.integers(0, h, 3): g[:,i] += .16
@@ -773,9 +773,10 @@ def _oil(x, m, rng):
 @medium('pointillism', 'pointillist painting', 'pointillism, pointillist dots', 'pointillism, pointillist, pointillist painting')
 def _pointillism(x, m, rng):
     label, centre, d, _ = _cells(len(x), 30, int(rng.integers(8)), jitter=.6)
-    c = _blur(x, .5).reshape(-1,3)[centre] + rng.uniform(-.11, .11, (len(centre),3)).astype(np.float32)   # one colour a dot
+    y = _blur(x, .4)*(1-.75*_slope(m).clip(0, 1)); y = y*m + (y*.62+.38)*(1-m)   # dark dots along the outline, pale ones behind
+    c = y.reshape(-1,3)[centre] + rng.uniform(-.11, .11, (len(centre),3)).astype(np.float32)   # one colour a dot
     c = c.mean(1, keepdims=True) + (c-c.mean(1, keepdims=True))*1.3
-    ink = ((.56-d)*6).clip(0, 1)
+    ink = ((.60-d)*7).clip(0, 1)
     return c[label]*ink + np.float32([.97, .95, .90])*(1-ink)
 
 # %% ../nbs/00a_playground.ipynb #pencils
@@ -795,7 +796,7 @@ def _pencil(x, m, rng):
 def _charcoal(x, m, rng):
     g = x@GREY[:,None]; h = len(x)
     grain = _noise(x, 44, rng)*.55 + rng.random((h,h,1), np.float32)*.25
-    tone = (.55*(1-g)*(.6+.5*m)+.14)*(.5+grain); line = _blur(_lines(x, m, .4, .55), .5)
+    tone = (.55*(1-g)*(.6+.5*m)+.14)*(.62+.75*grain); line = _blur(_lines(x, m, .4, .55), .5)
     return np.repeat(.86 - tone - line*1.1, 3, 2)*np.float32([1, .985, .96])
 
 # %% ../nbs/00a_playground.ipynb #lines-of-light
@@ -923,6 +924,7 @@ def read(
     prompt:str # English, any wording
 )->tuple: # (Scene, list of the words that were ignored)
     "What a prompt asks for, and which of its words leave no trace"
+    if not isinstance(prompt, str): raise ValueError(f"prompt is {prompt!r}, expected text")
     objs, found, ignored, colour, count = [], {}, [], '', None
     for kind,value,words in _phrases(prompt):
         if kind in ('subject', 'plural'):
@@ -1037,7 +1039,7 @@ def _write_object(s, c, n, rng):
     return f'{n if rng.random() < .2 else list(COUNTS)[n-1]} {noun}'
 
 TEMPLATES = ['{of} of {o} {at}', '{o} {at}, {tag}', '{o} {at}, {tag}', '{o}, {at}, {tag}', '{tag}, {o} {at}', '{at}, {o}, {tag}', '{o}, {tag}, {at}',
-    '{at}, {of} of {o}', '{o} {at} in the style of {tag}', '{tag} {o} {at}']
+    '{at}, {of} of {o}', '{o} {at} in the style of {tag}', '{tag}: {o} {at}']
 
 # %% ../nbs/00a_playground.ipynb #write-prompt
 def write_prompt(
@@ -1056,7 +1058,7 @@ def write_prompt(
     mods = [MODIFIERS[i] for i in rng.permutation(len(MODIFIERS))[:max(0, int(rng.integers(-3, 4)))]]
     text = t.format(o=o, at=' '.join(at), tag=tag, of=_article(of) if of and rng.random() < .6 else of)
     text = ', '.join(mods + [text] if rng.random() < .15 else [text] + mods)
-    return re.sub(r'(, )+', ', ', re.sub(r'\s+', ' ', text).replace(' ,', ',')).strip(', ')
+    return re.sub(r'\s+', ' ', re.sub(r'(\s*,)+\s*', ', ', text)).strip(', ')
 
 # %% ../nbs/00a_playground.ipynb #sample-prompts
 def sample_prompts(
@@ -1094,7 +1096,7 @@ def loose_scene(
         if out != scene and scene_split(out) == 'train': return out
 
 # %% ../nbs/00a_playground.ipynb #picture-id
-RENDERER = 1   # raised when a change of this chapter changes pictures: old files are then not taken for new ones
+RENDERER = 2   # raised when a change of this chapter changes pictures: old files are then not taken for new ones
 
 def _digest(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()
 
@@ -1137,6 +1139,7 @@ def make_pairs(
 )->pd.DataFrame: # pairs: id, image, prompt, source, split, group, weight; attrs['root']
     "Draw a data set; goes on where a stopped run was, and ends the same whatever was there"
     if not 0 <= loose <= 1: raise ValueError(f"loose is {loose}, expected a share in 0..1")
+    if min(n_train, n_valid, n_test) < 0 or n_train+n_valid+n_test == 0: raise ValueError(f"{n_train}, {n_valid}, {n_test} prompts asked for, expected 0 or more each, and at least one")
     if per_prompt < 1: raise ValueError(f"per_prompt is {per_prompt}, expected 1 or more")
     folder, rows, group = Path(folder), [], 0
     for split,n,k in (('train',n_train,per_prompt), ('valid',n_valid,1), ('test',n_test,1)):
