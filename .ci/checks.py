@@ -115,6 +115,8 @@ def test_site_pages():
     for p in notebooks():
         page = cells(cache/p.name)
         assert page[0]['cell_type'] == 'raw' and 'title: ' in source(page[0]), f'{p.name} has no title on the site'
+        linked = {o for c in page if c['cell_type'] == 'markdown' for o in re.findall(r'!\[[^\]]*\]\((?!\w+:)([^)\s]+)', source(c))}
+        none((o for o in linked if not (cache/o).exists()), f'{p.name}: pictures that do not reach the site (settings.ini: recursive = True)')
         kept = {alt(c) for c in page if c['cell_type'] == 'code'}
         none((a for c in cells(p, 'code') if (a := alt(c)) and a not in kept), f'{p.name}: alt texts that the site loses')
 
