@@ -959,7 +959,7 @@ def _generator(*parts):
     "A random generator seeded with text, the same on every machine"
     return np.random.default_rng(int(hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:16], 16))
 
-SPOTS = {1: [(.5,.53,.42)], 2: [(.28,.57,.27), (.73,.55,.27)], 3: [(.27,.3,.25), (.74,.33,.25), (.5,.74,.25)]}
+SPOTS = {1: [(.5,.53,.42)], 2: [(.26,.57,.255), (.74,.55,.255)], 3: [(.26,.3,.24), (.74,.32,.24), (.5,.74,.24)]}
 
 def _spots(n, rng):
     "Centre and radius of n objects, as shares of the picture"
@@ -979,7 +979,7 @@ def _place(im, scene, rng):
         rgb = COLOURS[c] if c else SUBJECTS[s].rgb
         rgb = tuple(int(v) for v in np.clip(rgb + rng.normal(0, 7, 3), 0, 255))
         half = round(1.25*r*h)                                        # a layer just large enough
-        left, top = round((x+.035*dx)*h)-half, round((y+.03*dy)*h)-half
+        left, top = round((x+.06*r*dx)*h)-half, round((y+.06*r*dy)*h)-half
         layer = Image.new('RGBA', (2*half,)*2)
         SUBJECTS[s].draw(Pen(layer, half, half, r*(1+.08*dr)*h, .14*tilt, 1 if flip > 0 else -1), rgb)
         a = layer.getchannel('A')
@@ -1096,7 +1096,7 @@ def loose_scene(
         if out != scene and scene_split(out) == 'train': return out
 
 # %% ../nbs/00a_playground.ipynb #picture-id
-RENDERER = 2   # raised when a change of this chapter changes pictures: old files are then not taken for new ones
+RENDERER = 3   # raised when a change of this chapter changes pictures: old files are then not taken for new ones
 
 def _digest(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()
 
