@@ -25,14 +25,15 @@ def run(cmd, cwd, limit):
         proc = subprocess.Popen(cmd, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try: status = proc.wait(timeout=max(limit, 0))
         except subprocess.TimeoutExpired: status = None
-        try: os.killpg(proc.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-        proc.wait()
+        finally:
+            try: os.killpg(proc.pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            proc.wait()
         log.seek(0)
         return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n' if status is None else '')
 
-def tell(ok, stage, name, seconds, log='', tail=TAIL):
-    print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {stage}: {name}")
+def tell(ok, what, seconds, log, tail=TAIL):
+    print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {what}")
     if not ok: print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
     return ok
 
@@ -43,11 +44,10 @@ def run_notebooks(limit):
     names = [p.name for p in notebooks()]
     done = set(re.findall(r'^- Completed .*?([^/\n]+\.ipynb)$', log, re.M))
     failed = set(re.findall(r'^(?:\t|\S+ in .*?)([^/\t\n]+\.ipynb):?$', log, re.M))
-    results = [name in done - failed for name in names]
-    if status != 0 and all(results): results.append(False)    # it died of something else
-    for name in names:
-        if name not in done - failed: print('FAIL  notebooks:', name, '' if name in done else '(not completed)')
-    tell(status == 0, 'notebooks', f'{results.count(True)} of {len(results)}', time.time() - start, log, TAIL*(1 + results.count(False)))
+    results = {f'notebooks: {name}': name in done - failed for name in names}
+    if status != 0 and all(results.values()): results['notebooks: nbdev_test itself'] = False
+    bad = list(results.values()).count(False)
+    tell(status == 0, f'notebooks: {len(results) - bad} of {len(results)}', time.time() - start, log, TAIL*(1 + bad))
     return results
 
 def functions(stage):
@@ -55,12 +55,12 @@ def functions(stage):
     return [o.name for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('test_')]
 
 def run_functions(stage, limit):
-    end, results = time.time() + limit, []
+    end, results = time.time() + limit, {}
     for name in functions(stage):
         start = time.time()
         with tempfile.TemporaryDirectory(prefix='sdip-ci-') as tmp:
             status, log = run([sys.executable, __file__, stage, name], tmp, end - start)
-        results.append(tell(status == 0, stage, name, time.time() - start, log))
+        results[f'{stage}: {name}'] = tell(status == 0, f'{stage}: {name}', time.time() - start, log)
     return results
 
 def call(stage, name):
@@ -69,14 +69,16 @@ def call(stage, name):
     getattr(importlib.import_module(stage), name)()
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that what runs is stopped with it
     with tempfile.NamedTemporaryFile('w', suffix='.json') as before:
         json.dump(snapshot(), before)
         before.flush()
         os.environ['SDIP_CI_BEFORE'] = before.name    # checks.py compares the tree with it
         results = run_notebooks(LIMITS['notebooks'])
-        for stage in 'slow', 'checks': results += run_functions(stage, LIMITS[stage])
-    failed = results.count(False)
-    print(f'{len(results) - failed} passed, {failed} failed')
+        for stage in 'slow', 'checks': results |= run_functions(stage, LIMITS[stage])
+    failed = [what for what, ok in results.items() if not ok]
+    if failed: print('failed:', *failed, sep='\n  ')
+    print(f'{len(results) - len(failed)} passed, {len(failed)} failed')
     return bool(failed)
 
 if __name__ == '__main__': sys.exit(call(*sys.argv[1:]) if sys.argv[1:] else main())
