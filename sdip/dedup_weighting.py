@@ -25,7 +25,8 @@ def _sims(a, b, threshold):
         s[i, j] = np.einsum('kd,kd->k', a[i].astype(np.float64), b[j].astype(np.float64))
     return s
 
-def _check_threshold(threshold):
+def _check_threshold(threshold, mode='exact'):
+    if mode != 'exact': raise ValueError(f"mode is {mode!r}; known is 'exact'")
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}, expected a cosine between 0 and 1 (0.95 near-duplicates, 0.7 families); "
                          "for exactly equal prompts use duplicate_of")
@@ -103,12 +104,10 @@ def dedup(
     tile:int=1024, # rows a block: memory for a few tile x tile numbers
 )->Dedup:
     "Keep rows greedily: no two kept ones are near, each dropped one is near a kept one"
-    if mode != 'exact': raise ValueError(f"mode is {mode!r}; known is 'exact'")
-    _check_threshold(threshold)
+    _check_threshold(threshold, mode)
     x = unit(check_emb(emb, width=None))
-    n, d = x.shape
-    base = np.zeros((0, d), np.float32) if base is None else unit(check_emb(base, 'base', width=d))
-    order = _order(n, priority, ids)
+    n, order = len(x), _order(len(x), priority, ids)
+    base = x[:0] if base is None else unit(check_emb(base, 'base', width=x.shape[1]))
     x, codes, k = x[order], np.zeros(n, np.int64), 0  # rows 0..k of x become the kept ones
     keep, parent, score = np.zeros(n, bool), np.zeros(n, np.int64), np.full(n, np.nan, np.float32)
     for lo in range(0, n, tile):
@@ -116,12 +115,11 @@ def dedup(
         best, who = _nearest_kept(t, [(base, -1 - np.arange(len(base))), (x[:k], codes[:k])], threshold, tile)
         alive = _greedy_inside(t, row, best, who, threshold)
         keep[row], parent[row], score[row] = alive, np.where(alive, row, who), np.where(alive, np.nan, best)
-        new = alive.sum()
-        x[k:k+new], codes[k:k+new] = t[alive], row[alive]
-        k += new
+        new = slice(k, k := k + alive.sum())
+        x[new], codes[new] = t[alive], row[alive]
     return Dedup(keep, parent, score, threshold)
 
-# %% ../nbs/01_dedup_weighting.ipynb #families
+# %% ../nbs/01_dedup_weighting.ipynb #components
 def _components(n, links):
     "Family number (n,) from links [(i, j), ..], numbered by first row"
     from scipy.sparse import coo_matrix
@@ -131,6 +129,7 @@ def _components(n, links):
     first = np.unique(label, return_index=True)[1]  # first row of each family
     return np.argsort(np.argsort(first))[label]
 
+# %% ../nbs/01_dedup_weighting.ipynb #families
 def families(
     emb, # (n, d) embeddings
     threshold:float=0.7, # cosine from which two rows are linked
@@ -150,14 +149,17 @@ def families(
                 links, count = [(np.arange(n), np.unique(label, return_index=True)[1][label])], 0
     return _components(n, links)
 
-# %% ../nbs/01_dedup_weighting.ipynb #group-split
-def _fill(fam, size, want, free):
+# %% ../nbs/01_dedup_weighting.ipynb #fill
+def _fill(size, want, free):
     "Take families from `free`, in its order, while they fit; the smallest if none does"
     taken = []
     for f in free:
-        if size[f] <= want: taken.append(f); want -= size[f]
+        if size[f] <= want:
+            taken.append(f)
+            want -= size[f]
     return taken or [min(free, key=lambda f: size[f])]
 
+# %% ../nbs/01_dedup_weighting.ipynb #group-split
 def group_split(
     emb, # (n, d) embeddings of the prompts
     threshold:float=0.7, # cosine from which two rows belong to one family
@@ -169,17 +171,18 @@ def group_split(
     if not (valid >= 0 and test >= 0 and valid + test < 1):
         raise ValueError(f"valid is {valid} and test {test}, expected shares of at least 0 that leave rows to train on")
     fam = families(emb, threshold)
-    size, sides = np.bincount(fam), [s for s, share in (('test', test), ('valid', valid)) if share > 0]
+    size, sides = np.bincount(fam), [(s, share) for s, share in (('test', test), ('valid', valid)) if share > 0]
     if len(size) <= len(sides):
         raise ValueError(f"emb falls into {len(size)} families at threshold {threshold}, expected at least {len(sides) + 1}, one for each side: "
                          "bring more different prompts, or raise the threshold")
-    free = [f for f in np.random.default_rng(seed).permutation(len(size)) if f != size.argmax()]
+    free = np.random.default_rng(seed).permutation(len(size))
+    free = free[free != size.argmax()]
     split = np.full(len(fam), 'train')
-    for k, side in enumerate(sides):
+    for k, (side, share) in enumerate(sides):
         spare = len(sides) - 1 - k  # families to leave for the other side
-        taken = _fill(fam, size, max(1, round(dict(valid=valid, test=test)[side]*len(fam))), free)[:len(free) - spare]
+        taken = _fill(size, max(1, round(share*len(fam))), free)[:len(free) - spare]
         split[np.isin(fam, taken)] = side
-        free = [f for f in free if f not in set(taken)]
+        free = free[~np.isin(free, taken)]
     return split
 
 # %% ../nbs/01_dedup_weighting.ipynb #weight-ratios

