@@ -44,3 +44,11 @@ def test_generate():
     sh(*command)
     assert Path('world/pairs.parquet').exists() and len(list(Path('world').glob('images/[!.]*.png'))) == 600 + 30 + 60
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'pictures that were complete were drawn again'
+
+def test_dedup():
+    "A table with an exact duplicate and an empty prompt comes out with each distinct prompt once"
+    Path('prompts.csv').write_text('prompt,likes\na red cat on a beach,3\nA red cat on a  beach,4\na blue robot in a forest,1\n,2\n')
+    sh('sdip_dedup', 'prompts.csv', '--out', 'kept.csv', '--dropped', 'gone.csv')
+    assert Path('kept.csv').read_text() == 'prompt,likes\na red cat on a beach,3\na blue robot in a forest,1\n'
+    assert len(Path('gone.csv').read_text().splitlines()) == 3
+    assert 'x.txt is neither .csv nor .parquet' in sh('sdip_dedup', 'prompts.csv', '--out', 'x.txt', status=1)
