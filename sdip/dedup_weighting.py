@@ -104,7 +104,7 @@ def dedup(
     tile:int=1024, # rows a block: memory for a few tile x tile numbers
 )->Dedup:
     "Keep rows greedily: no two kept ones are near, each dropped one is near a kept one"
-    _check_threshold(threshold, mode)
+    _check_threshold(threshold := float(threshold), mode)
     x = unit(check_emb(emb, width=None))
     n, order = len(x), _order(len(x), priority, ids)
     base = x[:0] if base is None else unit(check_emb(base, 'base', width=x.shape[1]))
@@ -137,7 +137,7 @@ def families(
     max_links:int=4_000_000, # held at a time, 16 bytes each
 )->np.ndarray: # (n,) int64, families numbered in order of their first row
     "Connected components of the graph of near rows"
-    _check_threshold(threshold)
+    _check_threshold(threshold := float(threshold))
     x = unit(check_emb(emb, width=None)); n = len(x)
     links, count = [(np.arange(n), np.arange(n))], 0
     for lo in range(0, n, tile):
