@@ -1,7 +1,7 @@
 """What takes too long, or is too rough, for a notebook: whole commands as a person runs them, killed and resumed.
 
 Each function `test_*` runs in a process and an empty current folder of its own; see harness.py."""
-import os, shutil, subprocess, sys, time, zipfile
+import json, os, shutil, subprocess, sys, time, zipfile
 from pathlib import Path
 from harness import ROOT
 
@@ -52,3 +52,52 @@ def test_dedup():
     assert Path('kept.csv').read_text() == 'prompt,likes\na red cat on a beach,3\na blue robot in a forest,1\n'
     assert len(Path('gone.csv').read_text().splitlines()) == 3
     assert 'x.txt is neither .csv nor .parquet' in sh('sdip_dedup', 'prompts.csv', '--out', 'x.txt', status=1)
+
+RUN = 'sdip_run', '--preset', 'tiny', '--out', 'run'
+
+def scores(): return json.loads(Path('run/scores.json').read_text())['test']
+
+def stopped_at(line):
+    "Starts the run, kills it as soon as it has printed `line`, and returns the receipts that stand by then"
+    out = Path('log.txt')
+    with out.open('w') as f: first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    wait_for(lambda: line in out.read_text())
+    first.kill()
+    first.wait()
+    return {p: p.stat().st_mtime_ns for p in Path('run/receipts').glob('*.json')}
+
+def test_run_killed_at_three_stages():
+    "Killed while it draws, while it trains and while it blends, a run does only what is missing, and ends with the same scores"
+    sh(*RUN)
+    whole = scores()
+    shutil.rmtree('run')
+    done = 0
+    for line in 'MiniLM embeddings of the prompts ...', 'CLIP regressor ...', 'Ensemble ...':
+        kept = stopped_at(line)
+        assert len(kept) > done, f'nothing was done between two kills: {kept}'
+        done = len(kept)
+        assert not Path('run/scores.json').exists()
+    out = sh(*RUN)
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'a finished stage was done again'
+    assert out.count('done before') == len(kept)
+    assert not list(Path('run').rglob('.tmp-*')), 'what the killed runs left half-written is still there'
+    for name, score in whole.items(): assert abs(scores()[name] - score) < 1e-4, (name, score, scores()[name])
+    assert sh(*RUN).count('done before') == len(list(Path('run/receipts').glob('*.json')))
+    assert 'seed: the folder has 0, this call says 1' in sh(*RUN, '--seed', 1, status=1)
+
+def test_predict():
+    "A folder with good pictures, a broken one and a text file; then places that cannot be used, each with a reason"
+    sh(*RUN)
+    Path('in').mkdir()
+    for i, prompt in enumerate(('a red cat', 'two blue boats at night')): sh('sdip_generate', f'in/{i}.png', '--prompt', prompt)
+    Path('in/broken.jpg').write_bytes(Path('in/0.png').read_bytes()[:200])
+    Path('in/notes.txt').write_text('not a picture')
+    out = sh('sdip_predict', 'in', '--run', 'run', '--out', 'submission.csv')
+    assert 'broken.jpg' in out and '3 pictures, 1 of them filled' in out and 'know nothing of real pictures' in out
+    assert 'good, 3 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
+    shutil.copy('submission.csv', 'truth.csv')
+    assert 'score 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth', 'truth.csv')
+    Path('empty').mkdir()
+    for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds no'),
+                            (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
+        assert reason in sh('sdip_predict', *command, status=1)

@@ -128,7 +128,7 @@ class Regressor:
         "What the head sees: (n, d) float32"
         return predict_images(Features(self.net), images, self.prep, self.net.width, bs)
 
-# %% ../nbs/02_finetune_clip.ipynb #regressor-fit
+# %% ../nbs/02_finetune_clip.ipynb #regressor-rows
 def _rows(pairs, targets, root, prep, split):
     "`PairRows` of one split, with targets and weights"
     mine = np.flatnonzero(pairs.split == split)
@@ -146,6 +146,9 @@ def _start_head(self, train, valid, recipe):
     with torch.no_grad():
         self.net.head.weight.copy_(torch.from_numpy(coef)); self.net.head.bias.copy_(torch.from_numpy(bias))
 
+Regressor._start_head = _start_head
+
+# %% ../nbs/02_finetune_clip.ipynb #regressor-fit
 def fit_regressor(self,
     pairs,               # pairs table: columns image, split, weight, group
     targets:np.ndarray,  # (n, 384) unit rows, one for each pair
@@ -157,7 +160,7 @@ def fit_regressor(self,
     "Probe, then fine-tune; the averaged weights stay in `.net`, one row an epoch in `.history`"
     targets = check_emb(targets, 'targets')
     (train, rows), (valid, _) = (_rows(pairs, targets, root, self.prep, s) for s in ('train', 'valid'))
-    _start_head(self, train, valid, recipe)
+    self._start_head(train, valid, recipe)
     dls = make_loaders(train, valid, rows.group.to_numpy(), recipe.bs, recipe.seed, device=self.device)
     groups = layer_groups(self.net.body) + [[self.net.head]]
     timetable = tuple((None if d is None else d + 1, e) for d, e in recipe.timetable)      # the head is always open
