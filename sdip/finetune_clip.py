@@ -168,7 +168,7 @@ def fit_regressor(self,
         torch.manual_seed(recipe.seed)
         learn = fit(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.epochs, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema,
                     recipe.pct_start, timetable=timetable, checkpoint=checkpoint, key=repr((recipe, len(rows))), cbs=cbs, desc=self.kind, quiet=quiet)
-    self.recipe, self.history, self.report = recipe, learn.log.rows, train.report + valid.report
+    self.recipe, self.history, self.report = recipe, learn.history.rows, train.report + valid.report
     self.net.eval().requires_grad_(False)
     if checkpoint: Path(checkpoint).unlink()
     return self

@@ -386,14 +386,17 @@ def scoreboard_text(run) -> str: # some lines for a terminal
     lo, hi = s['intervals']['ensemble - best single']
     lines.append(f"ensemble over the best single ({s['best_single']}): {s['gain']:+.4f}, 95 % interval {lo:+.4f} .. {hi:+.4f}")
     lines.append(f"all stages: {sum(s['seconds'].values()):.0f} s, {sum(s['cpu'].values()):.0f} CPU s, at most {s['peak_gb']:.1f} GB of memory")
+    n = (run.pairs()[0].split == 'train').sum()
+    if n < 1000: lines.append(f'{n} training pictures are too few to learn from: these scores show that the walk works, not how good it is')
     return '\n'.join(lines)
 
 # %% ../nbs/08_run.ipynb #report-figures
-def _svg(fig): # a matplotlib figure as inline SVG, then closed
+def _svg(fig): # a matplotlib figure as inline SVG
     import io
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
     out = io.StringIO()
-    fig.savefig(out, format='svg', transparent=True, bbox_inches='tight', metadata=dict(Date=None)); plt.close(fig)
+    with rc_context({'svg.hashsalt': 'sdip', 'svg.fonttype': 'none'}):        # the same ids each time, and text that is text
+        fig.savefig(out, format='svg', transparent=True, bbox_inches='tight', metadata=dict(Date=None))
     return out.getvalue()[out.getvalue().index('<svg'):]
 
 def _axes(xlabel, ylabel):
@@ -568,7 +571,7 @@ def predict_to_csv(
 def predict_text(found, run, out, truth=None) -> str: # `found` by `predict_to_csv`; lines for a terminal
     "What a prediction came to; with the truth at hand, its score beside the mean vector's"
     from sdip.submit import read_submission
-    run, lines = Run(run), [f"{r['image']}: {r['error']}: filled with the training mean" for r in found['report']]
+    run, lines = Run(run), [f"{r['error']}: filled with the training mean" for r in found['report']]
     lines.append(f"{out}: {len(found['ids'])} pictures, {found['filled']} of them filled; checked")
     if truth:
         (ids, emb), (true_ids, targ) = read_submission(out), read_submission(truth)

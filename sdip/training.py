@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_CONFIG', 'CLIP_PREPROCESS', 'PairRows', 'GroupSampler', 'make_loaders', 'cosine_loss', 'cosine', 'OnDevice',
-           'TellEpoch', 'Log', 'EMA', 'Thaw', 'Checkpoint', 'param_groups', 'amp_callbacks', 'fit', 'predict_images',
-           'save_weights', 'load_weights', 'ClipRecipe', 'contrastive_loss', 'contrastive_accuracy', 'train_clip']
+           'TellEpoch', 'History', 'EMA', 'Thaw', 'Checkpoint', 'param_groups', 'amp_callbacks', 'fit',
+           'predict_images', 'save_weights', 'load_weights', 'ClipRecipe', 'contrastive_loss', 'contrastive_accuracy',
+           'train_clip']
 
 # %% ../nbs/00c_training.ipynb #imports
 import copy, math
@@ -41,7 +42,7 @@ class PairRows:
         cache_gb:float=2.0, # decode once and keep in memory up to this size (GB); beyond it, read at each use
     ):
         self.images, self.prep, self.report = images, prep, []
-        self.ys = [torch.from_numpy(np.array(y)) for y in ys]
+        self.ys = [y if torch.is_tensor(y) else torch.from_numpy(np.array(y)) for y in ys]
         n, size = len(images), prep.size
         for y in self.ys:
             if len(y) != n: raise ValueError(f'{len(y)} rows beside {n} images: each image needs exactly one row')
@@ -154,12 +155,13 @@ class TellEpoch(Callback):
     "The sampler's order follows the number of the epoch"
     def before_train(self): self.dls.train.batch_sampler.epoch = self.epoch
 
-class Log(Callback):
+class History(Callback):
     "A progress bar while it runs, and one row an epoch to keep: `rows` of dict(epoch, train_loss, valid_loss, metric)"
     order = 55
     def __init__(self, desc='', quiet=False): self.desc, self.quiet, self.rows = desc, quiet, []
     def before_fit(self):
-        self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.desc, disable=self.quiet, leave=False)
+        self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.desc, leave=False,
+                        disable=True if self.quiet else None)          # None: only where a person can see it
     def after_batch(self):
         if self.training: self.bar.update(1)
     def after_epoch(self):
@@ -220,7 +222,7 @@ class Checkpoint(Callback):
         self.model.load_state_dict(self.state['model'])
         self.opt.load_state_dict(self.state['opt'])
         self.learn.ema.avg.module.load_state_dict(self.state['ema'])
-        self.learn.log.rows = self.state['rows']
+        self.learn.history.rows = self.state['rows']
         torch.set_rng_state(self.state['rng'])
 
     def after_epoch(self):
@@ -228,7 +230,7 @@ class Checkpoint(Callback):
         opt = self.opt.state_dict()
         for group in opt['param_groups']: group.update({k: float(v) for k, v in group.items() if isinstance(v, np.floating)})
         state = dict(key=self.key, epoch=self.epoch + 1, model=self.model.state_dict(), opt=opt,
-                     ema=self.learn.ema.avg.module.state_dict(), rows=self.learn.log.rows, rng=torch.get_rng_state())
+                     ema=self.learn.ema.avg.module.state_dict(), rows=self.learn.history.rows, rng=torch.get_rng_state())
         with atomic_path(self.file) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/00c_training.ipynb #param-groups
@@ -264,10 +266,10 @@ def fit(
     checkpoint=None,       # file for `Checkpoint`; None: a killed run starts anew
     key:str='',            # what the run depends on: another key, another run
     cbs=(), desc:str='', quiet:bool=False,
-) -> Learner:              # its model holds the averaged weights; `.log.rows` the history
+) -> Learner:              # its model holds the averaged weights; `.history.rows` one row an epoch
     "Train with fastai's loop, 1cycle, AdamW, and the callbacks above"
     ps, lrs, wds = param_groups(groups, lr, layer_decay, wd)
-    cbs = [OnDevice(prep), TellEpoch(), EMA(ema), Log(desc, quiet), GradientClip(clip), *amp_callbacks(dls.device), *cbs]
+    cbs = [OnDevice(prep), TellEpoch(), EMA(ema), History(desc, quiet), GradientClip(clip), *amp_callbacks(dls.device), *cbs]
     if timetable: cbs.append(Thaw(groups, timetable))
     if checkpoint: cbs.append(Checkpoint(checkpoint, key))
     learn = Learner(dls, model.to(dls.device), loss_func, opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)), splitter=lambda m: ps,
@@ -383,7 +385,7 @@ def train_clip(
         folder.mkdir(parents=True, exist_ok=True)
         learn = fit(model, dls, prep, contrastive_loss, contrastive_accuracy, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema,
                     checkpoint=folder/'checkpoint.pt', key=repr((recipe, config, len(images))), quiet=quiet, desc=desc)
-    write_json(dict(recipe=asdict(recipe), history=learn.log.rows, unreadable=train.report + valid.report), folder/'history.json')
+    write_json(dict(recipe=asdict(recipe), history=learn.history.rows, unreadable=train.report + valid.report), folder/'history.json')
     save_clip(learn.model.cpu(), config, prep, folder)
     (folder/'checkpoint.pt').unlink()
     return ClipEncoder(folder, device=device)
