@@ -116,6 +116,7 @@ def sdip_run(
     out = out or f'runs/{Path(pairs).stem if pairs else preset}'
     try: run = walk(out, preset, pairs, **({} if seed is None else dict(seed=seed)))
     except (ValueError, OSError) as e: sys.exit(f'sdip_run: {e}')
+    except KeyboardInterrupt: sys.exit(f'\nstopped: the same command again goes on from here, in {out}')
     print(f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n{run/'submission.csv'}: predictions for the test pictures")
 
 # %% ../nbs/08_run.ipynb #command-predict

@@ -348,14 +348,15 @@ Run.mean_vector = mean_vector
 # %% ../nbs/08_run.ipynb #stage-scores
 @stage('Scores', needs='pairs submission ensemble', files='scores.json')
 def stage_scores(run):
-    "Mean cosine on validation and test rows, bootstrap intervals on test"
+    "Mean cosine on validation and test rows as they would be submitted; bootstrap intervals on test"
     from sdip.ensemble import Ensemble, load_preds
+    from sdip.submit import fill_missing
     found, out = Ensemble.load(run/'ensemble.json'), dict(test={}, valid={}, intervals={})
     for s in ('valid', 'test'):
         table, targ = run.pairs(s)
         rows = dict(mean_vector=np.repeat(run.mean_vector()[None], len(targ), 0)) | {m: load_preds(run/f'preds/{m}.{s}.npz').emb for m in MODELS}
         rows['ensemble'] = found.predict({m: run/f'preds/{m}.{s}.npz' for m in MODELS}, ids=table.id.tolist())
-        cos = {m: row_cosine(np.nan_to_num(r), targ) for m, r in rows.items()}
+        cos = {m: row_cosine(fill_missing(r, run.mean_vector())[0], targ) for m, r in rows.items()}
         out[s] = {m: float(c.mean()) for m, c in cos.items()}
         if s == 'test':
             best = max(MODELS, key=out['valid'].get)
