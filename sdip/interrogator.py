@@ -252,8 +252,9 @@ def interrogate(self:Interrogator,
 def predict(self:Interrogator,
     images,        # list of n pictures
 ) -> np.ndarray:   # (n, 384) float32; NaN where a picture could not be read, see .report
-    "The embeddings of the pictures' prompts."
-    prompts = self.interrogate(images, self.mode).prompt
+    "The embeddings of the pictures' prompts; the prompts themselves stay in `.words`, the table of `interrogate`."
+    self.words = self.interrogate(images, self.mode)
+    prompts = self.words.prompt
     if self.targets is None: self.targets = TargetEncoder()
     out, good = np.full((len(prompts), EMB_DIM), np.nan, np.float32), np.flatnonzero(prompts != '')
     if len(good): out[good] = self.targets([prompts[i] for i in good])

@@ -7,8 +7,9 @@ __all__ = ['PRESETS', 'STAGES', 'MODELS', 'Stage', 'stage', 'cpu_seconds', 'peak
            'stage_data', 'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_similarity',
            'stage_weights', 'stage_base_clip', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
            'stage_interrogator', 'stage_ensemble', 'stage_submission', 'mean_vector', 'stage_scores', 'scoreboard',
-           'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure', 'norms_figure', 'write_report',
-           'stage_report', 'walk', 'RunPredictor', 'load_predictor', 'predict_to_csv', 'predict_text']
+           'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure', 'norms_figure', 'thumbnail',
+           'Prediction', 'nearest_prompts', 'gallery', 'write_report', 'stage_report', 'walk', 'RunPredictor',
+           'describe', 'load_predictor', 'predict_to_csv', 'predict_text']
 
 # %% ../nbs/08_run.ipynb #imports
 import os, platform, sys, time
@@ -110,7 +111,7 @@ def _wanted(self, s):
 def is_done(self, s):
     "Does the receipt of stage `s` fit, and are its files whole?"
     r = self.receipt(s.name)
-    if r is None or any(r.get(k) != v for k, v in self._wanted(s).items()): return False
+    if r is None or any(r.get(k) != v for k, v in self._wanted(s).items()) or set(r['files']) != set(s.files): return False
     return all((self/f).is_file() and sha256(self/f) == digest for f, digest in r['files'].items())
 
 def do(self, s, number, of):
@@ -301,7 +302,7 @@ def stage_knn(run):
     return dict(k=model.k, power=model.power) | save_predictions(run, model, 'knn')
 
 # %% ../nbs/08_run.ipynb #stage-interrogator
-@stage('Interrogator', needs='pairs base_clip', args='pairs', files=f'interrogator/config.json {_PREDS("interrogator")}')
+@stage('Interrogator', needs='pairs base_clip', args='pairs', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
 def stage_interrogator(run):
     "Words for a picture: the playground's captioner, or phrases mined from your own prompts"
     from sdip.encoders import ClipEncoder
@@ -311,7 +312,9 @@ def stage_interrogator(run):
     if run.args['pairs'] is None: model = Interrogator(clip, SceneCaptioner(clip), reference=reference)
     else: model = Interrogator(clip, None, mine_phrases(train.prompt.drop_duplicates().tolist()), reference=reference)
     model.save(run/'interrogator')
-    return save_predictions(run, model, 'interrogator')
+    facts = save_predictions(run, model, 'interrogator')
+    write_json(model.words.prompt.tolist(), run/'interrogator/words.test.json')   # of the split that was predicted last
+    return facts
 
 # %% ../nbs/08_run.ipynb #stage-ensemble
 MODELS = ('clip', 'knn', 'vit', 'interrogator')
@@ -446,6 +449,74 @@ def norms_figure(run):
     ax.set_yticks(range(len(norms)), list(norms)); ax.set_xscale('log')
     return fig
 
+# %% ../nbs/08_run.ipynb #thumbnail
+def thumbnail(image, size=160) -> str: # data URI of a small JPEG; '' for a picture that cannot be read
+    "A picture as text, for a page that fetches nothing"
+    import base64, io
+    from PIL import Image
+    from sdip.data import ImageError, read_image
+    try: im = read_image(image)
+    except ImageError: return ''
+    scale = size / max(im.size)
+    im = im.resize([max(1, round(s*scale)) for s in im.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    out = io.BytesIO(); im.save(out, 'JPEG', quality=85)
+    return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
+
+# %% ../nbs/08_run.ipynb #prediction
+@dataclass
+class Prediction:
+    "What a run says about one picture"
+    image:object         # as it was given
+    emb:np.ndarray       # (384,), unit length; NaN where the picture cannot be read
+    words:str = ''       # the interrogator's prompt
+    nearest:tuple = ()   # ((training prompt, cosine to emb), ...), nearest first
+    agreement:float = np.nan # mean cosine between the models' rows: how far to trust it
+    cosines:dict|None = None # model -> cosine to the true row, where the truth is known
+    truth:str = ''       # the true prompt, where it is known
+
+    def _repr_html_(self):
+        uri = thumbnail(self.image)
+        line = lambda name, text: f'<dt>{name}</dt><dd>{escape(text)}</dd>' if text else ''
+        near = '; '.join(f'{p} ({c:.2f})' for p, c in self.nearest)
+        cos = ', '.join(f'{m} {c:.2f}' for m, c in (self.cosines or {}).items())
+        agree = f'{self.agreement:.2f}' if np.isfinite(self.agreement) else ''
+        picture = f'<img alt="{escape(self.truth or self.words)}" src="{uri}" width="128">' if uri else '<p>cannot be read</p>'
+        return (f'<div class="prediction" style="display:flex;gap:1em;margin:.5em 0">{picture}<dl style="margin:0">{line("prompt", self.truth)}'
+                f'{line("in words", self.words)}{line("nearest training prompts", near)}{line("cosine to the truth", cos)}{line("agreement", agree)}</dl></div>')
+
+# %% ../nbs/08_run.ipynb #nearest-prompts
+def nearest_prompts(self,
+    emb,    # (n, 384) rows; NaN rows have no neighbours
+    k:int=3,
+) -> list:  # n tuples of k (training prompt, cosine)
+    "The training prompts whose targets lie nearest to predicted rows"
+    train, targ = self.pairs('train')
+    first = train.drop_duplicates('group').index.to_numpy()
+    sims = unit(np.nan_to_num(emb)) @ unit(targ[first]).T                         # (n, 384) @ (384, prompts)
+    top = np.argsort(-sims, 1, kind='stable')[:, :k]
+    return [tuple((train.prompt[first[j]], float(s[j])) for j in t) if np.isfinite(e).all() else () for e, s, t in zip(emb, sims, top)]
+
+Run.nearest_prompts = nearest_prompts
+
+# %% ../nbs/08_run.ipynb #gallery
+def gallery(
+    run, # a finished run
+    n:int=12, # pictures drawn at random
+    n_worst:int=10, # pictures with the lowest cosine
+    seed:int=0, # of the draw
+):       # (list of `Prediction` at random, list of the worst)
+    "Test pictures with their truth, what was said, and how near each model came"
+    from sdip.ensemble import Ensemble, load_preds
+    test, targ = run.pairs('test')
+    files = {m: run/f'preds/{m}.test.npz' for m in MODELS}
+    found = Ensemble.load(run/'ensemble.json')
+    emb, agree = (f(files, ids=test.id.tolist()) for f in (found.predict, found.agreement))
+    cos = {m: row_cosine(np.nan_to_num(load_preds(f).emb), targ) for m, f in files.items()} | dict(ensemble=row_cosine(np.nan_to_num(emb), targ))
+    words, paths = read_json(run/'interrogator/words.test.json'), image_paths(test, run.folder)
+    picks = np.random.default_rng(seed).permutation(len(test))[:n], np.argsort(cos['ensemble'], kind='stable')[:n_worst]
+    def one(i, near): return Prediction(paths[i], emb[i], words[i], near, float(agree[i]), {m: float(c[i]) for m, c in cos.items()}, test.prompt[i])
+    return tuple([one(i, near) for i, near in zip(pick, run.nearest_prompts(emb[pick]))] for pick in picks)
+
 # %% ../nbs/08_run.ipynb #report-page
 _STYLE = """:root{color-scheme:light dark;--fg:#1d2430;--bg:#fff;--soft:#6b7280;--line:#e5e7eb;--card:#fff}
 @media(prefers-color-scheme:dark){:root{--fg:#e5e7eb;--bg:#14181f;--soft:#9ca3af;--line:#2d3540}}
@@ -453,11 +524,12 @@ body{font:16px/1.55 system-ui,sans-serif;color:var(--fg);background:var(--bg);ma
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}.wide{overflow-x:auto}figure{margin:0;background:var(--card);border-radius:8px;padding:.6rem;color:#1d2430}
 figure svg{width:100%;height:auto}figcaption{font-size:.9rem;color:#4b5563}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem}
-p.soft{color:var(--soft)}"""
+p.soft{color:var(--soft)}.facts td:last-child,.facts th:last-child{text-align:left}.prediction{border:1px solid var(--line);border-radius:8px;padding:.8rem}
+.prediction img{flex:none;width:128px;height:128px;object-fit:contain}dt{font-size:.75rem;color:var(--soft)}dd{margin:0 0 .3rem;font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}"""
 
-def _table(headers, rows):
+def _table(headers, rows, kind=''):
     cells = lambda tag, values: ''.join(f'<{tag}>{escape(str(v))}</{tag}>' for v in values)
-    return f'<div class="wide"><table><tr>{cells("th", headers)}</tr>' + ''.join(f'<tr>{cells("td", r)}</tr>' for r in rows) + '</table></div>'
+    return f'<div class="wide {kind}"><table><tr>{cells("th", headers)}</tr>' + ''.join(f'<tr>{cells("td", r)}</tr>' for r in rows) + '</table></div>'
 
 def _figure(fig, caption): return f'<figure role="img" aria-label="{escape(caption)}">{_svg(fig)}<figcaption>{escape(caption)}</figcaption></figure>'
 
@@ -467,7 +539,7 @@ def write_report(
 ):       # writes report.html
     "One self-contained page: scoreboard, curves, cost of each stage"
     s, board = read_json(run/'scores.json'), scoreboard(run)
-    lo, hi = s['intervals']['ensemble - best single']
+    (lo, hi), (some, worst) = s['intervals']['ensemble - best single'], gallery(run)
     figures = [(training_figure, 'Both regressors by epoch: validation score of the averaged weights'),
                (ratio_figure, 'Each model is added to the blend of those before it; the star is the ratio that was found'),
                (norms_figure, 'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
@@ -479,12 +551,14 @@ def write_report(
             _table(['model', 'score', 'skill', '95 % interval', 'CPU s'], [(r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}',
                    '' if r.cpu is None or np.isnan(r.cpu) else f'{r.cpu:.0f}') for r in board.itertuples()]),
             f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.</p>',
+            '<h2>Pictures at random</h2><div class="grid">', *(p._repr_html_() for p in some), '</div>',
+            '<h2>The worst</h2><div class="grid">', *(p._repr_html_() for p in worst), '</div>',
             '<h2>How it came about</h2><div class="grid">', *(_figure(f(run), c) for f, c in figures), '</div>', '<h2>What it cost</h2>',
-            _table(['stage', 's', 'CPU s', 'facts'], stages), f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs</p>']
+            _table(['stage', 's', 'CPU s', 'facts'], stages, 'facts'), f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs</p>']
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>sdip: {escape(run.folder.name)}</title><style>{_STYLE}</style></head><body>{"".join(body)}</body></html>'
     with atomic_path(run/'report.html') as tmp: Path(tmp).write_text(page, encoding='utf-8')
 
-@stage('Report', needs='scores ensemble clip vit weights', files='report.html')
+@stage('Report', needs='scores ensemble clip vit weights interrogator', files='report.html')
 def stage_report(run): write_report(run)
 
 # %% ../nbs/08_run.ipynb #walk
@@ -514,7 +588,7 @@ class RunPredictor:
     kind = 'run'
     def __init__(self, folder, device=None):
         from sdip.ensemble import Ensemble
-        self.run, self.report = Run(folder), []
+        self.run, self.device, self.report = Run(folder), device, []
         if not (self.run/'ensemble.json').exists(): raise ValueError(f'{folder} has no ensemble.json: finish the run first, with sdip_run --out {folder}')
         self.ensemble = Ensemble.load(self.run/'ensemble.json')
         self.models = {m: load_predictor(self.run/m, device) for m, ratio in self.ensemble.ratios.items() if ratio > 0}
@@ -530,6 +604,19 @@ class RunPredictor:
         self.report = [reports[i] for i in sorted(reports)]
         self.agreement = self.ensemble.agreement(preds)
         return self.ensemble.predict(preds)
+
+# %% ../nbs/08_run.ipynb #describe
+def describe(self,
+    images,     # what `read_image` takes
+    k:int=3,    # nearest training prompts each
+) -> list:      # of `Prediction`, which show themselves in a notebook
+    "Rows and words for pictures: the blend, the interrogator's prompt, the nearest training prompts"
+    emb = self.predict(images)
+    if 'interrogator' not in self.models: self.words_model = load_predictor(self.run/'interrogator', self.device)
+    words = (self.models.get('interrogator') or self.words_model).interrogate(images).prompt
+    return [Prediction(*o) for o in zip(images, emb, words, self.run.nearest_prompts(emb, k), map(float, self.agreement))]
+
+RunPredictor.describe = describe
 
 # %% ../nbs/08_run.ipynb #load-predictor
 def load_predictor(
