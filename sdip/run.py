@@ -328,6 +328,7 @@ def stage_ensemble(run):
     found.save(run/'ensemble.json')
     return dict(ratios={m: round(r, 3) for m, r in found.ratios.items()}, valid=f'{found.score:.4f}')
 
+# %% ../nbs/08_run.ipynb #stage-submission
 @stage('Submission', needs='pairs ensemble', files='submission.csv')
 def stage_submission(run):
     "The blend's rows for the test pictures; an unreadable picture gets the training mean"
@@ -441,6 +442,7 @@ def similarity_figure(run):
     draw((table.split == 'valid').to_numpy() & ok, 'held-out rows'); ax.legend(frameon=False)
     return fig
 
+# %% ../nbs/08_run.ipynb #report-norms
 def norms_figure(run):
     "Lengths of each model's raw rows: what an unscaled blend would stumble over"
     norms = read_json(run/'ensemble.json')['norms']
@@ -533,29 +535,47 @@ def _table(headers, rows, kind=''):
 
 def _figure(fig, caption): return f'<figure role="img" aria-label="{escape(caption)}">{_svg(fig)}<figcaption>{escape(caption)}</figcaption></figure>'
 
+# %% ../nbs/08_run.ipynb #report-score
+def _score_section(run):
+    s, held_out = read_json(run/'scores.json'), (run.pairs()[0].split == 'test').sum()
+    lo, hi = s['intervals']['ensemble - best single']
+    rows = [(r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}', '' if r.cpu is None or np.isnan(r.cpu) else f'{r.cpu:.0f}')
+            for r in scoreboard(run).itertuples()]
+    return (f'<h1>{escape(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {held_out} held-out pictures. '
+            'Skill 0 is the answer of someone who has not looked at the picture, skill 1 a perfect one.</p>'
+            + _table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
+            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.</p>')
+
+def _picture_section(run):
+    some, worst = (''.join(p._repr_html_() for p in ps) for ps in gallery(run))
+    return f'<h2>Pictures at random</h2><div class="grid">{some}</div><h2>The worst</h2><div class="grid">{worst}</div>'
+
+# %% ../nbs/08_run.ipynb #report-how
+_FIGURES = ((training_figure, 'Both regressors by epoch: validation score of the averaged weights'),
+            (ratio_figure, 'Each model is added to the blend of those before it; the star is the ratio that was found'),
+            (norms_figure, 'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
+            (similarity_figure, 'Weights pull the training rows towards the held-out ones'))
+
+def _figure_section(run):
+    return '<h2>How it came about</h2><div class="grid">' + ''.join(_figure(draw(run), caption) for draw, caption in _FIGURES) + '</div>'
+
+def _cost_section(run):
+    rows = []
+    for t in STAGES:
+        if (r := run.receipt(t.name)): rows.append((t.title, f"{r['seconds']:.0f}", f"{r['cpu']:.0f}", ', '.join(f'{k} {v}' for k, v in r['facts'].items())))
+    return ('<h2>What it cost</h2>' + _table(['stage', 's', 'CPU s', 'facts'], rows, 'facts')
+            + f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs</p>')
+
 # %% ../nbs/08_run.ipynb #write-report
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>sdip: {title}</title><style>{style}</style></head><body>{body}</body></html>"""
+
 def write_report(
     run, # a finished run
 ):       # writes report.html
-    "One self-contained page: scoreboard, curves, cost of each stage"
-    s, board = read_json(run/'scores.json'), scoreboard(run)
-    (lo, hi), (some, worst) = s['intervals']['ensemble - best single'], gallery(run)
-    figures = [(training_figure, 'Both regressors by epoch: validation score of the averaged weights'),
-               (ratio_figure, 'Each model is added to the blend of those before it; the star is the ratio that was found'),
-               (norms_figure, 'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
-               (similarity_figure, 'Weights pull the training rows towards the held-out ones')]
-    stages = [(t.title, f"{s['seconds'][t.name]:.0f}", f"{s['cpu'][t.name]:.0f}", ', '.join(f'{k} {v}' for k, v in run.receipt(t.name)['facts'].items()))
-              for t in STAGES if t.name in s['seconds']]
-    body = [f'<h1>{escape(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {sum(run.pairs()[0].split == "test")} held-out pictures. '
-            'Skill 0 is the answer of someone who has not looked at the picture, skill 1 a perfect one.</p>',
-            _table(['model', 'score', 'skill', '95 % interval', 'CPU s'], [(r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}',
-                   '' if r.cpu is None or np.isnan(r.cpu) else f'{r.cpu:.0f}') for r in board.itertuples()]),
-            f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.</p>',
-            '<h2>Pictures at random</h2><div class="grid">', *(p._repr_html_() for p in some), '</div>',
-            '<h2>The worst</h2><div class="grid">', *(p._repr_html_() for p in worst), '</div>',
-            '<h2>How it came about</h2><div class="grid">', *(_figure(f(run), c) for f, c in figures), '</div>', '<h2>What it cost</h2>',
-            _table(['stage', 's', 'CPU s', 'facts'], stages, 'facts'), f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs</p>']
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>sdip: {escape(run.folder.name)}</title><style>{_STYLE}</style></head><body>{"".join(body)}</body></html>'
+    "One self-contained page about a run"
+    body = ''.join(section(run) for section in (_score_section, _picture_section, _figure_section, _cost_section))
+    page = _PAGE.format(title=escape(run.folder.name), style=_STYLE, body=body)
     with atomic_path(run/'report.html') as tmp: Path(tmp).write_text(page, encoding='utf-8')
 
 @stage('Report', needs='scores ensemble clip vit weights interrogator', files='report.html')
