@@ -390,6 +390,7 @@ def scoreboard_text(run) -> str: # some lines for a terminal
         lines.append(f'{r.model:13}  {r.score:.4f}  {r.skill:+.3f}   {r.lo:.4f} .. {r.hi:.4f}  {cpu}')
     lo, hi = s['intervals']['ensemble - best single']
     lines.append(f"ensemble over the best single ({s['best_single']}): {s['gain']:+.4f}, 95 % interval {lo:+.4f} .. {hi:+.4f}")
+    lines.append('CPU s by stage: ' + ', '.join(f"{n.replace('_', ' ')} {v:.0f}" for n, v in s['cpu'].items()))
     lines.append(f"all stages: {sum(s['seconds'].values()):.0f} s, {sum(s['cpu'].values()):.0f} CPU s, at most {s['peak_gb']:.1f} GB of memory")
     n = (run.pairs()[0].split == 'train').sum()
     if n < 1000: lines.append(f'{n} training pictures are too few to learn from: these scores show that the walk works, not how good it is')
