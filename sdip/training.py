@@ -628,7 +628,7 @@ def subject_accuracy(pred, answers):
     return answers[:, :n].gather(1, pred[:, :n].argmax(1, keepdim=True)).gt(0).float().mean()
 
 # %% ../nbs/00c_training.ipynb #pretrain-vit
-VIT = dict(name='vit_tiny_patch16_224', kw=dict(img_size=64, patch_size=16, embed_dim=160, depth=6, num_heads=4))
+VIT = dict(name='vit_tiny_patch16_224', kw=dict(patch_size=16, embed_dim=160, depth=6, num_heads=4))
 
 def pretrain_vit(
     folder,                       # gets config.json, model.safetensors (fp16), history.json
@@ -647,7 +647,7 @@ def pretrain_vit(
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        net = timm.create_model(tower['name'], num_classes=answers.shape[1], **tower['kw'])
+        net = timm.create_model(tower['name'], img_size=size, num_classes=answers.shape[1], **tower['kw'])
         learn = _pretrain(net, train, valid, prep, lambda p, a, numbers: answers_loss(p, a), lambda p, a, numbers: subject_accuracy(p, a), recipe, 1,
                           folder, tower, device, quiet, 'ViT')
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows), folder/'history.json')
