@@ -14,6 +14,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['sdip', 'sdip.*']), include_package_data=True, zip_safe=True,
+    package_data=dict(sdip=['weights/*.md', 'weights/*/*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
     extras_require=dict(offline=offline, dev=offline + shlex.split(cfg['dev_requirements'])),

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINILM_SHA256', 'CLIP_CONFIG', 'CLIP_WEIGHTS',
-           'ENGINES', 'CLIP_RENAMES', 'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder', 'save_clip',
-           'ClipEncoder', 'encode', 'convert_clip']
+           'ENGINES', 'CLIP_RENAMES', 'SHIPPED', 'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder',
+           'save_clip', 'ClipEncoder', 'encode', 'convert_clip', 'shipped']
 
 # %% ../nbs/00b_encoders.ipynb #imports
 import json, os, warnings, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -540,3 +543,19 @@ def convert_clip(
     model = open_clip.CLIP(**cfg)
     model.load_state_dict(_open_clip_state(load_file(folder/'model.safetensors')))
     return save_clip(model, cfg, prep, out)
+
+# %% ../nbs/00b_encoders.ipynb #shipped
+SHIPPED = ('base_clip', 'vit')
+
+@contextmanager
+def shipped(
+    name:str, # 'base_clip' | 'vit'
+): # gives a Path: the folder of config and weights, there until the block ends
+    "The package's own weights, wherever the package lies"
+    if name not in SHIPPED: raise ValueError(f"no weights named {name!r} come with the package, known are {', '.join(SHIPPED)}")
+    inside = files('sdip')/'weights'/name
+    if isinstance(inside, Path): yield inside; return
+    with TemporaryDirectory() as tmp:                               # inside a zip
+        folder = Path(tmp)/name; folder.mkdir()
+        for f in inside.iterdir(): (folder/f.name).write_bytes(f.read_bytes())
+        yield folder
