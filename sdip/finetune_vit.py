@@ -37,6 +37,7 @@ def build_backbone(
     if img_size: cfg['input_size'] = (3, img_size, img_size)
     return net, Preprocess.from_timm(cfg)
 
+# %% ../nbs/03_finetune_vit.ipynb #backbone-from
 def backbone_from(
     folder,             # written by `save_weights`: its config.json holds `tower` and `preprocess`
 ):                      # (network without a classifier, its `Preprocess`, the tower's name and arguments)

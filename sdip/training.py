@@ -121,6 +121,7 @@ def _loader(ds, sampler, n_inp=1, workers=0):
     dl.n_inp = n_inp
     return dl
 
+# %% ../nbs/00c_training.ipynb #make-loaders-both
 def make_loaders(
     train:PairRows,          # rows to learn from
     valid:PairRows,          # rows to watch
@@ -494,6 +495,7 @@ CLIP_RECIPE = PretrainRecipe(alike_from=11)
 VIT_RECIPE = PretrainRecipe(epochs=36, prompts=60_000, texts=0, lr=2e-3, bs=128)
 WATCHED = 512   # pictures to watch
 
+# %% ../nbs/00c_training.ipynb #say
 class Say(Callback):
     "One line an epoch"
     order = 56
@@ -556,6 +558,7 @@ CLIP_TOWERS = dict(
     vision_cfg=dict(layers=[1, 2, 2, 1], width=16, image_size=64, patch_size=None),
     text_cfg=dict(context_length=32, vocab_size=49408, width=96, heads=3, layers=2))
 
+# %% ../nbs/00c_training.ipynb #taught-clip-module
 class TaughtClip(nn.Module):
     "A CLIP, and beside it the map from MiniLM's vectors into its space"
     def __init__(self, clip, width):
@@ -571,6 +574,7 @@ class TaughtClip(nn.Module):
         read = self.clip.encode_text(torch.cat([tokens[:half], short_tokens[half:]]), normalize=True)        # (b, d)
         return img, said, read, self.clip.logit_scale.exp().clamp(max=100)
 
+# %% ../nbs/00c_training.ipynb #taught-loss
 def taught_loss(pred, numbers=None):
     "Pictures find the mapped vector of their prompt; the text tower's row lies where the map's does, and finds the picture too"
     img, said, read, scale = pred
@@ -634,6 +638,7 @@ def scene_answers(
         out.append(row)
     return torch.tensor(out, dtype=torch.float32)
 
+# %% ../nbs/00c_training.ipynb #answers-loss
 def answers_loss(pred, answers):
     "Cross-entropy, added over the questions"
     sizes = [len(v) for v in scene_questions().values()]
