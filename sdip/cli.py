@@ -125,7 +125,7 @@ def sdip_submit(
 @call_parse
 def sdip_run(
     out:str=None,           # run folder; default runs/<preset>, or runs/<name of the pairs>
-    preset:str='playground',# playground, or tiny: the same in a minute
+    preset:str=None,        # playground; scratch: the same from random weights; tiny: in a minute. Default playground, with --pairs scratch
     pairs:str=None,         # your own pairs: a folder (competition), or a CSV or parquet with image and prompt
     seed:int=None,          # of pictures, weights and order; default 0
 ):
@@ -135,6 +135,7 @@ def sdip_run(
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')          # idle threads that spin would burn the other threads' time
     warnings.filterwarnings('ignore', category=FutureWarning)    # of libraries, to their own authors
     from sdip.run import scoreboard_text, walk
+    preset = preset or ('scratch' if pairs else 'playground')     # towers that know drawings only are no start for other pictures
     out = out or f'runs/{Path(pairs).stem if pairs else preset}'
     try: run = walk(out, preset, pairs, **({} if seed is None else dict(seed=seed)))
     except (ValueError, OSError) as e: sys.exit(f'sdip_run: {e}')

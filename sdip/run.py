@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'STAGES', 'MODELS', 'Stage', 'stage', 'cpu_seconds', 'peak_gb', 'Run', 'receipt', 'is_done', 'do',
-           'stage_data', 'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_similarity',
-           'stage_weights', 'stage_base_clip', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
+           'stage_data', 'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_base_clip',
+           'stage_similarity', 'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
            'stage_interrogator', 'stage_ensemble', 'stage_submission', 'mean_vector', 'stage_scores', 'scoreboard',
            'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure', 'norms_figure', 'thumbnail',
            'Prediction', 'nearest_prompts', 'gallery', 'write_report', 'stage_report', 'walk', 'RunPredictor',
@@ -28,15 +28,18 @@ from .data import (EMB_DIM, bootstrap_interval, clean_prompts, duplicate_of, has
 _PLAYGROUND = dict(
     n_train=5000, n_valid=600, n_test=1000, per_prompt=2, loose=0.3, size=64,       # what is drawn
     threshold=0.95,                                                                 # near-duplicates go
-    fold_epochs=5, clip_epochs=9, clip_lr=2e-3,                                     # base CLIP: two folds, then the whole
+    start='shipped',                                                                # towers that come with the package
     weights='ratio', weight_power=0.5,                                              # sample weights from similarity
-    tune_lr=3e-3, tune_timetable=((1, 1), (3, 1), (None, 5)),                       # CLIP regressor
-    vit='resnet10t', vit_kw=dict(channels=(32, 64, 128, 256), stem_width=16), vit_epochs=7, vit_lr=1e-2,
+    clip_lr=1e-3, clip_timetable=((1, 1), (3, 1), (None, 4)),                       # CLIP regressor
+    vit_lr=1e-3, vit_timetable=((1, 1), (3, 1), (None, 3)),                         # timm regressor
     seed=0)
-PRESETS = dict(
-    playground=_PLAYGROUND,
-    tiny=_PLAYGROUND | dict(n_train=160, n_valid=40, n_test=40, per_prompt=1, fold_epochs=1, clip_epochs=1,
-                            tune_timetable=((1, 1),), vit_epochs=1))
+_SCRATCH = _PLAYGROUND | dict(
+    start='scratch', base_lr=2e-3, base_epochs=9, fold_epochs=5,                    # base CLIP: the whole, and two folds
+    clip_lr=3e-3, clip_timetable=((1, 1), (3, 1), (None, 5)),
+    vit='resnet10t', vit_kw=dict(channels=(32, 64, 128, 256), stem_width=16), vit_lr=1e-2, vit_timetable=((None, 7),))
+_FEW = dict(n_train=160, n_valid=40, n_test=40, per_prompt=1, clip_timetable=((1, 1),), vit_timetable=((None, 1),))
+PRESETS = dict(playground=_PLAYGROUND, scratch=_SCRATCH, tiny=_PLAYGROUND | _FEW,
+               tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1))
 
 # %% ../nbs/08_run.ipynb #stage
 @dataclass
@@ -199,29 +202,50 @@ def read_pairs(self, split=None):
 
 Run.pairs = read_pairs
 
-# %% ../nbs/08_run.ipynb #stage-similarity
+# %% ../nbs/08_run.ipynb #stage-base-clip
 def _train_clip(run, table, valid, folder, epochs, desc):
     from sdip.training import ClipRecipe, train_clip
-    recipe = ClipRecipe(epochs=epochs, lr=run.args['clip_lr'], seed=run.args['seed'])
+    recipe = ClipRecipe(epochs=epochs, lr=run.args['base_lr'], seed=run.args['seed'])
     return train_clip(image_paths(table, run.folder), table.prompt.tolist(), image_paths(valid, run.folder), valid.prompt.tolist(), run/folder,
                       groups=table.group.to_numpy(), recipe=recipe, quiet=run.quiet, desc=desc)
 
+@stage('Base CLIP', needs='pairs', args='start base_epochs base_lr seed', files='base_clip/open_clip_model.safetensors base_clip/open_clip_config.json')
+def stage_base_clip(run):
+    "The shipped CLIP, or one trained on all training prompts"
+    from sdip.encoders import ClipEncoder, shipped
+    (train, _), (valid, _) = run.pairs('train'), run.pairs('valid')
+    if run.args['start'] == 'scratch': clip = _train_clip(run, train, valid, 'base_clip', run.args['base_epochs'], 'base CLIP')
+    else:
+        with shipped('base_clip') as folder:
+            for f in folder.iterdir():
+                with atomic_path(run/'base_clip'/f.name) as tmp: Path(tmp).write_bytes(f.read_bytes())
+        clip = ClipEncoder(run/'base_clip')
+    sims = clip.encode_images(image_paths(valid, run.folder)) @ clip.encode_texts(valid.prompt.tolist()).T      # (valid, valid)
+    found = np.nanmean(np.nan_to_num(sims, nan=-1).argmax(1) == np.arange(len(valid)))
+    return dict(start=run.args['start'], finds_its_prompt=f'{found:.3f} of {len(valid)}', dim=clip.dim)
+
+# %% ../nbs/08_run.ipynb #stage-similarity
 def _similarity(clip, table, root):
     "Cosine of each picture with its own prompt; NaN where the picture cannot be read"
     distinct, row = np.unique(table.prompt, return_inverse=True)
     return (clip.encode_images(image_paths(table, root)) * clip.encode_texts(distinct.tolist())[row]).sum(1)
 
-@stage('Text-image similarity, out of fold (two CLIPs)', needs='pairs', args='fold_epochs clip_lr seed', files='emb/similarity.npy')
-def stage_similarity(run):
+def _out_of_fold(run, table, valid):
     "Train a CLIP on each half of the training prompts; each judges the rows it has not seen"
-    (table, _), (valid, _) = run.pairs(), run.pairs('valid')
     fold = np.where(table.split == 'train', np.unique(table.group, return_inverse=True)[1] % 2, 2)
     sims = np.zeros((2, len(table)), np.float32)
     for f in (0, 1):
         clip = _train_clip(run, table[fold == f], valid, f'base_clip/fold{f}', run.args['fold_epochs'], f'CLIP of fold {f}')
-        unseen = fold != f
-        sims[f, unseen] = _similarity(clip, table[unseen], run.folder)
-    sims = np.where(fold == 2, sims.mean(0), sims.sum(0))                     # a training row has one judge
+        sims[f, fold != f] = _similarity(clip, table[fold != f], run.folder)
+    return np.where(fold == 2, sims.mean(0), sims.sum(0))                     # a training row has one judge
+
+@stage('Text-image similarity', needs='pairs base_clip', args='start fold_epochs base_lr seed', files='emb/similarity.npy')
+def stage_similarity(run):
+    "How near each picture is to its own prompt, in the eyes of a CLIP that has not seen the pair"
+    from sdip.encoders import ClipEncoder
+    (table, _), (valid, _) = run.pairs(), run.pairs('valid')
+    scratch = run.args['start'] == 'scratch'
+    sims = _out_of_fold(run, table, valid) if scratch else _similarity(ClipEncoder(run/'base_clip'), table, run.folder)
     with atomic_path(run/'emb/similarity.npy') as tmp: np.save(tmp, sims)
     return {s: f'{np.nanmean(sims[table.split == s]):.3f}' for s in ('train', 'valid')}
 
@@ -238,15 +262,7 @@ def stage_weights(run):
     with atomic_path(run/'emb/weights.npy') as tmp: np.save(tmp, w)
     return dict(effective_rows=f'{effective_sample_size(w[train]):.0f} of {train.sum()}') if enough else dict(note=f'{len(ref)} held-out pairs are too few to weigh by')
 
-# %% ../nbs/08_run.ipynb #stage-base-clip
-@stage('Base CLIP', needs='pairs', args='clip_epochs clip_lr seed', files='base_clip/open_clip_model.safetensors base_clip/open_clip_config.json base_clip/history.json')
-def stage_base_clip(run):
-    "A CLIP on all training prompts: what kNN, interrogator and CLIP regressor look through"
-    (train, _), (valid, _) = run.pairs('train'), run.pairs('valid')
-    clip = _train_clip(run, train, valid, 'base_clip', run.args['clip_epochs'], 'base CLIP')
-    history = read_json(run/'base_clip/history.json')['history']
-    return dict(finds_its_prompt=f'{history[-1]["metric"]:.3f}', dim=clip.dim)
-
+# %% ../nbs/08_run.ipynb #save-predictions
 def save_predictions(run, model, name):
     "Predict and keep the held-out splits; returns facts for the receipt"
     from sdip.ensemble import save_preds
@@ -261,25 +277,31 @@ def save_predictions(run, model, name):
 # %% ../nbs/08_run.ipynb #stage-clip
 _PREDS = lambda name: f'preds/{name}.valid.npz preds/{name}.test.npz'
 
-@stage('CLIP regressor', needs='pairs weights base_clip', args='tune_lr tune_timetable seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}')
+@stage('CLIP regressor', needs='pairs weights base_clip', args='clip_lr clip_timetable seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}')
 def stage_clip(run):
     "Base CLIP's image tower with a 384-d head: ridge probe, then layers unfrozen step by step"
     from sdip.finetune_clip import ClipRegressor, Recipe
     table, targ = run.pairs()
-    recipe = Recipe(lr=run.args['tune_lr'], timetable=tuple(map(tuple, run.args['tune_timetable'])), layer_decay=0.8, seed=run.args['seed'])
+    recipe = Recipe(lr=run.args['clip_lr'], timetable=tuple(map(tuple, run.args['clip_timetable'])), layer_decay=0.8, seed=run.args['seed'])
     (run/'clip').mkdir(exist_ok=True)
     model = ClipRegressor(run/'base_clip').fit(table, targ, run.folder, recipe, checkpoint=run/'clip/checkpoint.pt', quiet=run.quiet)
     model.save(run/'clip')
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | save_predictions(run, model, 'clip')
 
-@stage('timm regressor', needs='pairs weights', args='vit vit_kw vit_epochs vit_lr size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}')
+@stage('timm regressor', needs='pairs weights', args='start vit vit_kw vit_lr vit_timetable size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}')
 def stage_vit(run):
-    "A timm backbone from random weights"
-    from sdip.finetune_vit import VitRegressor, scratch_recipe
+    "A timm backbone: the shipped small ViT, which learned what is in a picture, or any other from random weights"
+    from sdip.encoders import shipped
+    from sdip.finetune_clip import Recipe
+    from sdip.finetune_vit import VitRegressor
     a, (table, targ) = run.args, run.pairs()
     (run/'vit').mkdir(exist_ok=True)
-    model = VitRegressor(a['vit'], 'random', img_size=a['size'], seed=a['seed'], **a['vit_kw'])
-    model.fit(table, targ, run.folder, scratch_recipe(a['vit_epochs'], a['vit_lr'], seed=a['seed']), checkpoint=run/'vit/checkpoint.pt', quiet=run.quiet)
+    scratch, timetable = a['start'] == 'scratch', tuple(map(tuple, a['vit_timetable']))
+    if scratch: model = VitRegressor(a['vit'], 'random', img_size=a['size'], seed=a['seed'], **a['vit_kw'])
+    else:
+        with shipped('vit') as folder: model = VitRegressor(weights=folder)
+    recipe = Recipe(lr=a['vit_lr'], timetable=timetable, layer_decay=1. if scratch else 0.8, probe=not scratch, seed=a['seed'])
+    model.fit(table, targ, run.folder, recipe, checkpoint=run/'vit/checkpoint.pt', quiet=run.quiet)
     model.save(run/'vit')
     return save_predictions(run, model, 'vit')
 
