@@ -308,20 +308,22 @@ def stage_vit(run):
 # %% ../nbs/08_run.ipynb #stage-knn
 @stage('kNN regression', needs='pairs base_clip', files=f'knn/config.json knn/keys.npy knn/values.npy {_PREDS("knn")}')
 def stage_knn(run):
-    "A bank of the training prompts' texts and pictures in CLIP's space; k and power chosen on validation pictures"
+    "A bank of the training prompts' texts, with or without their pictures, whichever validation pictures prefer; so are k and power"
     from sdip.encoders import ClipEncoder
     from sdip.knn import KNNRegressor
     (train, targ), (valid, valid_targ) = run.pairs('train'), run.pairs('valid')
     clip = ClipEncoder(run/'base_clip')
-    img = clip.encode_images(image_paths(train, run.folder))
-    ok = np.isfinite(img).all(1)
-    first = train.drop_duplicates('group').index.to_numpy()
-    model = KNNRegressor(clip, centre=True)
-    model.fit(clip.encode_texts(train.prompt[first].tolist()), targ[first], train.prompt[first].tolist(), 'text')
-    model.add(img[ok], targ[ok], train.prompt[ok].tolist(), 'image')
-    model.tune(clip.encode_images(image_paths(valid, run.folder)), valid_targ)
+    img, queries = (clip.encode_images(image_paths(t, run.folder)) for t in (train, valid))
+    ok, first = np.isfinite(img).all(1), train.drop_duplicates('group').index.to_numpy()
+    prompts = train.prompt.to_numpy(object)
+    texts = clip.encode_texts(prompts[first].tolist())
+    def tuned(pictures):
+        model = KNNRegressor(clip, centre=pictures).fit(texts, targ[first], prompts[first].tolist(), 'text')
+        if pictures: model.add(img[ok], targ[ok], prompts[ok].tolist(), 'image')
+        return float(model.tune(queries, valid_targ).score[0]), pictures, model
+    _, pictures, model = max(tuned(False), tuned(True), key=lambda t: t[0])
     model.save(run/'knn')
-    return dict(k=model.k, power=model.power) | save_predictions(run, model, 'knn')
+    return dict(bank='texts and pictures' if pictures else 'texts', k=model.k, power=model.power) | save_predictions(run, model, 'knn')
 
 # %% ../nbs/08_run.ipynb #stage-interrogator
 @stage('Interrogator', needs='pairs base_clip', args='pairs', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
