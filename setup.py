@@ -2,7 +2,7 @@
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
@@ -13,7 +13,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['sdip', 'sdip.*']), include_package_data=True, zip_safe=True,
+    packages=find_namespace_packages(include=['sdip', 'sdip.*']), include_package_data=True, zip_safe=True,
     package_data=dict(sdip=['weights/*.md', 'weights/*/*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
