@@ -187,8 +187,9 @@ def ratio_curve(
     "Score of the blend `w` plus a ratio of model `j`."
     w = np.where(np.arange(len(w)) == j, 0, w)
     gw = gram @ w                                                          # (n, m)
-    top, add, square, cross, own = dots @ w, dots[:, j], gw @ w, gw[:, j], gram[:, j, j]
-    return lambda r: float(_ratio(top + r*add, square + 2*r*cross + r*r*own).mean())
+    top, square = dots @ w, gw @ w
+    add, cross, own = map(np.ascontiguousarray, (dots[:, j], 2*gw[:, j], gram[:, j, j]))
+    return lambda r: float(_ratio(top + r*add, square + r*(cross + r*own)).mean())
 
 # %% ../nbs/06_ensemble.ipynb #greedy-search
 def greedy_ratios(
