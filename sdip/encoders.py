@@ -357,6 +357,7 @@ WEIGHTS = (CLIP_WEIGHTS, 'open_clip_pytorch_model.safetensors', 'model.safetenso
 
 def hub_folder(
     repo:str, # 'hf-hub:org/name' may download (not with HF_HUB_OFFLINE=1); 'org/name' asks the local cache only
+    weights=WEIGHTS, # names of the file of weights, best first
 )->Path: # folder in the cache, with weights in the best format there is, and the small files beside them
     "A repository of the Hugging Face hub as a folder"
     from huggingface_hub import hf_hub_download
@@ -365,12 +366,12 @@ def hub_folder(
         nonlocal said
         try: return Path(hf_hub_download(name, file, local_files_only=name == repo))
         except Exception as e: said = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
-    weights = next((f for f in map(fetch, WEIGHTS) if f), None)
-    if weights is None:
+    found = next((f for f in map(fetch, weights) if f), None)
+    if found is None:
         how = "write 'hf-hub:' in front to let it be downloaded" if name == repo else 'is the name right, and the hub within reach?'
-        raise ValueError(f"{name} is neither a folder here nor in the Hugging Face cache with any of {', '.join(WEIGHTS)} ({said}): {how}")
+        raise ValueError(f"{name} is neither a folder here nor in the Hugging Face cache with any of {', '.join(weights)} ({said}): {how}")
     for f in CONFIGS: fetch(f)
-    return weights.parent
+    return found.parent
 
 def cached_snapshot(folder): # -> Path: `folder`, or the snapshot inside it if it is a cache entry (models--org--name)
     "A copy of a cache entry, as people attach it, opened at its main revision"
@@ -464,7 +465,7 @@ class ClipEncoder:
         if (folder := _clip_folder(name)) and (pretrained or quick_gelu is not None):
             raise ValueError(f"{folder} brings its own weights and activation: leave pretrained={pretrained!r} and quick_gelu={quick_gelu} out")
         state = self._from_folder(folder, sha256) if folder else self._from_name(sha256)
-        if quick_gelu is not None: self.model_cfg['quick_gelu'], self.notes = quick_gelu, [f'built with quick_gelu={quick_gelu}, as the caller says']
+        if quick_gelu is not None: self.model_cfg['quick_gelu'], self.notes = quick_gelu, []
         self.model = self._fill(_empty_clip(self.model_cfg), state).to(self.device).eval().requires_grad_(False)
         self.activation, self.dim = _activation(self.model, self.model_cfg), self.model_cfg['embed_dim']
         self._choose_prep(prep)
@@ -510,7 +511,8 @@ def _from_name(self:ClipEncoder, expected):
     elif Path(self.pretrained).is_file(): self._hash(self.pretrained, expected); beside = _quick_beside(self.file.parent)
     else: self._hash(_tag_file(name, str(self.pretrained)), expected); tag = open_clip.get_pretrained_cfg(name, str(self.pretrained))
     state, openai = _clip_state(self.file, self.sha256, expected)
-    quick, note = _needs_quick_gelu(name, self.pretrained, beside, openai or self.sha256 in _openai_archives())
+    openai = openai or self.sha256 in _openai_archives()
+    quick, note = _needs_quick_gelu(name, self.pretrained, beside, openai)
     self.model_cfg, self.tokenizer = open_clip.get_model_config(name) | dict(quick_gelu=quick), open_clip.get_tokenizer(name)
     if note: self.notes.append(note)
     size = self.model_cfg['vision_cfg'].get('image_size', 224)
@@ -579,7 +581,7 @@ def _activation(model, cfg):
 def _choose_prep(self:ClipEncoder, prep):
     "What the caller says, else what the weights say, else an assumption that is noted; its size must be the network's"
     size = _square(self.model_cfg['vision_cfg'].get('image_size', 224))
-    if prep is not None: self.prep = _checked_prep(prep); self.notes.append('preprocessing as the caller says')
+    if prep is not None: self.prep = _checked_prep(prep)
     elif self._said: self.prep = self._said
     else: self.prep, note = _assumed_prep(None if Path(self.name).exists() or self.pretrained is None else self.name, size); self.notes.append(note)
     if self.prep.size != size: raise ValueError(f"preprocessing makes pictures of {self.prep.size} pixels, {self.name} takes {size}: the two do not belong together")
