@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINILM_SHA256', 'CLIP_CONFIG', 'CLIP_WEIGHTS',
-           'ENGINES', 'CLIP_RENAMES', 'SHIPPED', 'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder',
-           'save_clip', 'ClipEncoder', 'encode', 'convert_clip', 'shipped']
+           'OPENAI_KEYS', 'CLIP_RENAMES', 'CONFIGS', 'WEIGHTS', 'ENGINES', 'SHIPPED', 'Preprocess', 'image_batches',
+           'pick_device', 'TargetEncoder', 'save_clip', 'hub_folder', 'cached_snapshot', 'ClipEncoder', 'encode',
+           'shipped']
 
 # %% ../nbs/00b_encoders.ipynb #imports
 import json, os, warnings, zlib
@@ -248,104 +249,361 @@ def save_clip(
     write_json(dict(model_cfg=model_cfg, preprocess_cfg=prep, weights_sha256=sha256(folder/CLIP_WEIGHTS)), folder/CLIP_CONFIG)
     return folder
 
+# %% ../nbs/00b_encoders.ipynb #clip-imports
+import re, zipfile
+from copy import deepcopy
+
+# %% ../nbs/00b_encoders.ipynb #read-state
+def _is_archive(file):
+    "Is it TorchScript (code beside numbers, in a zip)?"
+    if not zipfile.is_zipfile(file): return False
+    with zipfile.ZipFile(file) as z: return any(n.endswith('/constants.pkl') for n in z.namelist())
+
+def _openai_archives():
+    "SHA-256 -> model name of the archives that OpenAI published: the hash stands in their addresses"
+    from open_clip import get_pretrained_url, list_openai_models
+    return {get_pretrained_url(m, 'openai').split('/')[-2]: m for m in list_openai_models()}  # the -quickgelu names come last
+
+def _read_tensors(file, digest, vouched=None):
+    "What the file holds by name, without running anything of it"
+    if file.suffix == '.safetensors':
+        from safetensors.torch import load_file
+        return load_file(file)
+    if not _is_archive(file): return torch.load(file, map_location='cpu', weights_only=True)
+    if digest not in _openai_archives() and digest != vouched:
+        raise ValueError(f"{file} is a TorchScript archive, code beside numbers, and its SHA-256 {digest} is none of OpenAI's: "
+                         "take the same weights as safetensors, or, if you trust whoever made it, pass sha256= with this very value")
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that TorchScript is deprecated
+        return torch.jit.load(str(file), map_location='cpu').state_dict()
+
+# %% ../nbs/00b_encoders.ipynb #clip-state
+OPENAI_KEYS = {'input_resolution', 'context_length', 'vocab_size'}  # only OpenAI's own archives carry these
+
+def _clip_state(file, digest, vouched=None):
+    "(tensors under open_clip's names, whether they are OpenAI's own) of a weights file, checkpoints unwrapped"
+    state = _read_tensors(file, digest, vouched)
+    for key in ('state_dict', 'model_state_dict', 'model'):
+        if isinstance(state.get(key), dict): state = state[key]; break
+    for prefix in ('module.', '_orig_mod.'):  # of DistributedDataParallel, of torch.compile
+        if all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
+    if 'vision_model.embeddings.class_embedding' in state: state = _open_clip_state(state)
+    odd = [k for k, v in state.items() if not torch.is_tensor(v)]
+    if odd or not state: raise ValueError(f"{file} holds {len(state)} entries, {len(odd)} of them no tensors (first {odd[:3]}): give a state dict or a checkpoint with one")
+    return {k: v for k, v in state.items() if k not in OPENAI_KEYS | {'attn_mask'}}, OPENAI_KEYS <= state.keys()
+
+# %% ../nbs/00b_encoders.ipynb #hf-names
+CLIP_RENAMES = [
+    ('vision_model.embeddings.class_embedding', 'visual.class_embedding'), ('vision_model.embeddings.patch_embedding', 'visual.conv1'),
+    ('vision_model.embeddings.position_embedding.weight', 'visual.positional_embedding'), ('vision_model.pre_layrnorm', 'visual.ln_pre'),
+    ('vision_model.post_layernorm', 'visual.ln_post'), ('vision_model.encoder.layers', 'visual.transformer.resblocks'),
+    ('visual_projection.weight', 'visual.proj'), ('text_projection.weight', 'text_projection'),
+    ('text_model.embeddings.token_embedding', 'token_embedding'), ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
+    ('text_model.final_layer_norm', 'ln_final'), ('text_model.encoder.layers', 'transformer.resblocks'),
+    ('self_attn.', 'attn.'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')]
+
+def _open_clip_state(state):
+    "transformers' tensors of a CLIP under open_clip's names"
+    out = {}
+    for name, v in state.items():
+        if name.endswith('position_ids'): continue
+        if '.q_proj.' in name:
+            parts = [state.get(name.replace('q_proj', f'{x}_proj')) for x in 'qkv']
+            if any(p is None for p in parts): continue                       # the missing in_proj is then named
+            v = torch.cat(parts)                                             # 3 x (w, w) -> (3w, w)
+        if re.search(r'\.[kv]_proj\.', name) and name.replace('k_proj', 'q_proj').replace('v_proj', 'q_proj') in state: continue
+        if name.endswith('projection.weight'): v = v.T
+        for old, new in CLIP_RENAMES: name = name.replace(old, new)
+        out[name.replace('q_proj.', 'in_proj_')] = v
+    return out
+
+# %% ../nbs/00b_encoders.ipynb #hf-config
+def _open_clip_cfg(cfg):
+    "transformers' CLIPConfig in open_clip's words"
+    v, t = cfg.vision_config, cfg.text_config
+    tower = lambda c: dict(layers=c.num_hidden_layers, width=c.hidden_size, mlp_ratio=c.intermediate_size/c.hidden_size)
+    acts, eps = {v.hidden_act, t.hidden_act}, {v.layer_norm_eps, t.layer_norm_eps}
+    if acts not in ({'quick_gelu'}, {'gelu'}): raise ValueError(f"activations are {sorted(acts)}, expected quick_gelu or gelu in both towers")
+    if eps != {1e-5}: raise ValueError(f"layer_norm_eps is {sorted(eps)}, expected 1e-05: open_clip builds no other")
+    return dict(embed_dim=cfg.projection_dim, quick_gelu=acts == {'quick_gelu'},
+        vision_cfg=dict(tower(v), head_width=v.hidden_size//v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size),
+        text_cfg=dict(tower(t), heads=t.num_attention_heads, vocab_size=t.vocab_size, context_length=t.max_position_embeddings))
+
+# %% ../nbs/00b_encoders.ipynb #prep-from-transformers
+@patch(cls_method=True)
+def from_transformers(cls:Preprocess, cfg): # cfg: what stands in preprocessor_config.json
+    "The settings in transformers' words"
+    side = lambda s: _square([s[k] for k in ('height', 'width') if k in s] or [s['shortest_edge']]) if isinstance(s, dict) else _square(s)
+    cut = cfg.get('do_center_crop', 'crop_size' in cfg)
+    resize = side(cfg['size']); size = side(cfg.get('crop_size', resize)) if cut else resize
+    names = {2: 'bilinear', 3: 'bicubic'}
+    odd = {k: cfg[k] for k in ('do_resize', 'do_rescale', 'do_normalize') if cfg.get(k) is False}
+    if cfg.get('resample', 3) not in names: odd['resample'] = cfg['resample']
+    if not np.isclose(cfg.get('rescale_factor', 1/255), 1/255, rtol=1e-3): odd['rescale_factor'] = cfg['rescale_factor']
+    if size != resize: odd |= dict(size=resize, crop_size=size)
+    if odd: raise ValueError(f"preprocessing {odd} is not known: pass prep=Preprocess(..) that does the same")
+    return _checked_prep(cls(size, cfg['image_mean'], cfg['image_std'], names[cfg.get('resample', 3)], 'shortest' if cut else 'squash'))
+
+def _checked_prep(prep):
+    "The settings, when mean and std can be those of values from 0 to 1"
+    if not (len(prep.mean) == len(prep.std) == 3 and all(0 <= m <= 1 for m in prep.mean) and all(.01 < s <= 1 for s in prep.std)):
+        raise ValueError(f"mean {prep.mean} and std {prep.std} are not those of 3 channels on the scale 0..1: were they written for bytes?")
+    return prep
+
+# %% ../nbs/00b_encoders.ipynb #hub-folder
+CONFIGS = (CLIP_CONFIG, 'config.json', 'preprocessor_config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.txt', 'vocab.json',
+           'merges.txt', 'special_tokens_map.json', 'generation_config.json')
+WEIGHTS = (CLIP_WEIGHTS, 'open_clip_pytorch_model.safetensors', 'model.safetensors', 'open_clip_pytorch_model.bin', 'pytorch_model.bin')
+
+def hub_folder(
+    repo:str, # 'hf-hub:org/name' may download (not with HF_HUB_OFFLINE=1); 'org/name' asks the local cache only
+    weights=WEIGHTS, # names of the file of weights, best first
+)->Path: # folder in the cache, with weights in the best format there is, and the small files beside them
+    "A repository of the Hugging Face hub as a folder"
+    from huggingface_hub import hf_hub_download
+    name, said = repo.removeprefix('hf-hub:'), ''
+    def fetch(file):
+        nonlocal said
+        try: return Path(hf_hub_download(name, file, local_files_only=name == repo))
+        except Exception as e: said = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+    found = next((f for f in map(fetch, weights) if f), None)
+    if found is None:
+        how = "write 'hf-hub:' in front to let it be downloaded" if name == repo else 'is the name right, and the hub within reach?'
+        raise ValueError(f"{name} is neither a folder here nor in the Hugging Face cache with any of {', '.join(weights)} ({said}): {how}")
+    for f in CONFIGS: fetch(f)
+    return found.parent
+
+def cached_snapshot(folder): # -> Path: `folder`, or the snapshot inside it if it is a cache entry (models--org--name)
+    "A copy of a cache entry, as people attach it, opened at its main revision"
+    folder = Path(folder); ref, inside = folder/'refs'/'main', sorted((folder/'snapshots').glob('*'))
+    return folder/'snapshots'/ref.read_text().strip() if ref.is_file() else inside[-1] if inside else folder
+
 # %% ../nbs/00b_encoders.ipynb #resolve-folder
 def _clip_folder(name):
-    "The folder meant by 'local-dir:folder' or by a path, None for a model's name; checked to be complete"
+    "The folder meant by a path, 'local-dir:folder' or a hub address, None for a model's name or a file; checked to be complete"
     text = str(name).removeprefix('local-dir:')
     folder = Path(text)
     is_path = isinstance(name, Path) or str(name).startswith('local-dir:') or (os.sep in text and folder.is_dir())
-    if not is_path and not (folder/CLIP_CONFIG).is_file(): return None
-    if not folder.is_dir(): raise ValueError(f"CLIP folder {folder} does not exist: give a folder with {CLIP_CONFIG} and weights")
+    if str(name).startswith('hf-hub:') or (re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not is_path and not folder.exists()): folder = hub_folder(str(name))
+    elif folder.is_file() or (not is_path and not (folder/CLIP_CONFIG).is_file()): return None
+    if not folder.is_dir(): raise ValueError(f"CLIP folder {folder} does not exist: give a folder with {CLIP_CONFIG} or transformers' config.json, and weights")
+    folder = cached_snapshot(folder)
     there = sorted(f.name for f in folder.iterdir())
-    if CLIP_CONFIG not in there and 'config.json' in there and read_json(folder/'config.json').get('model_type') == 'clip':
-        raise ValueError(f"CLIP folder {folder} is in transformers' format: convert_clip({folder.name!r}, out) makes one that is read here")
-    if CLIP_CONFIG not in there:
-        raise ValueError(f"CLIP folder {folder} has no {CLIP_CONFIG} (there: {there[:8]}): save it with save_clip or open_clip")
-    if not any(f.endswith(('.safetensors', '.bin', '.pth')) for f in there):
-        raise ValueError(f"CLIP folder {folder} has a config and no weights (there: {there[:8]}): "
-                         f"copy {CLIP_WEIGHTS} beside it; random weights are never used")
+    kind = read_json(folder/'config.json').get('model_type') if 'config.json' in there else None
+    if CLIP_CONFIG not in there and kind != 'clip':
+        raise ValueError(f"CLIP folder {folder} has no {CLIP_CONFIG}" + (f" and its config.json is of a {kind!r}, not a 'clip'" if kind else '')
+                         + f" (there: {there[:8]}): save it with save_clip, open_clip or transformers")
+    if not any(f.endswith(('.safetensors', '.bin', '.pth', '.pt')) for f in there):
+        raise ValueError(f"CLIP folder {folder} has a config and no weights (there: {there[:8]}): copy them beside it; random weights are never used")
     return folder
 
-def _weights_file(folder, name=CLIP_WEIGHTS):
-    "The file that open_clip would choose there"
-    from open_clip.factory import _find_checkpoint_in_dir
-    return folder/name if (folder/name).is_file() else Path(_find_checkpoint_in_dir(folder))
+def _weights_file(folder):
+    "The file of weights in a folder, the safest format first; several of one format that have no usual name are refused"
+    usual = next((folder/f for f in WEIGHTS if (folder/f).is_file()), None)
+    if usual: return usual
+    found = next((fs for ext in ('.safetensors', '.bin', '.pth', '.pt') if (fs := sorted(folder.glob(f'*{ext}')))))
+    if len(found) > 1: raise ValueError(f"CLIP folder {folder} holds {[f.name for f in found]}: which one? Name the file: ClipEncoder(architecture, file)")
+    return found[0]
 
 # %% ../nbs/00b_encoders.ipynb #quick-gelu-rule
-def _needs_quick_gelu(name, pretrained):
-    "(whether to force QuickGELU, the reason to tell) for an open_clip name and a tag or file"
+def _needs_quick_gelu(name, pretrained, beside=None, openai=False):
+    "(whether to build QuickGELU, the note to make) for an open_clip name and a tag or file; `beside`: what a config beside the file says"
     import open_clip
     cfg = open_clip.get_model_config(name)
     if cfg is None: raise ValueError(f"{name!r} is neither a folder nor an open_clip model; known are {', '.join(open_clip.list_models()[:6])}, .. (open_clip.list_models())")
-    if cfg.get('quick_gelu'): return False, ''
-    if open_clip.get_pretrained_cfg(name, str(pretrained)).get('quick_gelu'): return True, f'the tag {pretrained!r} was trained with it'
-    if 'openai' in str(pretrained).lower(): return True, "its path says 'openai'"
-    return False, ''
+    named = bool(cfg.get('quick_gelu'))
+    word = lambda quick: 'QuickGELU' if quick else 'GELU'
+    tag = open_clip.get_pretrained_cfg(name, str(pretrained))
+    reasons = [(bool(tag.get('quick_gelu')) if tag else None, f'the tag {pretrained!r} was trained with it'), (beside, 'the config beside the weights says so'),
+               (openai or None, "the weights are OpenAI's own"), ('openai' in str(pretrained).lower() or None, "its path says 'openai'")]
+    for quick, why in reasons:
+        if quick is not None: return quick, '' if quick == named else f'{name} built with {word(quick)}: {why}'
+    tags = {t: bool(open_clip.get_pretrained_cfg(name, t).get('quick_gelu')) for t in open_clip.list_pretrained_tags_by_model(name)}
+    others = [t for t, quick in tags.items() if quick != named]
+    return named, f"activation assumed: {word(named)}, as the name {name} says; these weights of it use the other: {', '.join(others)}; quick_gelu={not named} overrules" if others else ''
+
+# %% ../nbs/00b_encoders.ipynb #folder-prep
+def _folder_prep(folder):
+    "The preprocessing that the configs in a folder state, or None; ValueError where two of them disagree"
+    said = {}
+    if (folder/CLIP_CONFIG).is_file():
+        d = read_json(folder/CLIP_CONFIG); cfg = d.get('preprocess_cfg') or {}
+        if 'mean' in cfg and 'std' in cfg: said[CLIP_CONFIG] = _checked_prep(Preprocess.from_open_clip(dict(cfg, size=cfg.get('size') or d['model_cfg']['vision_cfg'].get('image_size', 224))))
+    if (folder/'preprocessor_config.json').is_file():
+        said['preprocessor_config.json'] = Preprocess.from_transformers(read_json(folder/'preprocessor_config.json'))
+    if len(said) == 2:
+        (a, p), (b, q) = said.items()
+        if not np.allclose([p.mean, p.std], [q.mean, q.std], atol=1e-3):
+            raise ValueError(f"{folder}: {a} says mean {p.mean}, std {p.std}, {b} says {q.mean}, {q.std}: mend one of them, or pass prep=")
+    return next(iter(said.values()), None)
+
+def _assumed_prep(name, size):
+    "(preprocessing, note) where the weights say nothing: that of all weights published under the name, else OpenAI's"
+    import open_clip
+    cfgs = {t: open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)} if name else {}
+    kinds = {(tuple(c['mean']), tuple(c['std'])) for c in cfgs.values()}
+    mean, std = kinds.pop() if len(kinds) == 1 else (CLIP_MEAN, CLIP_STD)
+    others = [t for t, c in cfgs.items() if (tuple(c['mean']), tuple(c['std'])) != (mean, std)]
+    return Preprocess(size, mean, std), (f"preprocessing assumed, the weights bring none: mean {mean}, std {std}, bicubic"
+        + (f"; these weights of {name} use another: {', '.join(others)}" if others else '') + '; prep= overrules')
 
 # %% ../nbs/00b_encoders.ipynb #clip-encoder
 class ClipEncoder:
     "A CLIP with real weights: pictures and texts to unit rows of one space"
     def __init__(self,
-        name, # folder (or 'local-dir:folder') with open_clip_config.json, open_clip's model name, or 'hf-hub:org/repo'
+        name, # folder (or 'local-dir:folder'), open_clip's model name, OpenAI's archive, 'hf-hub:org/repo', or 'org/repo' in the cache
         pretrained=None, # open_clip's tag or a file of weights; only with a model name
         device=None, # see `pick_device`
         bs:int=128, # pictures or texts a batch
         workers:int=2, # decoding threads
-        quick_gelu:bool=None, # force QuickGELU; None: as the weights' origin says
+        quick_gelu:bool=None, # QuickGELU or not; None: as the weights' origin says
+        prep:Preprocess=None, # instead of the preprocessing that the weights bring
+        sha256:str=None, # expected of the file of weights; any other is refused
     ):
-        import open_clip
-        folder = _clip_folder(name)
-        if folder and (pretrained or quick_gelu is not None):
-            raise ValueError(f"{folder} brings its own weights and activation: leave pretrained={pretrained!r} and quick_gelu={quick_gelu} out")
-        self.name, self.pretrained = str(name if folder is None else folder), pretrained
+        self.name, self.pretrained, self.notes, self.report = str(name), pretrained, [], []
         self.device, self.bs, self.workers = pick_device(device), bs, workers
-        self.report, self.notes = [], []
-        self.file = _weights_file(folder) if folder else Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-        self.sha256 = sha256(self.file) if self.file else None  # None: fetched by tag
-        spec = self._folder_spec(folder) if folder else self._named_spec(quick_gelu)
-        self.model = self._build(spec).to(self.device).eval().requires_grad_(False)
-        self.prep = Preprocess.from_open_clip(self.model.visual.preprocess_cfg)
-        self.tokenizer, self.model_cfg = open_clip.get_tokenizer(spec['model_name']), open_clip.get_model_config(spec['model_name'])
-        self.dim = self.model_cfg['embed_dim']
+        if (folder := _clip_folder(name)) and (pretrained or quick_gelu is not None):
+            raise ValueError(f"{folder} brings its own weights and activation: leave pretrained={pretrained!r} and quick_gelu={quick_gelu} out")
+        state = self._from_folder(folder, sha256) if folder else self._from_name(sha256)
+        if quick_gelu is not None: self.model_cfg['quick_gelu'], self.notes = quick_gelu, []
+        self.model = self._fill(_empty_clip(self.model_cfg), state).to(self.device).eval().requires_grad_(False)
+        self.activation, self.dim = _activation(self.model, self.model_cfg), self.model_cfg['embed_dim']
+        self._choose_prep(prep)
+        for note in self.notes: warnings.warn(note, stacklevel=2)
 
-# %% ../nbs/00b_encoders.ipynb #clip-specs
+# %% ../nbs/00b_encoders.ipynb #clip-from-folder
 @patch
-def _folder_spec(self:ClipEncoder, folder):
-    "Arguments of open_clip for a folder, its weights checked against its config"
-    said = read_json(folder/CLIP_CONFIG).get('weights_sha256')
-    if said and said != self.sha256:
-        raise ValueError(f"{self.file} has SHA-256 {self.sha256}, its {CLIP_CONFIG} says {said}: the two do not belong together, save again")
-    return dict(model_name=f'local-dir:{folder}')
+def _hash(self:ClipEncoder, file, expected):
+    "Remember the file and its SHA-256; refuse another than expected"
+    self.file, self.sha256 = Path(file), sha256(file)
+    if expected and self.sha256 != expected: raise ValueError(f"{file} has SHA-256 {self.sha256}, expected {expected}: another file, or a damaged one; fetch it again")
 
-# %% ../nbs/00b_encoders.ipynb #clip-named
 @patch
-def _named_spec(self:ClipEncoder, quick_gelu):
-    "Arguments of open_clip for a model's name with a tag or a file"
-    if self.name.startswith('hf-hub:'): return dict(model_name=self.name)
-    if not self.pretrained:
-        raise ValueError(f"ClipEncoder({self.name!r}) has no weights: add pretrained= (a file, or a tag such as 'openai'); random ones are never used")
-    force, why = _needs_quick_gelu(self.name, self.pretrained)
-    if quick_gelu is None and force: self.notes.append(f"{self.name} built with QuickGELU: {why}")
-    for note in self.notes: warnings.warn(note, stacklevel=3)
-    return dict(model_name=self.name, pretrained=str(self.pretrained), force_quick_gelu=force if quick_gelu is None else quick_gelu)
+def _from_folder(self:ClipEncoder, folder, expected):
+    "open_clip's or transformers' folder: everything stands in its configs"
+    import open_clip
+    self._hash(_weights_file(folder), expected)
+    if (folder/CLIP_CONFIG).is_file():
+        said = read_json(folder/CLIP_CONFIG); self.model_cfg, digest = said['model_cfg'], said.get('weights_sha256')
+        if digest and digest != self.sha256:
+            raise ValueError(f"{self.file} has SHA-256 {self.sha256}, its {CLIP_CONFIG} says {digest}: the two do not belong together, save again")
+        self.tokenizer = open_clip.get_tokenizer(f'local-dir:{folder}')
+    else:
+        from transformers import CLIPConfig
+        self.model_cfg = _open_clip_cfg(CLIPConfig.from_pretrained(str(folder)))
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model_cfg['text_cfg']['context_length'])
+    if not str(self.name).startswith('hf-hub:') and Path(str(self.name).removeprefix('local-dir:')).is_dir(): self.name = str(folder)
+    self._said = _folder_prep(folder)
+    return _clip_state(self.file, self.sha256)[0]
+
+# %% ../nbs/00b_encoders.ipynb #clip-from-name
+@patch
+def _from_name(self:ClipEncoder, expected):
+    "A model's name with a tag or a file, or OpenAI's archive alone: the architecture is open_clip's"
+    import open_clip
+    name, tag, beside = self.name, None, None
+    if Path(name).is_file():
+        self._hash(name, expected); name = _openai_archives().get(self.sha256)
+        if name is None or self.pretrained: raise ValueError(f"{self.name} (SHA-256 {self.sha256}) is a file and no archive of OpenAI's: name its architecture too, ClipEncoder('ViT-L-14', file)")
+    elif not self.pretrained:
+        _needs_quick_gelu(name, None)  # is the name known?
+        raise ValueError(f"ClipEncoder({name!r}) has no weights: add pretrained= (a file, or a tag such as 'openai'); random ones are never used")
+    elif Path(self.pretrained).is_file(): self._hash(self.pretrained, expected); beside = _quick_beside(self.file.parent)
+    else: self._hash(_tag_file(name, str(self.pretrained)), expected); tag = open_clip.get_pretrained_cfg(name, str(self.pretrained))
+    state, openai = _clip_state(self.file, self.sha256, expected)
+    openai = openai or self.sha256 in _openai_archives()
+    quick, note = _needs_quick_gelu(name, self.pretrained, beside, openai)
+    self.model_cfg, self.tokenizer = open_clip.get_model_config(name) | dict(quick_gelu=quick), open_clip.get_tokenizer(name)
+    if note: self.notes.append(note)
+    size = self.model_cfg['vision_cfg'].get('image_size', 224)
+    self._said = Preprocess.from_open_clip(dict(tag, size=size)) if tag else Preprocess(_square(size)) if openai else _folder_prep(self.file.parent)
+    return state
+
+# %% ../nbs/00b_encoders.ipynb #clip-tag
+def _tag_file(name, tag):
+    "The file behind open_clip's tag, from the cache or the hub"
+    import open_clip
+    from huggingface_hub import constants
+    from open_clip.pretrained import download_pretrained
+    _needs_quick_gelu(name, tag)  # is the name known?
+    cfg = open_clip.get_pretrained_cfg(name, tag)
+    if not cfg: raise ValueError(f"{tag!r} is neither a file nor a tag of {name}; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}")
+    try:
+        if constants.HF_HUB_OFFLINE and not cfg.get('hf_hub'): raise OSError('it lies outside the hub, and HF_HUB_OFFLINE is set')
+        return Path(download_pretrained(cfg))
+    except Exception as e:
+        raise ValueError(f"no weights for {name!r} by the tag {tag!r} ({type(e).__name__}: {str(e)[:160]}): download {cfg.get('hf_hub', '').strip('/') or cfg.get('url')} "
+                         "where there is internet and pass the folder or file") from e
+
+def _quick_beside(folder):
+    "Whether a config beside a file says QuickGELU; None where there is none"
+    if (folder/CLIP_CONFIG).is_file(): return bool(read_json(folder/CLIP_CONFIG)['model_cfg'].get('quick_gelu'))
+    cfg = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
+    act = cfg.get('vision_config', {}).get('hidden_act', 'quick_gelu')  # transformers leaves its default out
+    return act == 'quick_gelu' if cfg.get('model_type') == 'clip' else None
 
 # %% ../nbs/00b_encoders.ipynb #clip-build
-@patch
-def _build(self:ClipEncoder, spec):
-    "open_clip's model with its weights, or an error that says what to do"
+def _empty_clip(cfg):
+    "open_clip's network of an architecture; its numbers count for nothing before `_fill`"
     import open_clip
-    try: return open_clip.create_model(**spec, require_pretrained=True, weights_only=True)
-    except Exception as e:
-        why = 'it is a TorchScript archive, which holds code' if 'TorchScript' in str(e) else f'{type(e).__name__}: {str(e)[:250]}'
-        raise ValueError(f"no weights for {self.name!r} (pretrained={self.pretrained!r}): {why}; "
-                         "give weights that fit the architecture, as safetensors or as a plain state dict") from e
+    from open_clip.model import CustomTextCLIP
+    cfg = deepcopy(cfg)
+    if 'timm_model_name' in cfg['vision_cfg']: cfg['vision_cfg']['timm_model_pretrained'] = False
+    if 'hf_model_name' in cfg['text_cfg']: cfg['text_cfg']['hf_model_pretrained'] = False
+    custom = cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
+    return (open_clip.CLIP if not custom else open_clip.CoCa if 'multimodal_cfg' in cfg else CustomTextCLIP)(**cfg)
+
+@patch
+def _fill(self:ClipEncoder, model, state):
+    "The network with its weights, when they fit without remainder"
+    if hasattr(model, 'text') and 'positional_embedding' in state:
+        from open_clip.model import convert_to_custom_text_state_dict
+        state = convert_to_custom_text_state_dict(state)
+    want = model.state_dict()
+    for k in ('logit_scale', 'logit_bias'):
+        if k in state and k in want: state[k] = state[k].reshape(want[k].shape)
+    few = lambda keys: f"{len(keys)} ({', '.join(keys[:3])}{', ..' if len(keys) > 3 else ''})"
+    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
+    shapes = [f'{k} {tuple(state[k].shape)}, expected {tuple(v.shape)}' for k, v in want.items() if k in state and state[k].shape != v.shape]
+    said = [f'{what} {few(keys)}' for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape', shapes)) if keys]
+    if said: raise ValueError(f"{self.file} does not fit {self.name}: {'; '.join(said)}: give weights that fit the architecture, or name the right one")
+    model.load_state_dict(state)
+    return model
+
+def _activation(model, cfg):
+    "'quick_gelu' or 'gelu', as found in the blocks of the finished network"
+    acts = {type(m).__name__ for name, m in model.named_modules() if name.endswith('mlp.gelu')} or {'GELU'}
+    assert acts == {'QuickGELU' if cfg.get('quick_gelu') else 'GELU'}, f"built {acts}, wanted quick_gelu={cfg.get('quick_gelu')}"
+    return 'quick_gelu' if cfg.get('quick_gelu') else 'gelu'
+
+# %% ../nbs/00b_encoders.ipynb #clip-prep
+@patch
+def _choose_prep(self:ClipEncoder, prep):
+    "What the caller says, else what the weights say, else an assumption that is noted; its size must be the network's"
+    size = _square(self.model_cfg['vision_cfg'].get('image_size', 224))
+    if prep is not None: self.prep = _checked_prep(prep)
+    elif self._said: self.prep = self._said
+    else: self.prep, note = _assumed_prep(None if Path(self.name).exists() or self.pretrained is None else self.name, size); self.notes.append(note)
+    if self.prep.size != size: raise ValueError(f"preprocessing makes pictures of {self.prep.size} pixels, {self.name} takes {size}: the two do not belong together")
+    if self.model_cfg['text_cfg'].get('vocab_size', 49408) != getattr(self.tokenizer, 'vocab_size', 49408) and 'hf_tokenizer_name' not in self.model_cfg['text_cfg']:
+        raise ValueError(f"{self.name} has {self.model_cfg['text_cfg']['vocab_size']} tokens, CLIP's tokenizer {self.tokenizer.vocab_size}: another tokenizer was used, and it is not known")
+
+@patch(as_prop=True)
+def origin(self:ClipEncoder):
+    "For a manifest: where the weights came from, what they are, what was assumed"
+    return dict(name=self.name, pretrained=None if self.pretrained is None else str(self.pretrained), file=str(self.file), sha256=self.sha256,
+                activation=self.activation, preprocess=self.prep.to_dict(), notes=self.notes)
+
+@patch
+def save(self:ClipEncoder, folder, dtype=None):
+    "Write it as an open_clip folder, whatever it came as; see `save_clip`"
+    return save_clip(self.model, self.model_cfg, self.prep, folder, dtype)
 
 # %% ../nbs/00b_encoders.ipynb #clip-fingerprint
 @patch(as_prop=True)
 def fingerprint(self:ClipEncoder):
-    "Same weights and same preprocessing, same string"
-    weights = self.sha256 or f'{self.name} {self.pretrained}'
-    return f"clip {hash_items([weights, json.dumps(self.model_cfg, sort_keys=True), json.dumps(self.prep.to_dict())])[:16]}"
+    "Same weights, activation and preprocessing, same string"
+    return f"clip {hash_items([self.sha256, json.dumps(self.model_cfg, sort_keys=True), json.dumps(self.prep.to_dict())])[:16]}"
 
 # %% ../nbs/00b_encoders.ipynb #encode-images
 @patch
@@ -491,58 +749,6 @@ def _encode_shard(items, encoder, out, k, lo):
     rows = _checked(encoder(items), len(items))
     _save_report(out, k, lo, encoder)
     _write_shard(out, k, rows)
-
-# %% ../nbs/00b_encoders.ipynb #convert-names
-CLIP_RENAMES = [
-    ('vision_model.embeddings.class_embedding', 'visual.class_embedding'), ('vision_model.embeddings.patch_embedding', 'visual.conv1'),
-    ('vision_model.embeddings.position_embedding.weight', 'visual.positional_embedding'), ('vision_model.pre_layrnorm', 'visual.ln_pre'),
-    ('vision_model.post_layernorm', 'visual.ln_post'), ('vision_model.encoder.layers', 'visual.transformer.resblocks'),
-    ('visual_projection.weight', 'visual.proj'), ('text_projection.weight', 'text_projection'),
-    ('text_model.embeddings.token_embedding', 'token_embedding'), ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
-    ('text_model.final_layer_norm', 'ln_final'), ('text_model.encoder.layers', 'transformer.resblocks'),
-    ('self_attn.', 'attn.'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj')]
-
-def _open_clip_state(state):
-    "transformers' tensors of a CLIP under open_clip's names"
-    out = {}
-    for name, v in state.items():
-        if name.endswith('position_ids') or '.k_proj.' in name or '.v_proj.' in name: continue
-        if '.q_proj.' in name: v = torch.cat([state[name.replace('q_proj', f'{x}_proj')] for x in 'qkv'])  # 3 x (w, w) -> (3w, w)
-        if name.endswith('projection.weight'): v = v.T
-        for old, new in CLIP_RENAMES: name = name.replace(old, new)
-        out[name.replace('q_proj.', 'in_proj_')] = v
-    return out
-
-# %% ../nbs/00b_encoders.ipynb #convert-config
-def _open_clip_cfg(cfg):
-    "transformers' CLIPConfig in open_clip's words"
-    v, t = cfg.vision_config, cfg.text_config
-    tower = lambda c: dict(layers=c.num_hidden_layers, width=c.hidden_size, mlp_ratio=c.intermediate_size/c.hidden_size)
-    acts = {v.hidden_act, t.hidden_act}
-    if acts not in ({'quick_gelu'}, {'gelu'}): raise ValueError(f"activations are {sorted(acts)}, expected quick_gelu or gelu in both towers")
-    return dict(embed_dim=cfg.projection_dim, quick_gelu=acts == {'quick_gelu'},
-        vision_cfg=dict(tower(v), head_width=v.hidden_size//v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size),
-        text_cfg=dict(tower(t), heads=t.num_attention_heads, vocab_size=t.vocab_size, context_length=t.max_position_embeddings))
-
-# %% ../nbs/00b_encoders.ipynb #convert-clip
-def convert_clip(
-    folder, # transformers' CLIP: config.json, model.safetensors, and preprocessor_config.json where there is one
-    out, # folder to write
-)->Path: # `out`, which `ClipEncoder` reads
-    "A CLIP in transformers' format, written as an open_clip folder"
-    import open_clip
-    from safetensors.torch import load_file
-    from transformers import CLIPConfig
-    folder = Path(folder)
-    missing = [f for f in ('config.json', 'model.safetensors') if not (folder/f).is_file()]
-    if missing: raise ValueError(f"{folder} has no {' and no '.join(missing)}: give a CLIP saved by transformers with safe_serialization")
-    cfg, pre = _open_clip_cfg(CLIPConfig.from_pretrained(str(folder))), folder/'preprocessor_config.json'
-    pre = read_json(pre) if pre.is_file() else {}
-    prep = Preprocess(cfg['vision_cfg']['image_size'], pre.get('image_mean', CLIP_MEAN), pre.get('image_std', CLIP_STD),
-                      {2: 'bilinear', 3: 'bicubic'}[pre.get('resample', 3)])
-    model = open_clip.CLIP(**cfg)
-    model.load_state_dict(_open_clip_state(load_file(folder/'model.safetensors')))
-    return save_clip(model, cfg, prep, out)
 
 # %% ../nbs/00b_encoders.ipynb #shipped
 SHIPPED = ('base_clip', 'vit')
