@@ -101,3 +101,74 @@ def test_predict():
     for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds neither'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, status=1)
+
+# Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
+
+CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split()
+
+def loopback(answers):
+    "A server in Kaggle's place: (environment that leads the client to it, list of (call, its JSON or bytes)); `answers`: call -> (status, JSON)"
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+    seen = []
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def reply(self, kind):
+            call, body = self.path.rsplit('/', 1)[1], self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            seen.append((call, json.loads(body or b'{}') if kind == 'json' else body))
+            status, said = answers.get(call, (200, {}))
+            text = json.dumps(said).encode()
+            self.send_response(status)
+            for k, v in ('Content-Type', 'application/json'), ('Content-Length', str(len(text))): self.send_header(k, v)
+            self.end_headers()
+            self.wfile.write(text)
+        def do_POST(self): self.reply('json')
+        def do_PUT(self): self.reply('bytes')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    Path('home').mkdir(exist_ok=True)
+    here = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}', https_proxy='http://127.0.0.1:9',
+                no_proxy='', HOME=str(Path('home').resolve()), KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=str(Path('home').resolve()))
+    for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy': os.environ.pop(name, None)
+    return here, seen
+
+def copy_clone():
+    "kernels/, nbs/ and what the wheel is built from, to write a user's name into"
+    for name in 'kernels', 'nbs', 'sdip':
+        shutil.copytree(ROOT/name, f'clone/{name}', symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+    for p in ROOT.iterdir():
+        if p.is_file() and p.name[0] != '.': shutil.copy(p, 'clone')
+    os.chdir('clone')
+
+TAKEN = dict(SaveKernel=(200, dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
+
+def test_push():
+    "The official client pushes all eight chapters; what the server saw is what was meant; refusals and dropped sources are loud"
+    copy_clone()
+    assert 'does not know who you are' in sh('sdip_push', '07_submit', status=1)
+    sh('sdip_push', '--user', 'ada', '--write', '--attach', 'bob/clip-vit-l14')
+    os.environ['HOME'] = str(Path('..').resolve())                                  # nobody is signed in there
+    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_CONFIG_DIR': os.environ.pop(name, None)
+    here, seen = loopback(TAKEN)
+    nobody = {k: v for k, v in here.items() if k not in ('HOME', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR')}
+    out = sh('sdip_push', '07_submit', status=1, **nobody)
+    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not seen, (out, seen)
+    for name in CHAPTERS[:-1]: assert 'kaggle.com/code/ada/x' in sh('sdip_push', name, **here)
+    sh('kaggle', 'kernels', 'push', '-p', 'kernels/07_submit', **here)
+    assert [call for call, _ in seen] == ['SaveKernel']*8
+    for name, (_, said) in zip(CHAPTERS, seen):
+        assert said['slug'] == f"ada/sdip-{name.replace('_', '-')}" and said['newTitle'] == f"sdip {name.replace('_', ' ')}", said['slug']
+        assert said['language'] == 'python' and said['kernelType'] == 'notebook' and said['machineShape'] == 'NvidiaTeslaT4'
+        flags = [said.get(k, False) for k in ('isPrivate', 'enableGpu', 'enableInternet', 'enableTpu')]
+        assert flags == [True, True, False, False], f'{name}: private, GPU, internet, TPU are {flags}'
+        assert said['datasetDataSources'] == ['ada/sdip-assets', 'bob/clip-vit-l14'] and said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
+        assert len(said['text']) < 1_000_000, f"{name}: {len(said['text'])} bytes"
+        pushed, ours = json.loads(said['text']), json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
+        assert pushed['metadata']['kernelspec']['name'] == 'python3'
+        assert [c['source'] for c in pushed['cells']] == [''.join(c['source']) for c in ours['cells']]
+    here, _ = loopback(dict(SaveKernel=(200, dict(error='Maximum batch GPU session count reached.'))))
+    assert 'Maximum batch GPU session count' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+    here, _ = loopback(dict(SaveKernel=(200, TAKEN['SaveKernel'][1] | dict(invalidDatasetSources=['ada/sdip-assets']))))
+    assert 'dataset sources not taken: ada/sdip-assets' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+    here, _ = loopback(dict(SaveKernel=(401, dict(code=401, message='Unauthenticated'))))
+    assert 'Unauthenticated' in sh('sdip_push', '02_finetune_clip', status=1, **here)
