@@ -149,13 +149,22 @@ def sdip_predict(
     run:str='runs/playground',  # a finished run folder
     out:str='submission.csv',   # submission to write: imgId_eId,val
     truth:str=None,             # CSV of the same form with the true embeddings, to score against
+    deadline:float=None,        # minutes until the file must be there, complete; what no model reached gets the training mean
 ):
     "Predict the prompt embeddings of pictures"
-    import os, sys, warnings
+    import os, sys, time, warnings
+    start = time.monotonic()
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    from sdip.run import predict_text, predict_to_csv
-    try: print(predict_text(predict_to_csv(images, run, out), run, out, truth))
+    from sdip.run import RunPredictor, predict_text, predict_to_csv
+    from sdip.submit import submit_in_time, time_text
+    try:
+        if deadline is None: found = predict_to_csv(images, run, out)
+        else:
+            p = RunPredictor(run)
+            found = submit_in_time(p.models, images, p.run.mean_vector(), out, p.ensemble.predict, until=start + 60*deadline)
+            if slow := time_text(found): print(slow)
+        print(predict_text(found, run, out, truth))
     except (ValueError, OSError) as e: sys.exit(f'sdip_predict: {e}')
 
 # %% ../nbs/09_benchmarks.ipynb #command
