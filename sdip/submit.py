@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADER', 'KERNELS', 'COMPETITION', 'ASSETS', 'USER', 'LACKING', 'fill_missing', 'write_submission', 'read_submission',
            'check_submission', 'score_submission', 'predict_in_time', 'submit_in_time', 'time_text', 'kernel_metadata',
-           'write_kernels', 'kernel_user', 'build_assets', 'push', 'upload_assets', 'attached']
+           'write_kernels', 'kernel_user', 'build_assets', 'kaggle_client', 'push', 'upload_assets', 'attached']
 
 # %% ../nbs/07_submit.ipynb #imports
 import csv, os, time
@@ -226,7 +226,7 @@ def time_text(
 # %% ../nbs/07_submit.ipynb #push-imports
 import io, re, shutil, subprocess, sys, tempfile
 from contextlib import redirect_stdout
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from . import __version__
 from .data import read_json, write_json
 
@@ -277,6 +277,10 @@ def _pip(*args):
     done = subprocess.run([sys.executable, '-m', 'pip', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode: raise ValueError(f"pip {args[0]} failed: " + ' '.join(done.stdout.strip().splitlines()[-3:]))
 
+def _builds_alone(): # can pip build a wheel with the setuptools that is here, without fetching another?
+    try: return int(version('setuptools').split('.')[0]) > 70
+    except PackageNotFoundError: return False
+
 def _sdip_wheel(root, out):
     "A wheel of the clone at `root`, built from a copy, so that nothing old gets in and nothing is left behind"
     if not (Path(root)/'setup.py').is_file(): raise ValueError(f"{Path(root).resolve()} has no setup.py: run this at the top of a clone of the repository")
@@ -284,7 +288,7 @@ def _sdip_wheel(root, out):
         for f in Path(root).iterdir():
             if f.is_file() and not f.name.startswith('.'): shutil.copy(f, tmp)
         shutil.copytree(Path(root)/'sdip', Path(tmp)/'sdip', ignore=shutil.ignore_patterns('__pycache__'))
-        _pip('wheel', '--no-deps', *['--no-build-isolation']*bool(find_spec('setuptools')), '-w', out, tmp)
+        _pip('wheel', '--no-deps', *['--no-build-isolation']*_builds_alone(), '-w', out, tmp)
 
 def _other_wheels(wheels, out):
     "`LACKING` for Kaggle's Python, from the index or from a folder of wheels"
@@ -331,8 +335,11 @@ def _accepted(said, what):
     return said
 
 # %% ../nbs/07_submit.ipynb #push-client
-def _client():
+def kaggle_client(
+    owner:str, # whose notebooks and data sets it is about
+): # the official `KaggleApi`
     "Kaggle's own client, signed in; or one clear line, and nothing sent"
+    if owner == USER: raise ValueError("kernels/ does not know who you are: sdip_push --user YOU --write")
     with redirect_stdout(io.StringIO()):                            # it prints a page of help where nobody is signed in
         try: from kaggle.api.kaggle_api_extended import KaggleApi
         except ImportError as e: raise ValueError(f"Kaggle's client cannot be imported ({e}): pip install 'sdip[dev]'") from e
@@ -349,8 +356,8 @@ def push(
     "Push a chapter to Kaggle; `ValueError` unless it was taken as it is, sources and all"
     if notebook not in KERNELS: raise ValueError(f"notebook is {notebook!r}, known are {', '.join(KERNELS)}")
     meta = read_json(_kernels(folder)/notebook/'kernel-metadata.json')
-    if meta['id'].startswith(f'{USER}/'): raise ValueError(f"{folder}/{notebook} does not know who you are: sdip_push --user YOU --write")
-    with redirect_stdout(io.StringIO()) as log: said = _client().kernels_push(str(Path(folder)/notebook))
+    api = kaggle_client(meta['id'].split('/')[0])
+    with redirect_stdout(io.StringIO()) as log: said = api.kernels_push(str(Path(folder)/notebook))
     return _accepted(said, notebook).url or log.getvalue()
 
 # %% ../nbs/07_submit.ipynb #push-upload
@@ -360,8 +367,7 @@ def upload_assets(
     "Upload the assets: a new data set, or a new version of it"
     from requests import HTTPError
     ref = read_json(Path(folder)/'dataset-metadata.json')['id']
-    if ref.startswith(f'{USER}/'): raise ValueError("the assets have no owner yet: sdip_push --user YOU --write, then build them")
-    api = _client()
+    api = kaggle_client(ref.split('/')[0])
     try: known = bool(api.dataset_status(ref))
     except HTTPError as e:
         if e.response.status_code not in (403, 404): raise
