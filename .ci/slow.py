@@ -194,7 +194,7 @@ def test_push_assets():
     copy_clone()
     sh('sdip_push', '--user', 'ada', '--write')
     Path('w.safetensors').write_bytes(bytes(10))
-    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', status=1)
+    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', '--to', 'x', status=1)
     answers = dict(GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}), CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
                    StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
     here, seen = loopback(answers)
