@@ -279,3 +279,21 @@ def test_pushed_notebooks_run():
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
         left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
         print(left)
+def test_deadline():
+    "A prediction that must be done at once, one that has a little time, one that has plenty: each file is complete, and the last is that of no deadline"
+    sh(*RUN)
+    sh(sys.executable, '-c', 'from sdip.playground import make_pairs; make_pairs("world", 0, 0, 60, progress=False)')
+    sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'free.csv')
+    out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'none.csv', '--deadline', 0)
+    assert 'time was up' in out and 'answered 0 of 60 pictures' in out and '60 pictures, 60 of them filled' in out
+    out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'plenty.csv', '--deadline', 5)
+    assert 'time was up' not in out and '60 pictures, 0 of them filled' in out
+    slow = "import sdip.knn, time; near = sdip.knn.KNNRegressor.predict; sdip.knn.KNNRegressor.predict = lambda self, images: time.sleep(len(images)) or near(self, images); " \
+           "import sdip.cli, sys; sys.argv = 'sdip_predict world/images --run run --out slow.csv --deadline 0.6'.split(); sdip.cli.sdip_predict()"
+    start = time.time()
+    out = sh(sys.executable, '-c', slow)
+    assert 'time was up: knn answered' in out, 'the slow model was to be cut short'
+    assert time.time() - start < 60, 'the deadline of 36 s was passed by far'
+    for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
+    assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
+    assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
