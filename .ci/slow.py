@@ -271,10 +271,12 @@ def test_pushed_notebooks_run():
     pushed = {name: said['text'] for name, (_, said) in zip(CHAPTERS, seen)}
     python = os.environ.get('KAGGLE_PYTHON', sys.executable)
     jobs = [(name, 'new') for name in CHAPTERS] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
+    before = {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}
     inputs = {layout: mount(layout, Path('assets'), Path('images')) for layout in ('old', 'new')}
     with ThreadPoolExecutor(2) as pool:
         failed = [o for o in pool.map(lambda job: run_pushed(job[0], pushed[job[0]], inputs[job[1]], Path('working')/job[1]/job[0], python), jobs) if o]
     assert not failed, failed
+    assert before == {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
     for layout in 'old', 'new':
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
         left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
@@ -297,3 +299,5 @@ def test_deadline():
     for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
     assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
     assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
+        left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
+        assert left == {'submission.csv'}, f'what the chapters left: {left}'
