@@ -162,12 +162,15 @@ def sdip_predict(
 @call_parse
 def sdip_bench(
     only:Param('benchmarks to run; default: all', str, nargs='*')=None,
-    rows:int=None,      # size of the work; default: some seconds each
+    rows:Param('sizes of the work, one or several; default: some seconds each', int, nargs='*')=None,
     full:bool=False,    # the size at which each promise is made: minutes
     threads:int=2,      # of torch, faiss and numpy
+    plot:str=None,      # a .png or .svg: CPU seconds over rows; needs two sizes or more
 ):
     "Cost of each chapter as a ratio against the plain way, in one run"
     import sys
-    from sdip.bench import bench_text, run_benches
-    try: print(bench_text(run_benches(only, rows, full, threads), threads))
+    from sdip.bench import bench_text, growth_plot, run_benches
+    try: found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
     except ValueError as e: sys.exit(f'sdip_bench: {e}')
+    print(bench_text(found, threads))
+    if plot: growth_plot(found).savefig(plot)
