@@ -247,9 +247,8 @@ def growth_plot(
     found:list, # of `Comparison`, the same work at several sizes
 ):              # a matplotlib figure
     "CPU seconds over rows: ours, and each plain way"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 3.2))
-    ax, table = fig.subplots(), bench_table(found).sort_values('rows')
+    import matplotlib.pyplot as plt
+    (fig, ax), table = plt.subplots(figsize=(6, 3.2)), bench_table(found).sort_values('rows')
     for what, part in table.groupby('what', sort=False):
         mine = part.groupby('rows').ours.median()
         ax.loglog(mine.index, mine, 'o-', label=f'{what}: ours')
