@@ -133,21 +133,23 @@ class StableDiffusion:
 def load_pipeline(
     model:str, # hub id or folder
     device, # torch.device
-): # a diffusers pipeline there, in half precision on CUDA, with DPM-Solver++
+    dtype:torch.dtype=None, # of weights and arithmetic; None: float16 on CUDA, float32 elsewhere
+): # a diffusers pipeline there, with DPM-Solver++
     "Text to image by diffusers, from safetensors, without bars"
     from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
     shown = [(log, log.is_progress_bar_enabled()) for log in (ours, theirs)]
     for log, _ in shown: log.disable_progress_bar()
-    try: pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    dtype = dtype or (torch.float16 if device.type == 'cuda' else torch.float32)
+    try: pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as e:
         raise ValueError(f"no pipeline could be loaded from {model!r} ({type(e).__name__}: {str(e)[:200]}): give a hub id that can be reached, or a folder saved by diffusers with safetensors") from e
     finally:
         for log, on in shown: (log.enable_progress_bar if on else log.disable_progress_bar)()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type='dpmsolver++', solver_order=2)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, torch.float16 if device.type == 'cuda' else torch.float32)
+    return pipe.to(device)
 
 # %% ../nbs/00d_generate.ipynb #read-prompts
 def read_prompts(
