@@ -301,3 +301,25 @@ def test_deadline():
     assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
         left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
         assert left == {'submission.csv'}, f'what the chapters left: {left}'
+ENCODE = """import sys
+from sdip.encoders import TargetEncoder, encode
+from sdip.playground import sample_prompts
+prompts = [p if isinstance(p, str) else p[0] for p in sample_prompts(240, split='train')]
+out, i, n = sys.argv[1], *map(int, sys.argv[2:])
+encode(prompts + prompts[::3], TargetEncoder(device='cpu'), out, shard_size=16, shard=(i, n) if n > 1 else None)
+"""
+
+def test_encode_by_three_processes():
+    "Three processes at once in one folder, one of them killed and started again, leave the bytes that one process leaves"
+    Path('job.py').write_text(ENCODE)
+    start = lambda *args: subprocess.Popen([sys.executable, 'job.py', *map(str, args)])
+    sh(sys.executable, 'job.py', 'one', 0, 1)
+    jobs = [start('three', i, 3) for i in range(3)]
+    wait_for(lambda: len(list(Path('three').glob('shard-*.npy'))) > 2)
+    jobs[0].kill()
+    for job in jobs: job.wait()
+    kept = {p: p.stat().st_mtime_ns for p in Path('three').glob('shard-*.npy')}
+    assert start('three', 0, 3).wait() == 0
+    sh(sys.executable, 'job.py', 'three', 0, 1)
+    assert Path('three/emb.npy').read_bytes() == Path('one/emb.npy').read_bytes(), 'three processes made other bytes than one'
+    assert len(kept) < 15 + 1 and not list(Path('three').glob('shard-*')), 'shards are left over'
