@@ -279,5 +279,47 @@ def test_pushed_notebooks_run():
     assert before == {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
     for layout in 'old', 'new':
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
+        left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
+        print(left)
+def test_deadline():
+    "A prediction that must be done at once, one that has a little time, one that has plenty: each file is complete, and the last is that of no deadline"
+    sh(*RUN)
+    sh(sys.executable, '-c', 'from sdip.playground import make_pairs; make_pairs("world", 0, 0, 60, progress=False)')
+    sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'free.csv')
+    out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'none.csv', '--deadline', 0)
+    assert 'time was up' in out and 'answered 0 of 60 pictures' in out and '60 pictures, 60 of them filled' in out
+    out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'plenty.csv', '--deadline', 5)
+    assert 'time was up' not in out and '60 pictures, 0 of them filled' in out
+    slow = "import sdip.knn, time; near = sdip.knn.KNNRegressor.predict; sdip.knn.KNNRegressor.predict = lambda self, images: time.sleep(len(images)) or near(self, images); " \
+           "import sdip.cli, sys; sys.argv = 'sdip_predict world/images --run run --out slow.csv --deadline 0.6'.split(); sdip.cli.sdip_predict()"
+    start = time.time()
+    out = sh(sys.executable, '-c', slow)
+    assert 'time was up: knn answered' in out, 'the slow model was to be cut short'
+    assert time.time() - start < 60, 'the deadline of 36 s was passed by far'
+    for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
+    assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
+    assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
         left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
         assert left == {'submission.csv'}, f'what the chapters left: {left}'
+ENCODE = """import sys
+from sdip.encoders import TargetEncoder, encode
+from sdip.playground import sample_prompts
+prompts = [p if isinstance(p, str) else p[0] for p in sample_prompts(240, split='train')]
+out, i, n = sys.argv[1], *map(int, sys.argv[2:])
+encode(prompts + prompts[::3], TargetEncoder(device='cpu'), out, shard_size=16, shard=(i, n) if n > 1 else None)
+"""
+
+def test_encode_by_three_processes():
+    "Three processes at once in one folder, one of them killed and started again, leave the bytes that one process leaves"
+    Path('job.py').write_text(ENCODE)
+    start = lambda *args: subprocess.Popen([sys.executable, 'job.py', *map(str, args)])
+    sh(sys.executable, 'job.py', 'one', 0, 1)
+    jobs = [start('three', i, 3) for i in range(3)]
+    wait_for(lambda: len(list(Path('three').glob('shard-*.npy'))) > 2)
+    jobs[0].kill()
+    for job in jobs: job.wait()
+    kept = {p: p.stat().st_mtime_ns for p in Path('three').glob('shard-*.npy')}
+    assert start('three', 0, 3).wait() == 0
+    sh(sys.executable, 'job.py', 'three', 0, 1)
+    assert Path('three/emb.npy').read_bytes() == Path('one/emb.npy').read_bytes(), 'three processes made other bytes than one'
+    assert len(kept) < 15 + 1 and not list(Path('three').glob('shard-*')), 'shards are left over'
