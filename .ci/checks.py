@@ -160,15 +160,28 @@ def test_modules_have_notebooks():
     none((p.name for p, m in made_from.items() if m and not (p.parent/m[1]).exists()), 'modules whose notebook is gone: delete them')
 
 def test_kernels():
-    found = sorted((ROOT/'kernels').glob('*/kernel-metadata.json'))
-    assert found
-    for path in found:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-        code = (path.parent/meta['code_file']).resolve()
-        assert code in notebooks() and code.stem == path.parent.name, f'{path.parent.name}: code_file is {code}'
+    "kernels/ is what the table in 07 says, for one user: in the repository nobody, in a person's clone whoever they wrote in"
+    from sdip.submit import KERNELS, USER, kernel_metadata
+    found = {p.parent.name: json.loads(p.read_text(encoding='utf-8')) for p in (ROOT/'kernels').glob('*/*')}
+    assert sorted(found) == sorted(KERNELS), f'kernels/ has {sorted(found)}, the table in 07 {sorted(KERNELS)}'
+    [user] = {meta['id'].split('/')[0] for meta in found.values()}
+    none((n for n, meta in found.items() if meta != kernel_metadata(n, user, meta['dataset_sources'][1:])), f'not what the table in 07 says: sdip_push --user {user} --write')
+    assert user == USER or not os.environ.get('CI'), f'kernels/ is committed for {user}: sdip_push --user {USER} --write'
+    for name, meta in found.items():
+        code = (ROOT/'kernels'/name/meta['code_file']).resolve()
+        assert code in notebooks() and code.stem == name, f'{name}: code_file is {code}'
         assert code.stat().st_size < 1_000_000, f'{code.name} is over the 1 MB that Kaggle takes'
-        assert (meta['language'], meta['kernel_type'], meta['enable_internet']) == ('python', 'notebook', False), path
-        assert meta['id'].split('/')[1] == re.sub(r'\W+', '-', meta['title'].lower()), f"{path}: Kaggle makes the id's slug of the title"
+        assert (meta['enable_internet'], meta['enable_gpu'], meta['machine_shape']) == (False, True, 'NvidiaTeslaT4'), name
+        assert meta['id'].split('/')[1] == re.sub(r'\W+', '-', meta['title'].lower()), f"{name}: Kaggle makes the id's slug of the title"
+
+def test_chapters_find_sdip():
+    "The first code cell of the chapters, which finds sdip wherever they run, is one and the same"
+    homes = {p.name: source(cells(p, 'code')[0]) for p in notebooks() if re.match(r'0[1-7]|00[abc]?_(?!cli)', p.name)}
+    [home] = set(homes.values())
+    assert len(homes) == 11 and len(home.splitlines()) <= 6 and home.startswith('#| hide\nimport os, sys;'), homes
+    code = home + "\nfrom importlib.util import find_spec; print(find_spec('sdip').origin)"
+    alone = subprocess.run([sys.executable, '-I', '-S', '-c', code], cwd=ROOT/'nbs', check=True, capture_output=True, text=True).stdout    # nothing is installed
+    assert alone.strip() == str(ROOT/'sdip/__init__.py'), f'in a clone that is not installed the chapters find {alone}'
 
 # last, after everything that could leave a trace
 

@@ -1,11 +1,8 @@
 """What takes too long, or is too rough, for a notebook: whole commands as a person runs them, killed and resumed.
 
 Each function `test_*` runs in a process and an empty current folder of its own; see harness.py."""
-
 import json, os, shutil, subprocess, sys, time, zipfile
-
 from pathlib import Path
-
 from harness import ROOT
 
 def sh(*cmd, status=0, **env):
@@ -197,7 +194,7 @@ def test_push_assets():
     copy_clone()
     sh('sdip_push', '--user', 'ada', '--write')
     Path('w.safetensors').write_bytes(bytes(10))
-    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', status=1)
+    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', '--to', 'x', status=1)
     answers = dict(GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}), CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
                    StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
     here, seen = loopback(answers)
@@ -274,15 +271,16 @@ def test_pushed_notebooks_run():
     pushed = {name: said['text'] for name, (_, said) in zip(CHAPTERS, seen)}
     python = os.environ.get('KAGGLE_PYTHON', sys.executable)
     jobs = [(name, 'new') for name in CHAPTERS] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
+    before = {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}
     inputs = {layout: mount(layout, Path('assets'), Path('images')) for layout in ('old', 'new')}
     with ThreadPoolExecutor(2) as pool:
         failed = [o for o in pool.map(lambda job: run_pushed(job[0], pushed[job[0]], inputs[job[1]], Path('working')/job[1]/job[0], python), jobs) if o]
     assert not failed, failed
+    assert before == {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
     for layout in 'old', 'new':
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
         left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
         print(left)
-
 def test_deadline():
     "A prediction that must be done at once, one that has a little time, one that has plenty: each file is complete, and the last is that of no deadline"
     sh(*RUN)
@@ -301,3 +299,27 @@ def test_deadline():
     for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
     assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
     assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
+        left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
+        assert left == {'submission.csv'}, f'what the chapters left: {left}'
+ENCODE = """import sys
+from sdip.encoders import TargetEncoder, encode
+from sdip.playground import sample_prompts
+prompts = [p if isinstance(p, str) else p[0] for p in sample_prompts(240, split='train')]
+out, i, n = sys.argv[1], *map(int, sys.argv[2:])
+encode(prompts + prompts[::3], TargetEncoder(device='cpu'), out, shard_size=16, shard=(i, n) if n > 1 else None)
+"""
+
+def test_encode_by_three_processes():
+    "Three processes at once in one folder, one of them killed and started again, leave the bytes that one process leaves"
+    Path('job.py').write_text(ENCODE)
+    start = lambda *args: subprocess.Popen([sys.executable, 'job.py', *map(str, args)])
+    sh(sys.executable, 'job.py', 'one', 0, 1)
+    jobs = [start('three', i, 3) for i in range(3)]
+    wait_for(lambda: len(list(Path('three').glob('shard-*.npy'))) > 2)
+    jobs[0].kill()
+    for job in jobs: job.wait()
+    kept = {p: p.stat().st_mtime_ns for p in Path('three').glob('shard-*.npy')}
+    assert start('three', 0, 3).wait() == 0
+    sh(sys.executable, 'job.py', 'three', 0, 1)
+    assert Path('three/emb.npy').read_bytes() == Path('one/emb.npy').read_bytes(), 'three processes made other bytes than one'
+    assert len(kept) < 15 + 1 and not list(Path('three').glob('shard-*')), 'shards are left over'

@@ -136,13 +136,14 @@ def sdip_push(
 ):
     "Send notebooks and what they need to Kaggle; run at the top of a clone"
     import sys, tempfile
-    from sdip.submit import build_assets, kernel_user, push, upload_assets, write_kernels
+    from sdip.submit import build_assets, kaggle_client, kernel_user, push, upload_assets, write_kernels
     if write != bool(user): sys.exit("--user and --write go together: sdip_push --user YOU --write")
     if not (write or assets or notebook): sys.exit("nothing to do: give a chapter (07_submit), --assets, or --user YOU --write")
     split = lambda text: [o for o in text.split(',') if o]
     try:
         if write: print(*write_kernels(user, split(attach)), sep='\n')
         if assets:
+            if not to: kaggle_client(kernel_user())          # before the work, not after it
             with tempfile.TemporaryDirectory() as tmp:
                 built = build_assets(to or tmp, kernel_user(), run, split(weights), wheels)
                 print(*sorted(f'{p.stat().st_size/1e6:9.1f} MB  {p.relative_to(built)}' for p in built.rglob('*') if p.is_file()), sep='\n')

@@ -108,7 +108,7 @@ class SceneCaptioner:
 # %% ../nbs/05_interrogator.ipynb #blip-imports
 import torch, warnings
 from .data import sha256
-from .encoders import cached_snapshot, hub_folder, image_batches, pick_device
+from .encoders import Preprocess, cached_snapshot, hub_folder, image_batches, pick_device
 
 # %% ../nbs/05_interrogator.ipynb #blip-load
 BLIP_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'KERNELS', 'COMPETITION', 'ASSETS', 'USER', 'LACKING', 'fill_missing', 'write_submission', 'read_submission',
-           'check_submission', 'score_submission', 'kernel_metadata', 'write_kernels', 'kernel_user', 'build_assets',
-           'push', 'upload_assets', 'attached']
+           'check_submission', 'score_submission', 'predict_in_time', 'submit_in_time', 'time_text', 'kernel_metadata',
+           'write_kernels', 'kernel_user', 'build_assets', 'kaggle_client', 'push', 'upload_assets', 'attached']
 
 # %% ../nbs/07_submit.ipynb #imports
-import csv, os
+import csv, os, time
 from array import array
 from pathlib import Path
 import numpy as np
@@ -145,7 +145,9 @@ def check_submission(
     lack, extra = [i for i in expected if i not in there], [i for i in found if i not in wanted]
     if lack: faults.append(f"{len(lack)} of {len(expected)} expected images are missing: {_some(lack)}")
     if extra: faults.append(f"{len(extra)} images were not expected: {_some(extra)}; is this the right folder?")
-    if ordered and not lack and not extra and found != expected: faults.append(f"the images are in another order than expected: first {found[0]!r}, expected {expected[0]!r}")
+    if ordered and not lack and not extra and found != expected:
+        k = next(k for k, (a, b) in enumerate(zip(found, expected)) if a != b)
+        faults.append(f"the images are in another order than expected: first at {k + 1}: {found[k]!r}, expected {expected[k]!r}")
     return faults
 
 # %% ../nbs/07_submit.ipynb #score-submission
@@ -161,10 +163,70 @@ def score_submission(
     row = {i: n for n, i in enumerate(ids)}
     return mean_cosine(emb[[row[i] for i in true_ids]], targ)
 
+# %% ../nbs/07_submit.ipynb #predict-in-time
+def predict_in_time(
+    models:dict, # name -> function of a list of images giving (n, 384), or object with such a `.predict`
+    images:list, # n images, whatever the models take
+    until=None, # on the clock, when to stop: `time.monotonic() + seconds`; None: take your time
+    most:int=256, # images a call
+    clock=time.monotonic, # tells the time (s)
+) -> dict: # rows {name: (n, 384), NaN where not reached}, done {name: images}, seconds {name: s}, report: what each model could not read
+    "Predict with every model, the cheapest first, until the time is up"
+    n, report, pace = len(images), {}, {}
+    rows, done, seconds = {m: np.full((n, EMB_DIM), np.nan, np.float32) for m in models}, dict.fromkeys(models, 0), dict.fromkeys(models, 0.)
+    def go(m, size): # the next pictures of one model
+        lo, start = done[m], clock()
+        hi = min(lo + size, n)
+        rows[m][lo:hi] = getattr(models[m], 'predict', models[m])(images[lo:hi])
+        report.update({lo + r['row']: r | dict(row=lo + r['row']) for r in getattr(models[m], 'report', [])})
+        done[m], took = hi, clock() - start
+        seconds[m] += took; pace[m] = max(took/(hi - lo), 1e-6)
+    left = lambda: until - clock()
+    for m in models:
+        if until is None: go(m, n)
+        else:
+            for size in (1, 4): # the first call of a model loads and warms up, the second shows its pace
+                if done[m] < n and left() > 0: go(m, size)
+    for m in sorted(pace, key=pace.get):
+        while done[m] < n and left() > 1.5*pace[m]: go(m, max(1, min(most, int(left()/10/pace[m]))))
+    return dict(rows=rows, done=done, seconds=seconds, report=[report[i] for i in sorted(report)])
+
+# %% ../nbs/07_submit.ipynb #submit-in-time
+def submit_in_time(
+    models:dict, # name -> model, as for `predict_in_time`
+    images, # picture files and folders
+    mean, # (384,) mean vector of the training targets
+    path, # the CSV
+    blend=None, # function {name: (n, 384) with NaN rows} -> (n, 384), such as `Ensemble.predict`; not needed for one model
+    until=None, # on the clock, when the file must be there: `time.monotonic() + seconds`; None: take your time
+    clock=time.monotonic, # tells the time (s)
+) -> dict: # ids, filled: images given the mean, done and seconds by model, report of what could not be read
+    "Predict pictures until the time is up and write a complete, checked submission"
+    if not models or (blend is None and len(models) > 1): raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function that blends them, such as Ensemble.predict")
+    files = find_images(images)
+    ids = [f.stem for f in files]
+    with atomic_path(path) as tmp:                                            # a place that cannot be written is said before the work
+        got = predict_in_time(models, files, None if until is None else until - .003*len(files), clock=clock)
+        rows = got.pop('rows')
+        emb, filled = fill_missing(blend(rows) if blend else next(iter(rows.values())), mean)
+        write_submission(ids, emb, tmp)
+        faults = check_submission(tmp, ids)
+        assert not faults, faults
+    return dict(ids=ids, filled=filled) | got
+
+# %% ../nbs/07_submit.ipynb #time-text
+def time_text(
+    found:dict, # by `submit_in_time`
+) -> str: # one line a model that did not get through
+    "Which models the deadline cut short"
+    n = len(found['ids'])
+    lines = [f"time was up: {m} answered {k} of {n} pictures in {found['seconds'][m]:.1f} s" for m, k in found['done'].items() if k < n]
+    return '\n'.join(lines)
+
 # %% ../nbs/07_submit.ipynb #push-imports
 import io, re, shutil, subprocess, sys, tempfile
 from contextlib import redirect_stdout
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from . import __version__
 from .data import read_json, write_json
 
@@ -215,6 +277,10 @@ def _pip(*args):
     done = subprocess.run([sys.executable, '-m', 'pip', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode: raise ValueError(f"pip {args[0]} failed: " + ' '.join(done.stdout.strip().splitlines()[-3:]))
 
+def _builds_alone(): # can pip build a wheel with the setuptools that is here, without fetching another?
+    try: return int(version('setuptools').split('.')[0]) > 70
+    except PackageNotFoundError: return False
+
 def _sdip_wheel(root, out):
     "A wheel of the clone at `root`, built from a copy, so that nothing old gets in and nothing is left behind"
     if not (Path(root)/'setup.py').is_file(): raise ValueError(f"{Path(root).resolve()} has no setup.py: run this at the top of a clone of the repository")
@@ -222,7 +288,7 @@ def _sdip_wheel(root, out):
         for f in Path(root).iterdir():
             if f.is_file() and not f.name.startswith('.'): shutil.copy(f, tmp)
         shutil.copytree(Path(root)/'sdip', Path(tmp)/'sdip', ignore=shutil.ignore_patterns('__pycache__'))
-        _pip('wheel', '--no-deps', *['--no-build-isolation']*bool(find_spec('setuptools')), '-w', out, tmp)
+        _pip('wheel', '--no-deps', *['--no-build-isolation']*_builds_alone(), '-w', out, tmp)
 
 def _other_wheels(wheels, out):
     "`LACKING` for Kaggle's Python, from the index or from a folder of wheels"
@@ -269,8 +335,11 @@ def _accepted(said, what):
     return said
 
 # %% ../nbs/07_submit.ipynb #push-client
-def _client():
+def kaggle_client(
+    owner:str, # whose notebooks and data sets it is about
+): # the official `KaggleApi`
     "Kaggle's own client, signed in; or one clear line, and nothing sent"
+    if owner == USER: raise ValueError("kernels/ does not know who you are: sdip_push --user YOU --write")
     with redirect_stdout(io.StringIO()):                            # it prints a page of help where nobody is signed in
         try: from kaggle.api.kaggle_api_extended import KaggleApi
         except ImportError as e: raise ValueError(f"Kaggle's client cannot be imported ({e}): pip install 'sdip[dev]'") from e
@@ -287,8 +356,8 @@ def push(
     "Push a chapter to Kaggle; `ValueError` unless it was taken as it is, sources and all"
     if notebook not in KERNELS: raise ValueError(f"notebook is {notebook!r}, known are {', '.join(KERNELS)}")
     meta = read_json(_kernels(folder)/notebook/'kernel-metadata.json')
-    if meta['id'].startswith(f'{USER}/'): raise ValueError(f"{folder}/{notebook} does not know who you are: sdip_push --user YOU --write")
-    with redirect_stdout(io.StringIO()) as log: said = _client().kernels_push(str(Path(folder)/notebook))
+    api = kaggle_client(meta['id'].split('/')[0])
+    with redirect_stdout(io.StringIO()) as log: said = api.kernels_push(str(Path(folder)/notebook))
     return _accepted(said, notebook).url or log.getvalue()
 
 # %% ../nbs/07_submit.ipynb #push-upload
@@ -298,8 +367,7 @@ def upload_assets(
     "Upload the assets: a new data set, or a new version of it"
     from requests import HTTPError
     ref = read_json(Path(folder)/'dataset-metadata.json')['id']
-    if ref.startswith(f'{USER}/'): raise ValueError("the assets have no owner yet: sdip_push --user YOU --write, then build them")
-    api = _client()
+    api = kaggle_client(ref.split('/')[0])
     try: known = bool(api.dataset_status(ref))
     except HTTPError as e:
         if e.response.status_code not in (403, 404): raise
