@@ -108,7 +108,7 @@ def bench(
     def add(f): BENCHES[name] = f, rows, full; return f
     return add
 
-# %% ../nbs/09_benchmarks.ipynb #ensemble-bench
+# %% ../nbs/09_benchmarks.ipynb #ensemble-plain
 def _reblend_search(preds, targ, min_gain=1e-4):
     "Greedy search that blends and scores all rows at every ratio"
     from sdip.data import mean_cosine, unit
@@ -125,6 +125,7 @@ def _reblend_search(preds, targ, min_gain=1e-4):
         blend = blend + np.float32(w[j])*units[j]
     return w, score
 
+# %% ../nbs/09_benchmarks.ipynb #ensemble-bench
 @bench('ensemble', rows=1000, full=20_000)
 def ensemble_bench(n:int) -> list:
     "Five models' ratios, on n rows"
@@ -143,7 +144,7 @@ def ensemble_bench(n:int) -> list:
         return f'score {a[1]:.4f} both ways; whole fit {cost.cpu:.2f} CPU s'
     return [compare('ratios of 5 models', 're-blending at each step', n, ours, lambda: _reblend_search(preds, targ), same, turns=2)]
 
-# %% ../nbs/09_benchmarks.ipynb #submission-bench
+# %% ../nbs/09_benchmarks.ipynb #submission-plain
 def _pandas_write(ids, emb, path):
     names = [f'{i}_{k}' for i in ids for k in range(emb.shape[1])]
     pd.DataFrame(dict(imgId_eId=names, val=emb.ravel())).to_csv(path, index=False)
@@ -155,6 +156,7 @@ def _pandas_read(path):
     wide = table.assign(id=parts[0], k=parts[1].astype(int)).pivot(index='id', columns='k', values='val')
     return wide.index.tolist(), wide.to_numpy(np.float32)
 
+# %% ../nbs/09_benchmarks.ipynb #submission-bench
 @bench('submission', rows=400, full=16_000)
 def submission_bench(n:int) -> list:
     "Write and read a submission of n pictures"
