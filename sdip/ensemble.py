@@ -71,7 +71,7 @@ def match_ids(
                          f"not asked for, {twice} are repeated ({some}); use predictions of the same split, each id once")
     return np.array([at[i] for i in want], dtype=int)
 
-# %% ../nbs/06_ensemble.ipynb #gather-preds
+# %% ../nbs/06_ensemble.ipynb #named-preds
 def _named(preds):  # dict, or list of files or `Preds` -> [(name, Preds or array)]
     if isinstance(preds, (str, Path, Preds)): preds = [preds]
     read = lambda p: load_preds(p) if isinstance(p, (str, Path)) else p
@@ -84,6 +84,7 @@ def _named(preds):  # dict, or list of files or `Preds` -> [(name, Preds or arra
     if odd := [f'{have} as {name}' for (name, _), have in zip(pairs, names) if have != name]: raise ValueError(f"predictions of {', '.join(odd)}; give each the name of the model that it was saved under")
     return pairs
 
+# %% ../nbs/06_ensemble.ipynb #gather-preds
 def gather_preds(
     preds,        # model name -> (n, 384) array, `Preds`, or path of a file of predictions; or a list of the last two
     ids=None,     # (n,) ids of the rows wanted; files are put in this order
@@ -397,7 +398,7 @@ def _scale_models(preds, ids, n):  # -> names; [(units (n, 384), here (n,), norm
         if not here.any(): raise ValueError(f"{name}: all {len(here)} rows are NaN or zero; leave the model out or predict again")
     return list(rows), models
 
-# %% ../nbs/06_ensemble.ipynb #fit-ensemble
+# %% ../nbs/06_ensemble.ipynb #check-fit
 ENOUGH = 10      # groups of validation rows a model
 
 def _check_fit(targets, method, ids, groups):  # -> unit targets (n, 384), group (n,) int from 0
@@ -407,6 +408,7 @@ def _check_fit(targets, method, ids, groups):  # -> unit targets (n, 384), group
         if given is not None and len(given) != len(targ): raise ValueError(f"{len(given)} {what} for {len(targ)} targets; give one a row")
     return targ, np.arange(len(targ)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
 
+# %% ../nbs/06_ensemble.ipynb #fit-ensemble
 def fit_ensemble(
     preds,                 # model name -> (n, 384) array in the order of targets, or `.npz` of `save_preds`; see `gather_preds`
     targets:np.ndarray,    # (n, 384), the true embeddings
@@ -515,7 +517,7 @@ def plot_norms(
 def plot(self:Ensemble):  # a figure
     "Ratio curves, norms of the raw rows, correlation of the errors."
     import matplotlib.pyplot as plt
-    fig, (curves, norms, errors) = plt.subplots(1, 3, figsize=(13, 3.4), layout='constrained')
+    fig, (curves, norms, errors) = plt.subplots(1, 3, figsize=(11, 2.8), layout='constrained')
     if self.curves: plot_curves({name: Search(**s) for name, s in self.curves.items()}, curves)
     plot_norms(self.norms, norms)
     plot_errors(self.errors, list(self.ratios), errors)
