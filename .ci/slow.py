@@ -279,8 +279,9 @@ def test_pushed_notebooks_run():
     assert before == {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
     for layout in 'old', 'new':
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
-        left = {p.name: sorted(o.name for o in p.iterdir()) for p in Path('working', layout).iterdir() if p.is_dir()}
-        print(left)
+        left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
+        assert left == {'submission.csv'}, f'what the chapters left: {left}'
+
 def test_deadline():
     "A prediction that must be done at once, one that has a little time, one that has plenty: each file is complete, and the last is that of no deadline"
     sh(*RUN)
@@ -299,8 +300,7 @@ def test_deadline():
     for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
     assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
     assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
-        left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
-        assert left == {'submission.csv'}, f'what the chapters left: {left}'
+
 ENCODE = """import sys
 from sdip.encoders import TargetEncoder, encode
 from sdip.playground import sample_prompts
