@@ -417,7 +417,7 @@ def _coco(path, images=None):
     return _assemble(path, path.stem, ids, [where.get(a['image_id']) for a in notes], [a['caption'] for a in notes], [order[a['image_id']] for a in notes])
 
 # %% ../nbs/00_data.ipynb #parameters
-_SETTING = re.compile(r'\s*([\w][\w ./-]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'(\w[\w ./-]{0,60}): *("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')     # the bound keeps a hostile file from taking hours
 _SETTINGS = re.compile(r'Steps: \d+(,|$)')
 
 def format_parameters(
