@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'layer_groups', 'ridge', 'probe', 'make_head', 'ImageRegressor', 'Features', 'prime_mlp', 'Recipe',
-           'checkpoint_gradients', 'Regressor', 'RegressorLearner', 'build_tower', 'ClipRegressor']
+           'checkpoint_gradients', 'Regressor', 'RegressorLearner', 'build_tower', 'ClipRegressor', 'prepare_pairs',
+           'finetune']
 
 # %% ../nbs/02_finetune_clip.ipynb #imports
 import math, tempfile, zlib
@@ -255,17 +256,17 @@ def _behind(self:Regressor, x):
 class RegressorLearner(Learner):
     "fastai's learner, which can show what it learns from and what it predicts"
     def told(self, prep, train, valid): # tables of the rows of both loaders
-        self.prep, self.rows = prep, (train, valid)
+        self.prep, self.tables = prep, (train, valid)
         return self
 
     def show_batch(self, max_n:int=6):
         "Pictures and prompts of a training batch"
         ds, rows = self.dls.train.dataset, next(iter(self.dls.train.batch_sampler))[:max_n]
-        return _show([ds.__getitems__([r])[0][0] for r in rows], [_lines(self.rows[0].prompt.iloc[r]) for r in rows])
+        return _show([ds.__getitems__([r])[0][0] for r in rows], [_lines(self.tables[0].prompt.iloc[r]) for r in rows])
 
     def show_results(self, max_n:int=3, k:int=2): # k: nearest training prompts
         "Validation pictures, their prompts, the nearest training prompts and the cosine"
-        ds, (train, valid) = self.dls.valid.dataset, self.rows
+        ds, (train, valid) = self.dls.valid.dataset, self.tables
         first = train.reset_index(drop=True).drop_duplicates('prompt')
         bank = unit(self.dls.train.dataset.ys[0].numpy()[first.index])                   # (prompts, 384)
         rows = np.flatnonzero(ds.ok)[:max_n].tolist()
@@ -332,7 +333,7 @@ def fit(self:Regressor,
     learn = self.learner(pairs, targets, root, recipe, checkpoint, cbs, quiet)
     rank, world = world_of_processes()
     if not quiet and not rank: print(recipe.rule(world))
-    with torch.random.fork_rng(), say_what_to_lower(f'{recipe.bs} rows a step in {recipe.accumulate} part(s)',
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if self.device.type == 'cuda' else []), say_what_to_lower(f'{recipe.bs} rows a step in {recipe.accumulate} part(s)',
                                                     f'set accumulate={2*recipe.accumulate} (the same step) or grad_checkpoint=True, or lower bs'):
         torch.manual_seed(recipe.seed + rank)
         run_learner(learn, recipe.epochs, recipe.schedule, recipe.pct_start)
@@ -408,3 +409,56 @@ def start_from_texts(self:ClipRegressor,
     if images is not None: bias = bias + coef @ (x.mean(0) - np.nanmean(self.features(images), 0))
     self._set_last(coef, bias)
     return self
+
+# %% ../nbs/02_finetune_clip.ipynb #finetune-imports
+import pandas as pd
+from .data import clean_prompts, duplicate_of, write_json
+from .dedup_weighting import group_split
+from .encoders import TargetEncoder, encode
+from .training import Say
+
+# %% ../nbs/02_finetune_clip.ipynb #prepare-pairs
+def prepare_pairs(
+    pairs:pd.DataFrame, # a pairs table, as `load_pairs` gives it
+    folder,             # keeps the targets
+    device=None,
+) -> tuple:             # (pairs with clean prompts, a group for each prompt, and splits; targets (n, 384))
+    "Make pairs ready to train on; a table without 'train' and 'valid' rows is split"
+    cleaned, reasons = clean_prompts(pairs.prompt)
+    keep = np.array([not r for r in reasons])
+    if not keep.any(): raise ValueError(f'none of {len(pairs)} prompts can be used, the first because: {reasons[0]}')
+    table = pairs.assign(prompt=cleaned)[keep].reset_index(drop=True)
+    first, group = np.unique(duplicate_of(table.prompt), return_inverse=True)          # one row of each prompt; the prompt of each row
+    table['group'] = group
+    once = lambda: encode(table.prompt.to_numpy()[first].tolist(), TargetEncoder(device=device), folder)
+    if world_of_processes()[0] == 0: once()                                            # one process computes,
+    share_among([0])                                                                   # the others wait
+    emb = unit(np.array(once(), np.float32))                                           # and read
+    if not {'train', 'valid'} <= set(table.split): table['split'] = group_split(emb)[group]
+    return table, emb[group]
+
+# %% ../nbs/02_finetune_clip.ipynb #finetune
+def finetune(
+    reg:Regressor,
+    pairs:pd.DataFrame,  # as `load_pairs` gives it; attrs['root'] is the folder of its pictures
+    out,                 # gets config.json, model.safetensors, history.csv, scores.json; a killed run goes on there
+    recipe:Recipe=Recipe(),
+    cbs=(), quiet:bool=False,
+) -> dict:               # scores: mean_vector, probe, valid, and test where there are such rows
+    "Train a regressor on a table of pairs and leave a folder that `load` reads"
+    out, rank = Path(out), world_of_processes()[0]
+    if (out/'config.json').exists(): raise ValueError(f'{out} holds a finished model: choose another folder, or delete this one')
+    table, targets = prepare_pairs(pairs, out/'targets', reg.device)
+    root = pairs.attrs.get('root', '.')
+    cbs = [*cbs, *([] if quiet or rank else [Say()])]
+    reg.fit(table, targets, root, recipe, out/'checkpoint.pt', cbs, quiet)
+    train = (table.split == 'train').to_numpy()
+    scores = dict(mean_vector=mean_cosine(np.broadcast_to(targets[train].mean(0), targets[~train].shape), targets[~train]),
+                  probe=max(reg.probe_scores.values(), default=None))
+    for split in ('valid', 'test'):
+        rows = (table.split == split).to_numpy()
+        pred = reg.predict(image_paths(table[rows], root), shared=True) if rows.any() else np.zeros((0, EMB_DIM))
+        ok = np.isfinite(pred).all(1)
+        if ok.any(): scores[split] = mean_cosine(pred[ok], targets[rows][ok])
+    if rank == 0: reg.save(out); write_json(scores, out/'scores.json')
+    return scores

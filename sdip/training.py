@@ -298,7 +298,7 @@ def score_of(
     device, total, n = next(model.parameters()).device, 0., 0
     modes = {m: m.training for m in model.modules()}
     model.eval()
-    with torch.random.fork_rng(), half_precision(device):
+    with torch.random.fork_rng(devices=[]), half_precision(device):
         for x, y, *_ in dl:
             pred = model(prep.normalize(x.to(device)))                          # (b, 384)
             total, n = total + cosine(pred, y.to(device)).item()*len(x), n + len(x)
@@ -391,12 +391,12 @@ class Checkpoint(Callback):
 def _random_state():
     "The state of every source of random numbers, in types that a file of plain data can hold"
     name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
                 numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate())
 
 def _set_random_state(s):
     torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
+    if s['cuda'] and torch.cuda.is_initialized(): torch.cuda.set_rng_state_all(s['cuda'])
     name, keys, *rest = s['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(s['python'])
