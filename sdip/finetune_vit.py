@@ -86,7 +86,7 @@ def backbone_from(
     config = read_json(folder/'config.json')
     if 'tower' not in config:
         name, args, *_ = _timm_folder(folder)
-        return *build_backbone(name, folder), dict(name=name, kw=args)
+        return *build_backbone(name, folder), dict(name=name, kw={k: v for k, v in args.items() if k != 'img_size'})   # the size is the pictures'
     tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
     net, _ = build_backbone(tower['name'], 'random', prep.size, **tower['kw'])
     net.origin = dict(weights=str(folder), file=str(folder/'model.safetensors'), sha256=config['weights_sha256'], notes=[])

@@ -351,59 +351,63 @@ def random_stand_ins(
     folder,        # gets one folder for each role
     true_sizes:bool=False, # the sizes of the real networks (BLIP: base), to measure time and memory
     seed:int=0,    # of the random weights
+    roles=tuple(ROLES), # which
 ) -> dict:         # '<role>_from' -> folder
     "Networks of the true formats with RANDOM weights, to rehearse a run or to measure one"
     import torch
-    from sdip.encoders import CLIP_MEAN, CLIP_STD
     folder = Path(folder); torch.manual_seed(seed)
-    for make in (_random_clips, _random_vit, _random_blip): make(folder, true_sizes, dict(mean=CLIP_MEAN, std=CLIP_STD))
-    return {f'{role}_from': str(folder/role) for role in ROLES}
+    makers = dict(clip=_random_clip, vit=_random_vit, captioner=_random_blip, ranker=_random_ranker)
+    for role in roles:
+        (folder/role).mkdir(parents=True, exist_ok=True)
+        makers[role](folder/role, true_sizes)
+    return {f'{role}_from': str(folder/role) for role in roles}
 
-def _random_clips(folder, true_sizes, prep):
-    "The base CLIP as a folder of transformers, the ranker as one of open_clip"
-    import open_clip
+def _random_clip(folder, true_sizes):
+    "ViT-L/14 as transformers saves it"
     from safetensors.torch import save_file
+    from sdip.encoders import CLIP_MEAN, CLIP_STD
     from transformers import CLIPConfig, CLIPModel
-    from sdip.encoders import save_clip
     t = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, bos_token_id=49406, eos_token_id=49407)
     v = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14)
     few = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2)
     if not true_sizes: t, v = t | few, v | few | dict(image_size=28)
-    (folder/'clip').mkdir(parents=True, exist_ok=True)
     model = CLIPModel(CLIPConfig(text_config=t, vision_config=v, projection_dim=768 if true_sizes else 48))
-    model.config.save_pretrained(folder/'clip')
-    save_file({k: p.contiguous() for k, p in model.state_dict().items()}, folder/'clip'/'model.safetensors')
+    model.config.save_pretrained(folder)
+    save_file({k: p.contiguous() for k, p in model.state_dict().items()}, folder/'model.safetensors')
     size = v['image_size']
-    write_json(dict(crop_size=size, size=size, do_center_crop=True, image_mean=prep['mean'], image_std=prep['std'], resample=3), folder/'clip'/'preprocessor_config.json')
+    write_json(dict(crop_size=size, size=size, do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3), folder/'preprocessor_config.json')
+
+def _random_ranker(folder, true_sizes):
+    "ViT-H/14 as open_clip saves it"
+    import open_clip
+    from sdip.encoders import Preprocess, save_clip
     cfg = open_clip.get_model_config('ViT-H-14')
     if not true_sizes: cfg = dict(embed_dim=32, vision_cfg=cfg['vision_cfg'] | dict(image_size=28, layers=2, width=64, head_width=32), text_cfg=cfg['text_cfg'] | dict(width=64, heads=2, layers=2))
-    save_clip(open_clip.CLIP(**cfg), cfg, prep | dict(size=cfg['vision_cfg']['image_size']), folder/'ranker')
+    save_clip(open_clip.CLIP(**cfg), cfg, Preprocess(cfg['vision_cfg']['image_size']), folder)
 
 # %% ../nbs/08_run.ipynb #stand-ins-more
-def _random_vit(folder, true_sizes, prep):
-    "A folder as on timm's hub"
+def _random_vit(folder, true_sizes):
+    "ViT-L/16 at 384, as on timm's hub"
     import timm
     from safetensors.torch import save_file
     name, args = 'vit_large_patch16_384', {} if true_sizes else dict(embed_dim=48, depth=3, num_heads=3, img_size=32)
     model, size = timm.create_model(name, num_classes=10, **args), args.get('img_size', 384)
-    (folder/'vit').mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), folder/'vit'/'model.safetensors')
+    save_file(model.state_dict(), folder/'model.safetensors')
     cfg = dict(input_size=[3, size, size], mean=[.5]*3, std=[.5]*3, interpolation='bicubic', crop_pct=1., num_classes=10, fixed_input_size=True)
-    write_json(dict(architecture=name, num_classes=10, model_args=args, pretrained_cfg=cfg), folder/'vit'/'config.json')
+    write_json(dict(architecture=name, num_classes=10, model_args=args, pretrained_cfg=cfg), folder/'config.json')
 
-def _random_blip(folder, true_sizes, prep):
+def _random_blip(folder, true_sizes):
     "A captioner of transformers; its words are MiniLM's, which are BERT's, as BLIP's are"
+    from sdip.encoders import CLIP_MEAN, CLIP_STD, _minilm_folder
     from transformers import BlipConfig, BlipForConditionalGeneration
-    from sdip.encoders import _minilm_folder
-    words = (_minilm_folder()/'vocab.txt').read_text(encoding='utf-8').split('\n')
-    words = [w for w in words if w] + ['[DEC]', '[ENC]']
+    words = list(filter(None, (_minilm_folder()/'vocab.txt').read_text(encoding='utf-8').split('\n'))) + ['[DEC]', '[ENC]']
     few = {} if true_sizes else dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     size = 384 if true_sizes else 32
     model = BlipForConditionalGeneration(BlipConfig(vision_config=few | dict(image_size=size, patch_size=16), text_config=few | dict(
         vocab_size=len(words), encoder_hidden_size=few.get('hidden_size', 768), bos_token_id=len(words) - 2, eos_token_id=2, sep_token_id=102, pad_token_id=0)))
-    model.save_pretrained(folder/'captioner')
-    (folder/'captioner'/'vocab.txt').write_text('\n'.join(words), encoding='utf-8')
-    write_json(dict(size=dict(height=size, width=size), image_mean=prep['mean'], image_std=prep['std'], resample=3), folder/'captioner'/'preprocessor_config.json')
+    model.save_pretrained(folder)
+    (folder/'vocab.txt').write_text('\n'.join(words), encoding='utf-8')
+    write_json(dict(size=dict(height=size, width=size), image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3), folder/'preprocessor_config.json')
 
 # %% ../nbs/08_run.ipynb #stage-data
 @stage('Pairs of picture and prompt', args='pairs n_train n_valid n_test per_prompt loose size seed', files='data/pairs.parquet')
