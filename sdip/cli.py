@@ -59,24 +59,30 @@ def sdip_dedup(
     table:str, # a .csv or .parquet file with a column of prompts
     out:str='kept.csv', # where the kept rows go, .csv or .parquet
     dropped:str=None, # where the dropped rows go, with the reason
+    report:str=None, # where a page about it goes, .html
     column:str='prompt', # the prompts' column
     threshold:float=0.95, # cosine from which two prompts count as the same
+    priority:str=None, # a column of numbers: of a family the row with the highest stays; default: the first
+    mode:str='exact', # 'fast' for more than two million rows: recall is measured and printed
     minilm:str=None, # folder of all-MiniLM-L6-v2; else the package, else the hub
 ):
     "Drop unusable, repeated and near-duplicate prompts from a table"
     import pandas as pd
     from sdip.data import atomic_path
-    from sdip.dedup_weighting import dedup_table
+    from sdip.dedup_weighting import dedup_html, dedup_table
     from sdip.encoders import TargetEncoder
     for f in (table, out, dropped):
         if f and not f.endswith(('.csv', '.parquet')): raise ValueError(f"{f} is neither .csv nor .parquet: name one of the two")
+    if report and not report.endswith('.html'): raise ValueError(f"{report} is no .html file: the report is a page")
     data = pd.read_csv(table) if table.endswith('.csv') else pd.read_parquet(table)
-    kept, gone, report = dedup_table(data, TargetEncoder(minilm), column, threshold)
+    kept, gone, text = dedup_table(data, TargetEncoder(minilm), column, threshold, priority=priority, mode=mode)
     for rows, path in ((kept, out), (gone, dropped)):
         if not path: continue
         with atomic_path(path) as tmp:
             rows.to_csv(tmp, index=False) if path.endswith('.csv') else rows.to_parquet(tmp, index=False)
-    print(report)
+    if report:
+        with atomic_path(report) as tmp: tmp.write_text(dedup_html(kept, gone, text, column), encoding='utf-8')
+    print(text)
 
 # %% ../nbs/05_interrogator.ipynb #command
 @call_parse
