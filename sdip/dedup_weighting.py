@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLACK', 'METHODS', 'Dedup', 'dedup', 'families', 'group_split', 'Leakage', 'leakage', 'Gap', 'compare_gap',
            'sample_weights', 'effective_sample_size', 'out_of_fold', 'ExpectedCosine', 'expected_cosine',
-           'hard_prompts', 'dedup_table']
+           'hard_prompts', 'dedup_table', 'dedup_html']
 
 # %% ../nbs/01_dedup_weighting.ipynb #imports
 import warnings
@@ -589,20 +589,52 @@ def dedup_table(
     column:str='prompt', # the prompts' column
     threshold:float=0.95, # cosine of near-duplicates
     max_words:int=200, # longer prompts are dropped: MiniLM reads 256 word pieces
-): # -> (kept, dropped, report): DataFrames, `dropped` with columns `reason` and `near`, and text
+    priority:str=None, # a column of numbers, the higher the sooner kept
+    mode:str='exact', # see `dedup`
+): # -> (kept, dropped, report): DataFrames, `dropped` with columns `reason`, `near` (a prompt) and `cosine`, and text
     "Rows of a table worth keeping, the others with the reason, and a report"
     from sdip.data import clean_prompts, duplicate_of
-    if column not in table: raise ValueError(f"the table has no column {column!r}, it has {list(table)}: choose one with column=")
+    for c in filter(None, (column, priority)):
+        if c not in table: raise ValueError(f"the table has no column {c!r}, it has {list(table)}: choose one of them")
     prompts, reason = clean_prompts(list(table[column]), max_words=max_words)
     reason, near, first = np.array(reason, dtype=object), np.array(['']*len(table), dtype=object), duplicate_of(prompts)
     reason[(reason == '') & (first != np.arange(len(table)))] = 'exact duplicate'
     for i in np.flatnonzero(reason == 'exact duplicate'): near[i] = prompts[first[i]]
-    todo = np.flatnonzero(reason == '')
+    todo, cosine = np.flatnonzero(reason == ''), np.where(reason == 'exact duplicate', 1, np.nan)
     if not len(todo): raise ValueError(f"none of the {len(table)} prompts is usable (first reasons: {list(reason[:3])}): is {column!r} the right column?")
     words = [prompts[i] for i in todo]
-    found = dedup(encoder(words), threshold)
+    found = dedup(encoder(words), threshold, priority=None if priority is None else table[priority].to_numpy()[todo], mode=mode)
     for i in np.flatnonzero(~found.keep):
-        reason[todo[i]], near[todo[i]] = f'near-duplicate {found.score[i]:.3f}', words[found.parent[i]]
+        reason[todo[i]], near[todo[i]], cosine[todo[i]] = f'near-duplicate {found.score[i]:.3f}', words[found.parent[i]], found.score[i]
     keep, counts = reason == '', [f"{(reason == r).sum()} {r}" for r in dict.fromkeys(reason) if r and not r.startswith('near')]
     text = '\n'.join([f"{len(table)} rows: {keep.sum()} kept; " + (', '.join(counts) or 'nothing unusable'), found.report(words)])
-    return table[keep], table[~keep].assign(reason=reason[~keep], near=near[~keep]), text
+    return table[keep], table[~keep].assign(reason=reason[~keep], near=near[~keep], cosine=cosine[~keep]), text
+
+# %% ../nbs/01_dedup_weighting.ipynb #dedup-html
+_STYLE = ("body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+          "td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}i{display:inline-block;background:#47a;height:.8em}")
+
+def _html_table(head, rows):
+    from html import escape
+    cell = lambda v: f'<td class=n>{v}</td>' if not isinstance(v, str) else f'<td>{v if v.startswith("<i ") else escape(v)}</td>'
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows)}</table>"
+
+def dedup_html(
+    kept, dropped, # DataFrames from `dedup_table`
+    text:str, # its report
+    column:str='prompt', # the prompts' column
+    n:int=20, # pairs and families to show
+)->str: # a page that needs no other file
+    "What was dropped from a table, for a browser"
+    from html import escape
+    why = dropped.reason.str.replace(r'^near-duplicate .*', 'near-duplicate', regex=True)
+    near = dropped[why == 'near-duplicate'].sort_values('cosine', kind='stable')
+    count, edge = np.histogram(near.cosine, np.linspace(min(near.cosine.min(), .999), 1, 11)) if len(near) else ([], [])
+    bars = [(f'{a:.3f} to {b:.3f}', int(c), f'<i style="width:{300*c/max(count):.0f}px"></i>') for a, b, c in zip(edge, edge[1:], count)]
+    pairs = [(f'{c:.3f}', str(p), q) for c, p, q in near[['cosine', column, 'near']].head(n).to_numpy().tolist()]
+    family = near.groupby('near', sort=False)[column].agg(['size', lambda p: '; '.join(map(str, p[:5]))]).sort_values('size', ascending=False, kind='stable').head(n)
+    parts = [('Rows', _html_table(['', 'rows'], [('kept', len(kept)), *((k, int(v)) for k, v in why.value_counts().items())])),
+             ('How alike', _html_table(['cosine', 'rows', ''], bars)), ('Nearest to the threshold', _html_table(['cosine', 'dropped', 'kept'], pairs)),
+             ('Largest families', _html_table(['kept', 'rows', 'dropped, the first five'], [(k, int(r.iloc[0]) + 1, r.iloc[1]) for k, r in family.iterrows()]))]
+    body = ''.join(f'<h2>{h}</h2>{t}' for h, t in (parts if len(near) else parts[:1]))
+    return f'<!doctype html><html lang=en><meta charset=utf-8><title>Near-duplicates</title><style>{_STYLE}</style><h1>Near-duplicates</h1><pre>{escape(text)}</pre>{body}</html>'
