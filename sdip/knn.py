@@ -300,10 +300,10 @@ def _merge(a, b): # two (sims, ids) of (q, k), best first -> one of the same sha
 
 def _widen(found, k): # (sims, ids) of (q, j) -> (q, k), the rest -inf and -1
     fill = [(0, 0), (0, k - found[1].shape[1])]
-    return np.pad(found[0], fill, constant_values=-np.inf), np.pad(found[1], fill, constant_values=-1)
+    return found if not fill[1][1] else (np.pad(found[0], fill, constant_values=-np.inf), np.pad(found[1], fill, constant_values=-1))
 
 # %% ../nbs/04_knn.ipynb #knn-blocks
-BLOCK_MB = 64
+BLOCK_MB = 160
 
 @patch
 def _prepare(self:KNNRegressor, x, mean=None): # (b, d) float32, changed in place: centred where asked for, unit rows
@@ -312,16 +312,18 @@ def _prepare(self:KNNRegressor, x, mean=None): # (b, d) float32, changed in plac
     return x
 
 @patch
-def _blocks(self:KNNRegressor, bank, centre): # yields numbers of rows (b,), their keys (b, d) float32, ready to compare
-    step, d = 0, self.shelves[0].d
-    step = max(1, int(BLOCK_MB*2**20/4/d)); x, rows, m = np.empty((step, d), np.float32), np.empty(step, np.int64), 0
-    for name, kind, shelf, lo, hi, first in self._spans():
+def _blocks(self:KNNRegressor, bank, centre): # yields numbers of rows (b,), their keys (b, d) float32, ready to compare; gone with the next
+    d, mean, m = self.shelves[0].d, self._mean(bank.split()[-1]) if centre else None, 0
+    step = min(self.banks()[bank], max(1, int(BLOCK_MB*2**20/4/d)))
+    x, rows = np.empty((step, d), np.float32), np.empty(step, np.int64)
+    for name, _, shelf, lo, hi, first in self._spans():
         while name == bank and lo < hi:
-            n = min(hi - lo, step - m)
+            n = min(hi - lo, step - m, 1024)                              # what fits into the processor's cache
             x[m:m+n] = shelf.rows('keys')[lo:lo+n]; rows[m:m+n] = np.arange(first, first + n)
+            self._prepare(x[m:m+n], mean)
             m, lo, first = m + n, lo + n, first + n
-            if m == step: yield rows, self._prepare(x, self._mean(kind) if centre else None); m = 0
-    if m: yield rows[:m], self._prepare(x[:m], self._mean(bank.split()[-1]) if centre else None)
+            if m == step: yield rows, x; m = 0
+    if m: yield rows[:m], x[:m]
 
 # %% ../nbs/04_knn.ipynb #knn-mean
 @patch
@@ -337,15 +339,13 @@ def _mean(self:KNNRegressor, kind): # (d,): mean of the keys of a kind, remember
 @patch
 def _search_bank(self:KNNRegressor, bank, x, k): # x (q, d) prepared -> sims, ids (q, k): best first, -inf and -1 where there are fewer
     if bank in self._ivf: return _widen(self._ivf[bank].search(x, k), k)
-    device, step = self.device or ('cuda' if _has_cuda() else 'cpu'), max(1, 2**22//k)
-    out = np.empty((len(x), k), np.float32), np.empty((len(x), k), np.int64)
-    for a in range(0, len(x), step):
-        best = None
-        for rows, keys in self._blocks(bank, self.centre):
+    device, step = self.device or ('cuda' if _has_cuda() else 'cpu'), max(256, 2**20//k)             # 12 MB of neighbours at a time
+    out = np.empty((len(x), k), np.float32), np.full((len(x), k), -1, np.int64)
+    for rows, keys in self._blocks(bank, self.centre):
+        for a in range(0, len(x), step):
             sims, at = nearest(x[a:a+step], keys, min(k, len(keys)), device)
-            found = _widen((sims, rows[at]), k)
-            best = found if best is None else _merge(best, found)
-        out[0][a:a+step], out[1][a:a+step] = best
+            found, best = _widen((sims, rows[at]), k), [o[a:a+step] for o in out]
+            best[0][:], best[1][:] = found if (best[1][0] < 0).all() else _merge(best, found)
     return out
 
 def _has_cuda():
