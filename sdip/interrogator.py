@@ -157,7 +157,7 @@ class BlipCaptioner:
         self._hash(sha256)
         self.model = _load_blip(folder, self.file, torch.float16 if self.device.type == 'cuda' else torch.float32).to(self.device).eval()
         self.tokenizer = BertTokenizer.from_pretrained(str(folder))
-        self.prep = self._prep(folder/'preprocessor_config.json', self.model.config.vision_config.image_size)
+        self.prep = self._prep(folder, self.model.config.vision_config.image_size)
 
 # %% ../nbs/05_interrogator.ipynb #blip-checks
 @patch
@@ -166,13 +166,13 @@ def _hash(self:BlipCaptioner, expected):
     if expected and self.sha256 != expected: raise ValueError(f"{self.file} has SHA-256 {self.sha256}, expected {expected}: another file, or a damaged one; fetch it again")
 
 @patch
-def _prep(self:BlipCaptioner, file, size):  # -> Preprocess: what the folder says, else BLIP's usual one, with a note
-    if not file.is_file():
-        self.notes.append(f"preprocessing assumed, {file} does not exist: BLIP's usual, {size} x {size} without cutting, CLIP's mean and std")
+def _prep(self:BlipCaptioner, folder, size):  # -> Preprocess: what the folder says, else BLIP's usual one, with a note
+    prep = Preprocess.from_folder(folder)
+    if prep is None:
+        self.notes.append(f"preprocessing assumed, {folder} has no preprocessor_config.json: BLIP's usual, {size} x {size} without cutting, CLIP's mean and std")
         warnings.warn(self.notes[-1], stacklevel=3)
         return Preprocess(size, resize_mode='squash')
-    prep = Preprocess.from_transformers(read_json(file))
-    if prep.size != size: raise ValueError(f"{file} makes pictures of {prep.size} pixels, the network takes {size}: the two do not belong together")
+    if prep.size != size: raise ValueError(f"{folder} makes pictures of {prep.size} pixels, the network takes {size}: the two do not belong together")
     return prep
 
 @patch(as_prop=True)
