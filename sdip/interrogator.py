@@ -294,6 +294,7 @@ def mine_phrases(
         p = min(spelled[key], key=lambda s: (-spelled[key][s], s))              # the most frequent spelling
         if spelled[key].total() >= min_count: lists[_kind(p, first[key], later[key])].append(p)
     if not any(lists.values()): raise ValueError(f"no phrase found in {len(prompts)} prompts: give prompts of a few words, parts separated by commas")
+    if not lists['subjects']: lists['subjects'] = sum(lists.values(), [])        # captions are made of them
     return Phrases({k: v[:top] for k, v in lists.items()}, dropped)
 
 # %% ../nbs/05_interrogator.ipynb #read-phrases
@@ -519,9 +520,10 @@ class Words(pd.DataFrame):
     def _repr_html_(self):
         if 'prompt' not in self or 'phrases' not in self: return super()._repr_html_()
         pictures, cell = getattr(self, 'pictures', None), 'style="text-align:left;vertical-align:top"'
-        rows = [f'<tr><td>{_thumbnail(pictures[i] if pictures is not None else r.image)}</td><td {cell}><b>{escape(r.prompt) or "cannot be read"}</b><br>'
+        source = lambda name: pictures[int(name[8:])] if pictures is not None and re.fullmatch(r'picture \d+', name) else name
+        rows = [f'<tr><td>{_thumbnail(source(r.image))}</td><td {cell}><b>{escape(r.prompt) or "cannot be read"}</b><br>'
                 f'<small>{escape("; ".join(f"{p} {s:+.2f}" for p, s in r.phrases))}</small></td><td {cell}>{r.similarity:.2f}</td><td {cell}>{escape(Path(r.image).name)}</td></tr>'
-                for i, r in zip(self.index[:20], self[:20].itertuples())]
+                for r in self[:20].itertuples()]
         more = f'<p>and {len(self) - 20} more</p>' if len(self) > 20 else ''
         return f'<table><tr><th></th><th>prompt, and its phrases</th><th>similarity</th><th>picture</th></tr>{"".join(rows)}</table>{more}'
 
