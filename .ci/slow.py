@@ -396,4 +396,5 @@ def test_full_rehearsal():
     assert 'A rehearsal: small networks with random weights' in out
     assert json.loads(Path('run/ensemble.json').read_text())['method'] == 'greedy'
     words = json.loads(Path('run/interrogator/words.test.json').read_text())
-    assert len(words) == 8 and all(any(m in w for m in ('pop art', 'impressionism')) for w in words), words
+    assert len(words) == 8 and all(words), words
+    assert set(json.loads(Path('run/interrogator/config.json').read_text())['tables']) == {'mediums', 'movements', 'flavors'}

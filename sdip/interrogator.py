@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['APPENDED', 'LEADING', 'BLIP_WEIGHTS', 'UNSAFE', 'MODES', 'fill_templates', 'PhraseTable', 'an', 'scene_phrases',
            'scene_captions', 'SceneCaptioner', 'BlipCaptioner', 'clean_phrases', 'named_people', 'mine_phrases',
-           'Interrogator']
+           'Interrogator', 'WriteupInterrogator']
 
 # %% ../nbs/05_interrogator.ipynb #imports
 import re
@@ -189,8 +189,8 @@ def __call__(self:BlipCaptioner,
     self.report, out = [], ['']*len(images)
     for rows, px in image_batches(images, self.prep, self.bs, report=self.report):
         x = self.prep.normalize(torch.from_numpy(np.array(px)).to(self.device)).to(self.model.dtype)   # (b, S, S, 3) -> (b, 3, S, S)
-        tokens = self.model.generate(pixel_values=x, **self.options)                                   # (b, pieces)
-        for i, caption in zip(rows, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)): out[i] = ' '.join(caption.split())
+        tokens = self.model.generate(pixel_values=x, **self.options)                                   # (b, 1 + pieces), the first says 'begin'
+        for i, caption in zip(rows, self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)): out[i] = ' '.join(caption.split())
     return out
 
 # %% ../nbs/05_interrogator.ipynb #clean-phrases
@@ -385,3 +385,33 @@ def load(cls:Interrogator,
     if cfg['captioner'] == 'scene': captioner = SceneCaptioner(clip, captions=words['captions'], matrix=array('captions'))
     return cls(clip, captioner, words['phrases'], targets, array('reference') if cfg['has_reference'] else None, cfg['mode'], cfg['n_fills'], clean=False,
                matrices={k: array(f'table_{k}') for k in cfg['tables']})
+
+# %% ../nbs/05_interrogator.ipynb #blip-writeup
+class WriteupInterrogator(Interrogator):
+    "Caption, then the nearest `counts[name]` phrases of each list"
+    counts = dict(mediums=1, movements=1, flavors=3)
+
+    def interrogate(self,
+        images,        # list of n pictures: what `read_image` takes
+        mode=None,     # there is only one
+    ) -> pd.DataFrame: # image, caption, prompt, similarity, phrases
+        emb = self.clip.encode_images(images)                                                # (n, d)
+        self.report, good = list(self.clip.report), np.flatnonzero(np.isfinite(emb).all(1))
+        captions, emb = self.captioner([images[i] for i in good]) if len(good) else [], emb[good]
+        found = [[] for _ in good]
+        for name, k in self.counts.items():
+            if name not in self.tables: continue
+            sims = (emb - self._shift) @ self.tables[name].matrix.T                          # (n, d) @ (d, phrases)
+            for row, s in zip(found, sims): row += [self.tables[name].phrases[j] for j in np.argsort(-s, kind='stable')[:k]]
+        prompts = [', '.join(filter(None, [c, *f])) for c, f in zip(captions, found)]
+        near = (emb*self.clip.encode_texts(prompts)).sum(1) if prompts else []
+        rows = [dict(image=str(im) if isinstance(im, (str, Path)) else f'picture {i}', caption='', prompt='', similarity=np.nan, phrases=[]) for i, im in enumerate(images)]
+        for i, *row in zip(good, captions, prompts, near, found): rows[i].update(zip(('caption', 'prompt', 'similarity', 'phrases'), row))
+        return pd.DataFrame(rows, columns=['image', 'caption', 'prompt', 'similarity', 'phrases'])
+
+    def predict(self, images): # -> (n, 384) float32; NaN where a picture could not be read
+        self.words = self.interrogate(images)
+        if self.targets is None: self.targets = TargetEncoder()
+        out, good = np.full((len(self.words), EMB_DIM), np.nan, np.float32), np.flatnonzero(self.words.prompt != '')
+        if len(good): out[good] = self.targets([self.words.prompt[i] for i in good])
+        return out
