@@ -295,7 +295,7 @@ def test_deadline():
     out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'plenty.csv', '--deadline', 5)
     assert 'time was up' not in out and '60 pictures, 0 of them filled' in out
     slow = "import sdip.knn, time; near = sdip.knn.KNNRegressor.predict; sdip.knn.KNNRegressor.predict = lambda self, images: time.sleep(len(images)) or near(self, images); " \
-           "import sdip.cli, sys; sys.argv = 'sdip_predict world/images --run run --out slow.csv --deadline 0.6'.split(); sdip.cli.sdip_predict()"
+           "import sdip.cli; sdip.cli.sdip_predict(['world/images'], 'run', 'slow.csv', deadline=.6)"
     start = time.time()
     out = sh(sys.executable, '-c', slow)
     assert 'time was up: knn answered' in out, 'the slow model was to be cut short'
