@@ -177,7 +177,7 @@ def _climb_bench(n, n_phrases):
                    lambda: counted('plain', lambda: [_chain(clip, x, c, phrases, room) for x, c in zip(emb, captions)]), same, turns=1)
 
 # %% ../nbs/09_benchmarks.ipynb #interrogator-bench
-@bench('interrogator', rows=5_000, full=100_970)
+@bench('interrogator', rows=20_000, full=100_970)
 def bench_interrogator(rows):
     "Ranking against `rows` phrases; climbing over at most 2,048 of them"
     return [_rank_bench(rows), _climb_bench(*((20, 2048) if rows >= 50_000 else (2, 128)))]
