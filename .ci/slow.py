@@ -398,3 +398,61 @@ def test_full_rehearsal():
     words = json.loads(Path('run/interrogator/words.test.json').read_text())
     assert len(words) == 8 and all(words), words
     assert set(json.loads(Path('run/interrogator/config.json').read_text())['tables']) == {'mediums', 'movements', 'flavors'}
+
+def test_finetune_killed_in_mid_epoch():
+    "kill -9 in the middle of an epoch: the same command goes on there, and ends within 1e-4 of a run that was left alone"
+    import numpy as np, torch
+    from sdip.data import find_images
+    from sdip.finetune_vit import VitRegressor
+    sh('sdip_generate', 'world', '--n', 200, '--seed', 3)
+    command = lambda out, *more: ('sdip_finetune', 'vit', '--pairs', 'world', '--out', out, '--set', 'lr=1e-3', 'bs=8', 'minutes=0', 'timetable=((1, 1), (None, 2))', *more)
+    sh(*command('whole'))
+    first, file = subprocess.Popen([str(o) for o in command('killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), Path('killed/checkpoint.pt')
+    place = lambda: (lambda s: (s['epoch'], s['batch']))(torch.load(file, weights_only=True)) if file.exists() else (0, 0)
+    wait_for(lambda: place()[0] == 1 and 3 <= place()[1] <= 15)
+    first.kill()                                                   # SIGKILL
+    assert first.wait() == -9 and not Path('killed/config.json').exists(), 'it was done before it could be killed'
+    assert place()[0] == 1 and 0 < place()[1] < 25, f'not in mid-epoch: {place()}'
+    refused = sh(*command('killed', 'wd=0.1'), status=1)           # another recipe
+    assert 'wd: it has 0.05, this run 0.1' in refused, refused
+    sh(*command('killed'))
+    pictures = find_images('world/images')[:50]
+    whole, killed = (VitRegressor.load(f, device='cpu').predict(pictures) for f in ('whole', 'killed'))
+    assert np.abs(whole - killed).max() < 1e-4, np.abs(whole - killed).max()
+    logs = [[line.split(',')[:5] for line in Path(f, 'history.csv').read_text().splitlines()] for f in ('whole', 'killed')]
+    assert [r[0] for r in logs[1]] == ['epoch', '0', '1', '2'] and np.abs(np.array(logs[0][1:], float) - np.array(logs[1][1:], float)).max() < 1e-4, logs
+    assert sorted(p.name for p in Path('killed').iterdir()) == ['config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets']
+    assert 'holds a finished model' in sh(*command('killed'), status=1)
+
+TWO = '''
+import os, numpy as np
+import torch.distributed as dist
+from sdip.data import find_images, load_pairs
+from sdip.finetune_clip import Recipe, finetune
+from sdip.finetune_vit import make_regressor
+from sdip.training import share_among, world_of_processes
+rank, world = world_of_processes()
+assert world == int(os.environ.get('WORLD_SIZE', 1)), world
+assert share_among([rank]) == list(range(world)), 'ranks'
+reg = make_regressor('vit', device='cpu')
+scores = finetune(reg, load_pairs('world'), f'out{world}', Recipe(lr=1e-3, bs=16, accumulate=2, timetable=((1, 1), (None, 1))), quiet=True)
+pictures = find_images('world/images')[:33] + ['nothing.png']      # cannot be halved, and one cannot be read
+shared = reg.predict(pictures, shared=True)
+assert np.isnan(shared).any(1).tolist() == [False]*33 + [True] and [r['row'] for r in reg.report] == [33], reg.report
+assert np.nanmax(np.abs(shared - reg.predict(pictures))) < 1e-6, 'shared predictions are not in the order of the rows'
+np.save(f'pred{world}.{rank}.npy', shared[:33])
+print('rank', rank, 'of', world, scores)
+'''
+
+def test_two_processes():
+    "torchrun with two CPU processes: both know of each other, end with the weights of one process, and predict in row order"
+    import numpy as np
+    sh('sdip_generate', 'world', '--n', 150, '--seed', 4)
+    Path('two.py').write_text(TWO)
+    sh(sys.executable, 'two.py')
+    out = sh(sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', 29_713, 'two.py')
+    assert 'rank 0 of 2' in out and 'rank 1 of 2' in out, out
+    one, *two = (np.load(f'pred{n}.npy') for n in ('1.0', '2.0', '2.1'))
+    assert np.array_equal(*two), 'the two processes ended with different weights'
+    assert np.abs(one - two[0]).max() < 1e-3, np.abs(one - two[0]).max()
+    assert Path('out2/config.json').exists() and json.loads(Path('out1/scores.json').read_text()).keys() == json.loads(Path('out2/scores.json').read_text()).keys()

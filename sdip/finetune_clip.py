@@ -140,6 +140,7 @@ class Recipe:
     precision:str = 'auto'    # of the forward pass on CUDA: bf16, fp16 (with a scaled loss), fp32; auto: what the card is made for
     augment:tuple = ()        # of 'shift', 'light', 'flip'; 'flip' also swaps left and right of a prompt that names them
     probe:bool|None = True    # start from the ridge head; False: from the mean target; None: from the head as it is
+    keep:str = 'best'         # 'best': of the start and all epochs, the weights that validation likes best; 'last'
     patience:int|None = None  # epochs without a new best after which to stop; None: never
     minutes:float|None = 10   # between two checkpoints within an epoch; None: at its end only
     seed:int = 0              # of the order and the augmentation
@@ -304,13 +305,15 @@ def learner(self:Regressor,
     "Data, head and callbacks in place, before the first step"
     targets, (rank, world) = _checked_targets(pairs, targets), world_of_processes()
     (train, rows), (valid, watched) = (_rows(pairs, targets, root, self.prep, s) for s in ('train', 'valid'))
+    if recipe.keep not in ('best', 'last'): raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
     self._start_head(train, valid, recipe)
     self.recipe, self.net = recipe, self.net.requires_grad_(True)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
     dls = make_loaders(train, valid, rows.group.to_numpy(), recipe.bs, recipe.seed, device=self.device, parts=recipe.accumulate)
     groups = layer_groups(self.net.body) + [[self.net.head]]
     timetable = tuple((None if d is None else d + 1, e) for d, e in recipe.timetable)      # the head is always open
-    cbs = [KeepBest(recipe.patience), *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
+    start = max(self.probe_scores.values(), default=None) if recipe.probe else None
+    cbs = [*([KeepBest(start, recipe.patience)] if recipe.keep == 'best' else []), *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
     learn = make_learner(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema, recipe.clip, timetable,
                          checkpoint, self._key(rows, targets), recipe.minutes, recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
                          quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else tempfile.gettempdir(), cls=RegressorLearner)

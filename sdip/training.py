@@ -307,17 +307,21 @@ def score_of(
 
 # %% ../nbs/00c_training.ipynb #best
 class KeepBest(Callback):
-    "Finish with the averaged weights of the epoch that validation liked best"
+    "Finish with the averaged weights of the epoch that validation liked best, or with those at the start where no epoch was better"
     order = 58
-    def __init__(self, patience=None): self.patience, self.state = patience, None   # patience: epochs without a new best before the run ends
-    def before_fit(self): self.state, self.trained = None, False
+    def __init__(self,
+        start=None,    # score of the weights at the start; None: any epoch is better
+        patience=None, # epochs without a new best after which the run ends
+    ): self.start, self.patience, self.state = start, patience, None
+    def before_fit(self): self.trained, self.state = False, None if self.start is None else self._copy(self.model)
     def before_train(self): self.trained = True                         # no epoch that a resumed run skips
+    def _copy(self, model): return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
     def after_epoch(self):
         rows = self.history.rows
         if not self.trained or not rows or rows[-1]['epoch'] != self.epoch: return
         best = max(rows, key=lambda r: r['metric'])
-        if best is rows[-1]: self.state = {k: v.detach().to('cpu', copy=True) for k, v in self.ema.avg.module.state_dict().items()}
-        elif self.patience and self.epoch - best['epoch'] >= self.patience: raise CancelFitException
+        if best is rows[-1] and (self.start is None or best['metric'] > self.start): self.state = self._copy(self.ema.avg.module)
+        if self.patience and self.epoch - best['epoch'] >= self.patience: raise CancelFitException
     def after_fit(self):
         if self.state: self.model.load_state_dict(self.state)
 
@@ -379,6 +383,7 @@ class Checkpoint(Callback):
     order = 70
     def __init__(self, file, key, minutes=None): # minutes: between two saves; None: at the ends of epochs only
         self.file, self.key, self.minutes, self.state = Path(file), key, minutes, None
+        for half in self.file.parent.glob(f'.tmp-*-{self.file.name}'): half.unlink(missing_ok=True)     # what a killed run was writing
         if self.file.exists():
             state = torch.load(self.file, map_location='cpu', weights_only=True)
             if state['key'] != key: raise ValueError(f'{self.file} belongs to another run ({_differences(state["key"], key)}): repeat that run, or delete the file to start anew')
