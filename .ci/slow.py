@@ -295,7 +295,7 @@ def test_deadline():
     out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'plenty.csv', '--deadline', 5)
     assert 'time was up' not in out and '60 pictures, 0 of them filled' in out
     slow = "import sdip.knn, time; near = sdip.knn.KNNRegressor.predict; sdip.knn.KNNRegressor.predict = lambda self, images: time.sleep(len(images)) or near(self, images); " \
-           "import sdip.cli, sys; sys.argv = 'sdip_predict world/images --run run --out slow.csv --deadline 0.6'.split(); sdip.cli.sdip_predict()"
+           "import sdip.cli; sdip.cli.sdip_predict(['world/images'], 'run', 'slow.csv', deadline=.6)"
     start = time.time()
     out = sh(sys.executable, '-c', slow)
     assert 'time was up: knn answered' in out, 'the slow model was to be cut short'
@@ -327,3 +327,74 @@ def test_encode_by_three_processes():
     sh(sys.executable, 'job.py', 'three', 0, 1)
     assert Path('three/emb.npy').read_bytes() == Path('one/emb.npy').read_bytes(), 'three processes made other bytes than one'
     assert not list(Path('three').glob('shard-*')), 'shards are left over'
+
+def test_original_says_what_is_missing():
+    "Without the four networks the original stops within 10 s and names each, where it looked and how to get it; a dry run says the same"
+    Path('pairs.csv').write_text('image,prompt\na.png,a red cat\n')
+    command = 'sdip_run', '--preset', 'original', '--pairs', 'pairs.csv', '--models', 'models'
+    offline = dict(HF_HUB_OFFLINE='1', HF_HOME=str(Path('hub').resolve()))
+    start = time.time()
+    out = sh(*command, status=1, **offline)
+    assert time.time() - start < 10, f'{time.time() - start:.1f} s'
+    for repo in ('openai/clip-vit-large-patch14', 'timm/vit_large_patch16_384.augreg_in21k_ft_in1k', 'Salesforce/blip-image-captioning-large', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'):
+        assert f'hf download {repo} ' in out, repo
+    assert out.count('MISSING') == 4 and out.count('looked in: models, the Hugging Face cache') == 4 and 'disk: about' in out and 'memory: about' in out
+    shutil.rmtree('hub', ignore_errors=True)
+    assert {p.name for p in Path('.').iterdir()} == {'pairs.csv'}, 'it left something'
+    Path('a.png').write_bytes(b'')
+    assert 'pairs: 1 in pairs.csv' in sh(*command, '--dry-run', **offline)
+    assert 'needs nothing from outside' in sh('sdip_run', '--preset', 'tiny', '--dry-run', status=1)
+
+MAKE = """
+import sys
+from sdip.playground import make_pairs
+from sdip.run import random_stand_ins
+make_pairs('world', n_train=40, n_valid=32, n_test=8, per_prompt=1, progress=False)
+random_stand_ins('nets')
+"""
+
+def test_original_walks():
+    "The original from end to end on small random networks of the true formats: killed, resumed, its values kept, its run predicts; a network with a key missing stops it first"
+    sh(sys.executable, '-c', MAKE)
+    nets = [o for role in ('clip', 'vit', 'captioner', 'ranker') for o in (f'--{role}', f'nets/{role}')]
+    command = 'sdip_run', '--preset', 'original', '--pairs', 'world', '--out', 'run', *nets
+    out = Path('log.txt')
+    with out.open('w') as f: first = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+    wait_for(lambda: 'kNN regression ...' in out.read_text() or first.poll() is not None)
+    first.kill()
+    first.wait()
+    assert 'kNN regression ...' in out.read_text(), out.read_text()
+    kept = {p: p.stat().st_mtime_ns for p in Path('run/receipts').glob('*.json')}
+    sh(*command)
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'a finished stage was done again'
+    read = lambda name: json.loads(Path('run', name).read_text())
+    assert read('ensemble.json')['ratios'] == dict(clip=1, knn=1, vit=0.4, interrogator=0.2)
+    assert 'effective_rows' in read('receipts/weights.json')['facts'], 'the write-up weighs'
+    for model in 'clip', 'vit':
+        recipe = read(f'{model}/config.json')['recipe']
+        assert (recipe['lr'], recipe['bs'], recipe['timetable']) == (1e-4, 64, [[1, 1], [4, 1], [12, 1], [None, 2]]), recipe
+    assert read('clip/config.json')['tower']['quick_gelu'] is True, 'OpenAI has QuickGELU'
+    assert read('receipts/pairs.json')['args']['threshold'] == 0.95
+    assert 'checked' in sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'submission.csv')
+    from safetensors.torch import load_file, save_file
+    state = load_file('nets/ranker/open_clip_model.safetensors')
+    del state['ln_final.bias']
+    save_file(state, 'nets/ranker/open_clip_model.safetensors')
+    config = json.loads(Path('nets/ranker/open_clip_config.json').read_text())
+    del config['weights_sha256']
+    Path('nets/ranker/open_clip_config.json').write_text(json.dumps(config))
+    again = sh(*command[:6], 'other', *nets, status=1)
+    assert 'missing 1 (ln_final.bias)' in again and 'MiniLM embeddings' not in again, 'it began to work first'
+
+def test_full_rehearsal():
+    "Our own recipe on random stand-ins: ratios searched, both banks tried, phrases from files"
+    sh(sys.executable, '-c', MAKE.replace("random_stand_ins('nets')", ''))
+    Path('lists').mkdir()
+    for name, phrases in dict(mediums='oil painting\na photograph', movements='pop art\nimpressionism', flavors='8k\nbokeh\nsoft light\nneon').items():
+        Path(f'lists/{name}.txt').write_text(phrases + '\n')
+    out = sh('sdip_run', '--preset', 'full', '--pairs', 'world', '--out', 'run', '--rehearse', '--phrases', 'lists')
+    assert 'A rehearsal: small networks with random weights' in out
+    assert json.loads(Path('run/ensemble.json').read_text())['method'] == 'greedy'
+    words = json.loads(Path('run/interrogator/words.test.json').read_text())
+    assert len(words) == 8 and all(words), words
+    assert set(json.loads(Path('run/interrogator/config.json').read_text())['tables']) == {'mediums', 'movements', 'flavors'}

@@ -129,22 +129,34 @@ def sdip_finetune(
 @call_parse
 def sdip_interrogate(
     images:Param("files and folders of pictures", str, nargs='+'),
-    model:str='runs/playground/interrogator',  # folder of a saved interrogator
-    mode:str='classic',                        # classic or fast
-    out:str=None,                              # CSV to write; without it the prompts are printed
+    model:str=None,        # folder of a saved interrogator; default: runs/playground/interrogator, else what comes with the package
+    mode:Param("how phrases are chosen", str, choices=['classic', 'fast', 'best', 'negative'])='classic',
+    phrases:Param("files of phrases, one a line, instead of the model's lists", str, nargs='+')=None,
+    names:str=None,        # file of names to keep out of the phrases, one a line
+    captioner:str=None,    # blip:FOLDER, coca:FOLDER or coca:NAME:PRETRAINED; default: the model's own
+    clip:str=None,         # another CLIP: a folder, or NAME:PRETRAINED
+    cache:str=None,        # folder where embedded phrase lists are kept for the next time
+    work:str=None,         # folder where finished pictures are kept: a killed run goes on from there
+    csv:str=None,          # CSV to write; without it the prompts are printed
 ):
     "Put pictures into words"
     import sys
-    from sdip.data import atomic_path, find_images
-    from sdip.interrogator import Interrogator
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+    from sdip.data import atomic_path, find_images, hash_items
+    from sdip.interrogator import interrogate_folder, make_captioner, make_interrogator, words_to_csv
+    default = Path('runs/playground/interrogator')
+    if model is None and clip is None and default.is_dir(): model = default
+    key = ' '.join(map(str, [model, phrases, names, captioner, clip, [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]]))
     try:
-        ask = Interrogator.load(model)
-        table = ask.interrogate(find_images([images] if isinstance(images, str) else images), mode)
-    except (ValueError, OSError) as e: sys.exit(str(e))
-    for line in ask.report: print(f"{line['image']}: {line['error']}", file=sys.stderr)
-    if out:
-        with atomic_path(out) as tmp: table.assign(phrases=table.phrases.str.join('; ')).to_csv(tmp, index=False)
-    else: print(*(f'{row.image}\t{row.prompt}' for row in table.itertuples()), sep='\n')
+        with TemporaryDirectory() as tmp:
+            teller = make_captioner(captioner)
+            ask = lambda: make_interrogator(model, phrases or (), names or (), (lambda images: ['']*len(images)) if teller else None, clip, cache)
+            table = interrogate_folder(find_images([images] if isinstance(images, str) else images), work or tmp, ask, teller, mode, key, desc='pictures')
+    except (ValueError, OSError) as e: sys.exit(f'sdip_interrogate: {e}')
+    for line in table.attrs['report']: print(f"{line['image']}: {line['error']}", file=sys.stderr)
+    if csv: words_to_csv(table, csv)
+    else: print(*(f'{Path(row.image).name}\t{row.prompt}' for row in table.itertuples()), sep='\n')
 
 # %% ../nbs/07_submit.ipynb #command
 @call_parse

@@ -43,6 +43,21 @@ class _Rows:
     def unit(self, i): # -> (b, d) float32, of length 1
         return self.take(i, torch.float32)/self.norm[torch.from_numpy(i).to(self.device)].float()[:, None]
 
+# %% ../nbs/01_dedup_weighting.ipynb #bank
+SLACK = 2e-5 # float32 products of unit rows are off by less
+
+@dataclass
+class _Bank:
+    "Some rows of a table, with their sketches"
+    rows:_Rows
+    i:np.ndarray # (m,) row numbers
+    s:torch.Tensor # (m, w) sketches
+    code:np.ndarray # (m,) what to call them as a parent
+    def __len__(self): return len(self.i)
+    def __getitem__(self, k): return _Bank(self.rows, self.i[k], self.s[k], self.code[k])
+    def __add__(self, o): return _Bank(self.rows, np.concatenate([self.i, o.i]), torch.cat([self.s, o.s]), np.concatenate([self.code, o.code]))
+    def tiles(self, size): return (self[lo:lo+size] for lo in range(0, len(self), size))
+
 # %% ../nbs/01_dedup_weighting.ipynb #sketch
 class _Sketch:
     "Turns rows into short ones whose product is never below the cosine (Cauchy-Schwarz on groups of PCA coordinates)"
@@ -68,21 +83,7 @@ class _Sketch:
         s = [self(x.unit(i[lo:lo+8192])) for lo in range(0, len(i), 8192)]
         return _Bank(x, i, torch.cat(s) if s else torch.zeros(0, self.lead + self.groups, device=x.device), i if code is None else code)
 
-SLACK = 2e-5 # float32 products of unit rows are off by less
-
-@dataclass
-class _Bank:
-    "Some rows of a table, with their sketches"
-    rows:_Rows
-    i:np.ndarray # (m,) row numbers
-    s:torch.Tensor # (m, w) sketches
-    code:np.ndarray # (m,) what to call them as a parent
-    def __len__(self): return len(self.i)
-    def __getitem__(self, k): return _Bank(self.rows, self.i[k], self.s[k], self.code[k])
-    def __add__(self, o): return _Bank(self.rows, np.concatenate([self.i, o.i]), torch.cat([self.s, o.s]), np.concatenate([self.code, o.code]))
-    def tiles(self, size): return (self[lo:lo+size] for lo in range(0, len(self), size))
-
-# %% ../nbs/01_dedup_weighting.ipynb #near
+# %% ../nbs/01_dedup_weighting.ipynb #cosines
 def _cosines(x, i, y, j, block=2048):
     "Cosines (k,) of rows i of x with rows j of y, one by one: float64, rounded to float32"
     out = np.zeros(len(i), np.float32)
@@ -91,6 +92,7 @@ def _cosines(x, i, y, j, block=2048):
         out[k] = (dot/(x.norm[i[k]]*y.norm[j[k]])).cpu().numpy()
     return out
 
+# %% ../nbs/01_dedup_weighting.ipynb #near
 def _near(a, b, threshold, dense=128):
     "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row; a row is not paired with itself"
     s, low = a.s @ b.s.T, threshold - SLACK  # (p, w) @ (w, q) -> (p, q)
@@ -215,6 +217,7 @@ class _Lists:
                 r, j, v = _near(t[rows], bank, threshold)
                 best.see(rows[r], bank.code[j], v)
 
+# %% ../nbs/01_dedup_weighting.ipynb #missed
 def _missed(kept, threshold, tile, sample=1000):
     "Of kept rows drawn at random, the share near an earlier kept one"
     pick = np.sort(np.random.default_rng(0).permutation(len(kept))[:sample])
@@ -267,7 +270,7 @@ def dedup(
     kept, best = _walk(x, _order(len(x), priority, ids), sketch, bank[:0] if lists else bank, lists, threshold, tile)
     keep, note = np.zeros(len(x), bool), [x.note, y.note]
     keep[kept.i] = True
-    if lists:
+    if lists and len(kept):
         missed, gone = _missed(kept, threshold, tile)*len(kept), len(x) - len(kept)
         note.append(f"fast mode: recall {gone/max(gone + missed, 1):.4f}, measured on {min(len(kept), 1000)} kept rows")
         print(note[-1])
@@ -411,7 +414,7 @@ def leakage(
             best.see(i[at:at+tile], lo + j.cpu().numpy(), v.cpu().numpy())
     return Leakage(_cosines(y, np.arange(len(y)), x, best.code), best.code)
 
-# %% ../nbs/01_dedup_weighting.ipynb #compare-gap
+# %% ../nbs/01_dedup_weighting.ipynb #gap-class
 @dataclass
 class Gap:
     "Distance of two sets of similarities from a reference, in units of the similarity"
@@ -426,6 +429,7 @@ class Gap:
     def __str__(self):
         return f"a stands {self.a:.4f} from the reference, b {self.b:.4f}; b - a: {self.low:+.4f} to {self.high:+.4f} (95 %): b {self.verdict} the gap"
 
+# %% ../nbs/01_dedup_weighting.ipynb #compare-gap
 def compare_gap(
     a, # (n,) similarities, such as those of the data at hand
     b, # (m,) similarities, such as those of the same data with new rows among them
@@ -538,6 +542,7 @@ class ExpectedCosine:
 
     def __call__(self, emb): return unit(check_emb(emb, width=len(self.weight))) @ self.weight + np.float32(self.bias) # (n, d) -> (n,)
 
+# %% ../nbs/01_dedup_weighting.ipynb #expected-fit
 def expected_cosine(
     emb, # (n, d) embeddings of prompts that were held out
     cosine, # (n,) what the model scored on them; NaN rows (unreadable pictures) are passed over
@@ -619,6 +624,7 @@ def _html_table(head, rows):
     cell = lambda v: f'<td class=n>{v}</td>' if not isinstance(v, str) else f'<td>{v if v.startswith("<i ") else escape(v)}</td>'
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows)}</table>"
 
+# %% ../nbs/01_dedup_weighting.ipynb #dedup-page
 def dedup_html(
     kept, dropped, # DataFrames from `dedup_table`
     text:str, # its report

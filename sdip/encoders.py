@@ -377,9 +377,16 @@ def _checked_prep(prep):
     if not (len(prep.mean) == len(prep.std) == 3 and all(0 <= m <= 1 for m in prep.mean) and all(.01 < s <= 1 for s in prep.std)):
         raise ValueError(f"mean {prep.mean} and std {prep.std} are not those of 3 channels on the scale 0..1: were they written for bytes?")
     return prep
+@patch(cls_method=True)
+def from_folder(cls:Preprocess, folder): # folder in transformers' format -> Preprocess, or None where it says nothing
+    "The settings in preprocessor_config.json, or in the processor_config.json of newer folders"
+    folder = Path(folder)
+    if (folder/'preprocessor_config.json').is_file(): return cls.from_transformers(read_json(folder/'preprocessor_config.json'))
+    said = read_json(folder/'processor_config.json') if (folder/'processor_config.json').is_file() else {}
+    return cls.from_transformers(said['image_processor']) if 'image_processor' in said else None
 
 # %% ../nbs/00b_encoders.ipynb #hub-folder
-CONFIGS = (CLIP_CONFIG, 'config.json', 'preprocessor_config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.txt', 'vocab.json',
+CONFIGS = (CLIP_CONFIG, 'config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.txt', 'vocab.json',
            'merges.txt', 'special_tokens_map.json', 'generation_config.json')
 WEIGHTS = (CLIP_WEIGHTS, 'open_clip_pytorch_model.safetensors', 'model.safetensors', 'open_clip_pytorch_model.bin', 'pytorch_model.bin')
 
@@ -457,8 +464,7 @@ def _folder_prep(folder):
     if (folder/CLIP_CONFIG).is_file():
         d = read_json(folder/CLIP_CONFIG); cfg = d.get('preprocess_cfg') or {}
         if 'mean' in cfg and 'std' in cfg: said[CLIP_CONFIG] = _checked_prep(Preprocess.from_open_clip(dict(cfg, size=cfg.get('size') or d['model_cfg']['vision_cfg'].get('image_size', 224))))
-    if (folder/'preprocessor_config.json').is_file():
-        said['preprocessor_config.json'] = Preprocess.from_transformers(read_json(folder/'preprocessor_config.json'))
+    if prep := Preprocess.from_folder(folder): said['preprocessor_config.json'] = prep
     if len(said) == 2:
         (a, p), (b, q) = said.items()
         if not np.allclose([p.mean, p.std], [q.mean, q.std], atol=1e-3):

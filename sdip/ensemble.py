@@ -338,12 +338,13 @@ def group_intervals(
 ) -> np.ndarray:        # (2, c): low, high
     "Percentile bootstrap intervals of the columns' means; whole groups are drawn."
     count = np.bincount(group)                                                # (g,)
-    sums = np.stack([np.bincount(group, v) for v in values.T], 1)             # (g, c)
+    table = np.column_stack([count, *(np.bincount(group, v) for v in values.T)])   # (g, 1 + c): rows of each group, sums of the columns
     rng, g = np.random.default_rng(0), len(count)
     means = np.empty((draws, values.shape[1]))
     for row in means:
         times = np.bincount(rng.integers(0, g, g), minlength=g).astype(float) # (g,), how often each was drawn
-        row[:] = times @ sums / max(times @ count, 1)
+        n, *sums = np.einsum('g,gc->c', times, table)                         # no BLAS: its threads would wait more than work
+        row[:] = np.divide(sums, max(n, 1))
     return np.quantile(means, [(1 - level)/2, (1 + level)/2], axis=0)
 
 # %% ../nbs/06_ensemble.ipynb #model-gains

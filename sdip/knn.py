@@ -63,10 +63,7 @@ def _append(file, rows, n): # rows (m, ...) after the first n of the file; what 
         f.truncate(f.tell() + n*rows.dtype.itemsize*int(np.prod(rows.shape[1:])))
         f.seek(0, 2); f.write(memoryview(rows).cast('B'))
 
-# %% ../nbs/04_knn.ipynb #shelf
-KINDS = ('text', 'image')
-COLUMNS = ('keys', 'values', 'groups', 'ends', 'texts')   # (n, d) and (n, 384) half precision; (n,) hashes; (n, 2) where prompt and picture's name end in the texts; bytes
-
+# %% ../nbs/04_knn.ipynb #temporary-folder
 def _remove(name, pid, getpid=os.getpid, rmtree=shutil.rmtree): # a forked child leaves its parent's folders alone
     if getpid() == pid: rmtree(name, ignore_errors=True)
 
@@ -74,6 +71,10 @@ class _TemporaryFolder: # removed when nobody names it any more
     def __init__(self):
         self.name = tempfile.mkdtemp(prefix='sdip-knn-')
         weakref.finalize(self, _remove, self.name, os.getpid())
+
+# %% ../nbs/04_knn.ipynb #shelf
+KINDS = ('text', 'image')
+COLUMNS = ('keys', 'values', 'groups', 'ends', 'texts') # (n, d) and (n, 384) float16; (n,) hashes; (n, 2) ends of prompt and picture's name in the texts; bytes
 
 class Shelf:
     "Rows of a bank in the files of one folder; only appended to"
@@ -171,6 +172,7 @@ def _column(self:KNNRegressor, name, rows): # rows (...) numbers over all shelve
         start += len(shelf)
     return out
 
+# %% ../nbs/04_knn.ipynb #knn-rows
 @patch
 def rows(self:KNNRegressor,
     rows,             # (m,) numbers of rows, such as `neighbours` gives
@@ -236,13 +238,8 @@ def add(self:KNNRegressor,
     "Add to the bank. ValueError: other width, other count, unknown kind."
     width = self.shelves[0].d if self.shelves else getattr(self.clip, 'dim', None)
     keys, values, prompts, kinds, images = _check_rows(keys, values, prompts, kinds, images, width)
-    norm = np.linalg.norm(keys, axis=1)                                   # (n,)
-    good = np.isfinite(norm) & (norm > 1e-12)
-    if not good.all(): self.notes.append(f"{(~good).sum()} of {len(good)} keys were NaN or zero and left out, first rows {np.flatnonzero(~good)[:5].tolist()}")
     groups = prompt_groups(prompts, values)
-    text = np.flatnonzero(good & (kinds == 'text') & (prompts != ''))
-    again = self._repeated(groups[text])
-    if again.any(): self.notes.append(f"{again.sum()} of {len(text)} prompts were in the bank already and left out"); good[text[again]] = False
+    good = self._usable(keys, groups, (kinds == 'text') & (prompts != ''))
     for kind in dict.fromkeys(kinds[good].tolist()):
         r = np.flatnonzero(good & (kinds == kind))
         self._own().append(unit(keys[r]), values[r], groups[r], prompts[r], images[r], kind, source, os.path.abspath(root))
@@ -262,6 +259,17 @@ def _repeated(self:KNNRegressor, groups): # (m,) -> (m,) bool: there already, or
     again = np.ones(len(groups), bool)
     again[np.unique(groups, return_index=True)[1]] = False
     return again | self._known(groups) if len(groups) else again
+
+# %% ../nbs/04_knn.ipynb #knn-usable
+@patch
+def _usable(self:KNNRegressor, keys, groups, texts): # texts (n,) bool: prompts to be added once -> (n,) bool, with a note on the others
+    norm = np.linalg.norm(keys, axis=1)                                   # (n,)
+    good = np.isfinite(norm) & (norm > 1e-12)
+    if not good.all(): self.notes.append(f"{(~good).sum()} of {len(good)} keys were NaN or zero and left out, first rows {np.flatnonzero(~good)[:5].tolist()}")
+    at = np.flatnonzero(good & texts)
+    again = self._repeated(groups[at])
+    if again.any(): self.notes.append(f"{again.sum()} of {len(at)} prompts were in the bank already and left out"); good[at[again]] = False
+    return good
 
 # %% ../nbs/04_knn.ipynb #knn-fit
 @patch
@@ -338,7 +346,9 @@ def _mean(self:KNNRegressor, kind): # (d,): mean of the keys of a kind, remember
 # %% ../nbs/04_knn.ipynb #knn-search-bank
 @patch
 def _search_bank(self:KNNRegressor, bank, x, k): # x (q, d) prepared -> sims, ids (q, k): best first, -inf and -1 where there are fewer
-    if bank in self._ivf: return _widen(self._ivf[bank].search(x, k), k)
+    if bank in self._ivf:
+        sims, ids = self._ivf[bank].search(x, k)
+        return np.where(ids < 0, -np.inf, sims), ids
     device, step = self.device or ('cuda' if _has_cuda() else 'cpu'), max(256, 2**20//k)             # 12 MB of neighbours at a time
     out = np.empty((len(x), k), np.float32), np.full((len(x), k), -1, np.int64)
     for rows, keys in self._blocks(bank, self.centre):

