@@ -366,6 +366,7 @@ def group_split(
     test:float=0.1, # share of rows to judge by; 0 for none
     seed:int=0, # of the order in which families are dealt out
     giant:float=0.2, # a family with more than this share of the rows is cut; 1 for never
+    links=None, # (rows, rows): pairs of rows that belong together whatever their cosine, such as captions of one picture
     device=None, # see `pick_device`
 )->np.ndarray: # (n,) of 'train' | 'valid' | 'test'; '' for rows dropped because a cut ran beside them
     "Split rows so that no two near ones stand on two sides"
@@ -373,6 +374,7 @@ def group_split(
         raise ValueError(f"valid is {valid} and test {test}, expected shares of at least 0 that leave rows to train on")
     threshold, x = _check_threshold(threshold), _Rows(emb, device=device)
     fam = _families(x, threshold, 1024, 4_000_000)
+    if links is not None: fam = _components(len(x), [(np.arange(len(x)), np.unique(fam, return_index=True)[1][fam]), links])
     enough = len(x) >= 100  # of fewer, a fifth is a handful
     fam, cut, said = _cut(x, fam, giant*len(x) if enough else len(x), seed)
     split = _deal(fam, valid, test, seed)

@@ -464,9 +464,10 @@ def stage_pairs(run):
     first = table.drop_duplicates('group').sort_values('group')
     kept = dedup(emb, run.args['threshold'], priority=first.split.map(_RANK).fillna(0).to_numpy(), ids=first.prompt.tolist()).keep
     split = first.split.to_numpy(object)
-    if not set(split) >= {'train', 'valid', 'test'}:
-        split[kept] = group_split(emb[kept], seed=run.args['seed'])
     table = table[kept[table.group]].reset_index(drop=True)
+    if not set(split) >= {'train', 'valid', 'test'}:
+        row, captions = np.cumsum(kept) - 1, table.groupby('image').group
+        split[kept] = group_split(emb[kept], seed=run.args['seed'], links=(row[table.group], row[captions.transform('min')]))
     table['split'] = split[table.group]
     table.attrs['root'] = str(run/'data')                                     # save_pairs makes the paths relative to the run
     save_pairs(table, run.folder)
