@@ -592,9 +592,11 @@ def stage_vit(run):
     return save_predictions(run, model, 'vit')
 
 # %% ../nbs/08_run.ipynb #stage-knn
-@stage('kNN regression', needs='pairs base_clip', args='bank', files=f'knn/config.json knn/keys.npy knn/values.npy {_PREDS("knn")}')
+_BANK = ' '.join(f'knn/{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts'))
+
+@stage('kNN regression', needs='pairs base_clip', args='bank', files=f'knn/config.json {_BANK} {_PREDS("knn")}')
 def stage_knn(run):
-    "A bank of the training prompts' texts, with or without their pictures, whichever validation pictures prefer; so are k and power"
+    "A bank of the training prompts' texts and of their pictures; k, weights and the share of each are what validation pictures prefer"
     from sdip.encoders import ClipEncoder
     from sdip.knn import KNNRegressor
     (train, targ), (valid, valid_targ) = run.pairs('train'), run.pairs('valid')
@@ -603,14 +605,11 @@ def stage_knn(run):
     ok, first = np.isfinite(img).all(1), train.drop_duplicates('group').index.to_numpy()
     prompts = train.prompt.to_numpy(object)
     texts = clip.encode_texts(prompts[first].tolist())
-    def tuned(pictures):
-        model = KNNRegressor(clip, centre=pictures).fit(texts, targ[first], prompts[first].tolist(), 'text')
-        if pictures: model.add(img[ok], targ[ok], prompts[ok].tolist(), 'image')
-        return float(model.tune(queries, valid_targ).score[0]), pictures, model
-    banks = (False,) if run.args.get('bank') == 'texts' else (False, True)
-    _, pictures, model = max(map(tuned, banks), key=lambda t: t[0])
+    model = KNNRegressor(clip).fit(texts, targ[first], prompts[first].tolist(), 'text')
+    if run.args.get('bank') != 'texts': model.add(img[ok], targ[ok], prompts[ok].tolist(), 'image')
+    model.tune(queries, valid_targ)
     model.save(run/'knn')
-    return dict(bank='texts and pictures' if pictures else 'texts', k=model.k, power=model.power) | save_predictions(run, model, 'knn')
+    return dict(k=model.k, weights=model.weights, mix=model.mix or 'all as one') | save_predictions(run, model, 'knn')
 
 # %% ../nbs/08_run.ipynb #phrase-lists
 def phrase_lists(
@@ -647,10 +646,10 @@ def _real_interrogator(run, pictures, prompts):
 
 @stage('Interrogator', needs='pairs base_clip', args='pairs start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
 def stage_interrogator(run):
-    "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts"
+    "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts; when a thing is named is learned on validation"
     from sdip.encoders import ClipEncoder
     from sdip.interrogator import Interrogator, SceneCaptioner, mine_phrases
-    train, _ = run.pairs('train')
+    (train, _), (valid, _) = run.pairs('train'), run.pairs('valid')
     some, prompts = image_paths(train[:500], run.folder), train.prompt.drop_duplicates().tolist()
     if run.args['start'] == 'real': model = _real_interrogator(run, some, prompts)
     else:
@@ -658,8 +657,11 @@ def stage_interrogator(run):
         reference = clip.encode_images(some)                                      # what any picture is near to is no news
         if run.args['pairs'] is None: model = Interrogator(clip, SceneCaptioner(clip), reference=reference)
         else: model = Interrogator(clip, None, mine_phrases(prompts), reference=reference)
+    if run.args.get('words') != 'writeup':
+        paths, truth = image_paths(valid[:300], run.folder), valid.prompt[:300].tolist()
+        model.calibrate(paths, truth); model.choose_answer(paths, truth)
     model.save(run/'interrogator')
-    facts = save_predictions(run, model, 'interrogator')
+    facts = dict(margins=model.margins, prompts=model.answer[0]) | save_predictions(run, model, 'interrogator')
     write_json(model.words.prompt.tolist(), run/'interrogator/words.test.json')   # of the split that was predicted last
     return facts
 
