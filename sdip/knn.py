@@ -224,29 +224,6 @@ def _known(self:KNNRegressor, groups, step=1_000_000): # (m,) -> (m,) bool: is a
             found[at[order[at] == g]] = True
     return found[np.searchsorted(order, groups)]
 
-# %% ../nbs/04_knn.ipynb #knn-add
-@patch
-def add(self:KNNRegressor,
-    keys:np.ndarray,     # (n, d), CLIP embeddings
-    values:np.ndarray,   # (n, 384), targets
-    prompts=None,        # (n,) str, shown beside the neighbours
-    kinds='text',        # 'text' | 'image', one for all or (n,)
-    source:str='',       # where they come from; names the bank
-    images=None,         # (n,) paths of the pictures, '' for none; shown by `explain`
-    root='.',            # folder that `images` are relative to
-) -> KNNRegressor:
-    "Add to the bank. ValueError: other width, other count, unknown kind."
-    width = self.shelves[0].d if self.shelves else getattr(self.clip, 'dim', None)
-    keys, values, prompts, kinds, images = _check_rows(keys, values, prompts, kinds, images, width)
-    groups = prompt_groups(prompts, values)
-    good = self._usable(keys, groups, (kinds == 'text') & (prompts != ''))
-    for kind in dict.fromkeys(kinds[good].tolist()):
-        r = np.flatnonzero(good & (kinds == kind))
-        self._own().append(unit(keys[r]), values[r], groups[r], prompts[r], images[r], kind, source, os.path.abspath(root))
-    self._forget()
-    if self.folder is not None: self._write_config(self.folder)
-    return self
-
 # %% ../nbs/04_knn.ipynb #knn-own
 @patch
 def _own(self:KNNRegressor): # the shelf that may grow: the last, if it is ours
@@ -270,6 +247,29 @@ def _usable(self:KNNRegressor, keys, groups, texts): # texts (n,) bool: prompts 
     again = self._repeated(groups[at])
     if again.any(): self.notes.append(f"{again.sum()} of {len(at)} prompts were in the bank already and left out"); good[at[again]] = False
     return good
+
+# %% ../nbs/04_knn.ipynb #knn-add
+@patch
+def add(self:KNNRegressor,
+    keys:np.ndarray,     # (n, d), CLIP embeddings
+    values:np.ndarray,   # (n, 384), targets
+    prompts=None,        # (n,) str, shown beside the neighbours
+    kinds='text',        # 'text' | 'image', one for all or (n,)
+    source:str='',       # where they come from; names the bank
+    images=None,         # (n,) paths of the pictures, '' for none; shown by `explain`
+    root='.',            # folder that `images` are relative to
+) -> KNNRegressor:
+    "Add to the bank. ValueError: other width, other count, unknown kind."
+    width = self.shelves[0].d if self.shelves else getattr(self.clip, 'dim', None)
+    keys, values, prompts, kinds, images = _check_rows(keys, values, prompts, kinds, images, width)
+    groups = prompt_groups(prompts, values)
+    good = self._usable(keys, groups, (kinds == 'text') & (prompts != ''))
+    for kind in dict.fromkeys(kinds[good].tolist()):
+        r = np.flatnonzero(good & (kinds == kind))
+        self._own().append(unit(keys[r]), values[r], groups[r], prompts[r], images[r], kind, source, os.path.abspath(root))
+    self._forget()
+    if self.folder is not None: self._write_config(self.folder)
+    return self
 
 # %% ../nbs/04_knn.ipynb #knn-fit
 @patch
@@ -594,101 +594,6 @@ def _query_mean(self:KNNRegressor):  # -> (d,)
         raise ValueError("centre=True and a bank of texts alone: call learn_query_mean(queries) with CLIP embeddings of some pictures")
     return self._mean('image')
 
-# %% ../nbs/04_knn.ipynb #knn-predict
-@patch
-def _embed(self:KNNRegressor, images): # list of n -> (n, d)
-    if self.clip is None: raise ValueError("this KNNRegressor has no CLIP: pass KNNRegressor(clip=...), or use predict_from on embeddings")
-    queries = self.clip.encode_images(images)
-    self.report = list(self.clip.report)
-    return queries
-
-@patch
-def predict(self:KNNRegressor,
-    images,          # list of what `read_image` takes
-) -> np.ndarray:     # (n, 384) float32, raw; NaN where a picture could not be read, see .report
-    "Predict from pictures."
-    return self.predict_from(self._embed(images))
-
-# %% ../nbs/04_knn.ipynb #add-prompts
-@patch
-def add_prompts(self:KNNRegressor,
-    prompts,          # any iterable of str, millions of them
-    encoder,          # list of m str -> (m, 384), such as `TargetEncoder`
-    source:str='',    # names the bank
-    bs:int=4096,      # prompts at a time
-) -> KNNRegressor:
-    "Add prompts that nobody drew: their CLIP text embeddings are the keys."
-    if self.clip is None: raise ValueError("this KNNRegressor has no CLIP: pass KNNRegressor(clip=...), or use add on embeddings")
-    if isinstance(prompts, str): raise ValueError("prompts is one string, expected many: write [prompt]")
-    todo, empty, again = iter(prompts), 0, 0
-    with tqdm(total=len(prompts) if hasattr(prompts, '__len__') else None, desc='prompts', disable=None) as bar:
-        while block := list(islice(todo, bs)):
-            texts = [t for t in clean_prompts(block)[0] if t]
-            new = [t for t, there in zip(texts, self._repeated(prompt_groups(texts))) if not there]
-            if new: self.add(self.clip.encode_texts(new), encoder(new), new, 'text', source)
-            empty, again = empty + len(block) - len(texts), again + len(texts) - len(new); bar.update(len(block))
-    if empty or again: self.notes.append(f"{empty} prompts were empty, {again} were in the bank already: left out")
-    return self
-
-# %% ../nbs/04_knn.ipynb #add-pairs
-@patch
-def add_pairs(self:KNNRegressor,
-    pairs:pd.DataFrame,   # a pairs table
-    targets:np.ndarray,   # (n, 384), of its prompts
-    kinds=KINDS,          # keys from the prompts' texts, from the pictures, or both
-    source:str='',        # names the bank
-    root=None,            # folder that `image` is relative to; default attrs['root']
-    bs:int=2048,          # rows at a time
-) -> KNNRegressor:
-    "Add pairs of picture and prompt. A picture that cannot be read is left out, with a line in `.report`."
-    if len(targets) != len(pairs): raise ValueError(f"{len(pairs)} pairs, {len(targets)} targets; give one target a row")
-    texts = {t: i for i, t in enumerate(clean_prompts(pairs.prompt)[0])}                             # a row of each prompt
-    if 'text' in kinds: self.add_prompts(list(texts), lambda new: targets[[texts[p] for p in new]], source, bs)
-    paths, root, unread = image_paths(pairs, root), pairs.attrs.get('root') if root is None else root, []
-    for a in tqdm(range(0, len(pairs) if 'image' in kinds else 0, bs), desc='pictures', disable=None):
-        keys, part = self._embed(paths[a:a+bs]), pairs.iloc[a:a+bs]
-        unread += [dict(r, row=r['row'] + a) for r in self.report]
-        self.add(keys, targets[a:a+bs], part.prompt, 'image', source, part.image, root)
-    self.report = unread
-    return self
-
-# %% ../nbs/04_knn.ipynb #neighbour-table
-@patch
-def neighbour_table(self:KNNRegressor,
-    queries:np.ndarray,  # (q, d), CLIP embeddings
-    k:int=5,             # the heaviest of each
-) -> pd.DataFrame:       # query (its row), weight, sim, bank, prompt, image
-    "The neighbours that make each answer, heaviest first."
-    sims, ids, weights = self.weighted(queries)
-    top = np.argsort(-weights, 1, kind='stable')[:, :k]                                              # (q, k)
-    sims, ids, weights = (np.take_along_axis(a, top, 1) for a in (sims, ids, weights))
-    q, j = np.nonzero(ids >= 0)
-    table = pd.DataFrame(dict(query=q, weight=weights[q, j].round(3), sim=sims[q, j].round(3)))
-    return pd.concat([table, self.rows(ids[q, j])], axis=1)
-
-# %% ../nbs/04_knn.ipynb #explain
-@patch
-def explain(self:KNNRegressor,
-    image,       # what `read_image` takes
-    k:int=5,     # neighbours to draw
-):               # a matplotlib figure
-    "Draw a picture, the prompts that answer for it, and their pictures where the bank has them."
-    import matplotlib.pyplot as plt
-    img = read_image(image)
-    table = self.neighbour_table(self._embed([img]), k)
-    fig = plt.figure(figsize=(9, .62*len(table) + .2))
-    grid = fig.add_gridspec(len(table), 4, width_ratios=(2.4, .7, .7, 6), wspace=.05, hspace=.1)
-    axes = [fig.add_subplot(grid[:, 0])] + [fig.add_subplot(grid[i, j]) for i in range(len(table)) for j in (1, 2, 3)]
-    for ax in axes: ax.axis('off')
-    axes[0].imshow(img)
-    for (bar, pic, text), r in zip(zip(*(axes[j::3] for j in (1, 2, 3))), table.itertuples()):
-        bar.barh(0, r.weight); bar.set(xlim=(table.weight.max()*1.05, 0), ylim=(-1, 1))
-        text.text(0, .5, f'{r.prompt[:75]}\n{r.bank}, weight {r.weight:.3f}, similarity {r.sim:.2f}', va='center', fontsize=9, transform=text.transAxes)
-        try: pic.imshow(read_image(r.image)) if r.image else None
-        except ImageError: pic.text(.5, .5, 'gone', ha='center', va='center', fontsize=8)
-    plt.close(fig)
-    return fig
-
 # %% ../nbs/04_knn.ipynb #clip-reference
 def clip_reference(
     clip:ClipEncoder,  # the CLIP to refer to; None: nothing to refer to
@@ -784,6 +689,101 @@ def load(cls:KNNRegressor,
     self.shelves, shelf.grows, self.folder = [shelf], grow, folder if grow else None
     if cfg['has_query_mean']: self.query_mean = np.load(Path(folder)/'query_mean.npy', allow_pickle=False)
     return self
+
+# %% ../nbs/04_knn.ipynb #knn-predict
+@patch
+def _embed(self:KNNRegressor, images): # list of n -> (n, d)
+    if self.clip is None: raise ValueError("this KNNRegressor has no CLIP: pass KNNRegressor(clip=...), or use predict_from on embeddings")
+    queries = self.clip.encode_images(images)
+    self.report = list(self.clip.report)
+    return queries
+
+@patch
+def predict(self:KNNRegressor,
+    images,          # list of what `read_image` takes
+) -> np.ndarray:     # (n, 384) float32, raw; NaN where a picture could not be read, see .report
+    "Predict from pictures."
+    return self.predict_from(self._embed(images))
+
+# %% ../nbs/04_knn.ipynb #add-prompts
+@patch
+def add_prompts(self:KNNRegressor,
+    prompts,          # any iterable of str, millions of them
+    encoder,          # list of m str -> (m, 384), such as `TargetEncoder`
+    source:str='',    # names the bank
+    bs:int=4096,      # prompts at a time
+) -> KNNRegressor:
+    "Add prompts that nobody drew: their CLIP text embeddings are the keys."
+    if self.clip is None: raise ValueError("this KNNRegressor has no CLIP: pass KNNRegressor(clip=...), or use add on embeddings")
+    if isinstance(prompts, str): raise ValueError("prompts is one string, expected many: write [prompt]")
+    todo, empty, again = iter(prompts), 0, 0
+    with tqdm(total=len(prompts) if hasattr(prompts, '__len__') else None, desc='prompts', disable=None) as bar:
+        while block := list(islice(todo, bs)):
+            texts = [t for t in clean_prompts(block)[0] if t]
+            new = [t for t, there in zip(texts, self._repeated(prompt_groups(texts))) if not there]
+            if new: self.add(self.clip.encode_texts(new), encoder(new), new, 'text', source)
+            empty, again = empty + len(block) - len(texts), again + len(texts) - len(new); bar.update(len(block))
+    if empty or again: self.notes.append(f"{empty} prompts were empty, {again} were in the bank already: left out")
+    return self
+
+# %% ../nbs/04_knn.ipynb #add-pairs
+@patch
+def add_pairs(self:KNNRegressor,
+    pairs:pd.DataFrame,   # a pairs table
+    targets:np.ndarray,   # (n, 384), of its prompts
+    kinds=KINDS,          # keys from the prompts' texts, from the pictures, or both
+    source:str='',        # names the bank
+    root=None,            # folder that `image` is relative to; default attrs['root']
+    bs:int=2048,          # rows at a time
+) -> KNNRegressor:
+    "Add pairs of picture and prompt. A picture that cannot be read is left out, with a line in `.report`."
+    if len(targets) != len(pairs): raise ValueError(f"{len(pairs)} pairs, {len(targets)} targets; give one target a row")
+    texts = {t: i for i, t in enumerate(clean_prompts(pairs.prompt)[0])}                             # a row of each prompt
+    if 'text' in kinds: self.add_prompts(list(texts), lambda new: targets[[texts[p] for p in new]], source, bs)
+    paths, root, unread = image_paths(pairs, root), pairs.attrs.get('root') if root is None else root, []
+    for a in tqdm(range(0, len(pairs) if 'image' in kinds else 0, bs), desc='pictures', disable=None):
+        keys, part = self._embed(paths[a:a+bs]), pairs.iloc[a:a+bs]
+        unread += [dict(r, row=r['row'] + a) for r in self.report]
+        self.add(keys, targets[a:a+bs], part.prompt, 'image', source, part.image, root)
+    self.report = unread
+    return self
+
+# %% ../nbs/04_knn.ipynb #neighbour-table
+@patch
+def neighbour_table(self:KNNRegressor,
+    queries:np.ndarray,  # (q, d), CLIP embeddings
+    k:int=5,             # the heaviest of each
+) -> pd.DataFrame:       # query (its row), weight, sim, bank, prompt, image
+    "The neighbours that make each answer, heaviest first."
+    sims, ids, weights = self.weighted(queries)
+    top = np.argsort(-weights, 1, kind='stable')[:, :k]                                              # (q, k)
+    sims, ids, weights = (np.take_along_axis(a, top, 1) for a in (sims, ids, weights))
+    q, j = np.nonzero(ids >= 0)
+    table = pd.DataFrame(dict(query=q, weight=weights[q, j].round(3), sim=sims[q, j].round(3)))
+    return pd.concat([table, self.rows(ids[q, j])], axis=1)
+
+# %% ../nbs/04_knn.ipynb #explain
+@patch
+def explain(self:KNNRegressor,
+    image,       # what `read_image` takes
+    k:int=5,     # neighbours to draw
+):               # a matplotlib figure
+    "Draw a picture, the prompts that answer for it, and their pictures where the bank has them."
+    import matplotlib.pyplot as plt
+    img = read_image(image)
+    table = self.neighbour_table(self._embed([img]), k)
+    fig = plt.figure(figsize=(9, .62*len(table) + .2))
+    grid = fig.add_gridspec(len(table), 4, width_ratios=(2.4, .7, .7, 6), wspace=.05, hspace=.1)
+    axes = [fig.add_subplot(grid[:, 0])] + [fig.add_subplot(grid[i, j]) for i in range(len(table)) for j in (1, 2, 3)]
+    for ax in axes: ax.axis('off')
+    axes[0].imshow(img)
+    for (bar, pic, text), r in zip(zip(*(axes[j::3] for j in (1, 2, 3))), table.itertuples()):
+        bar.barh(0, r.weight); bar.set(xlim=(table.weight.max()*1.05, 0), ylim=(-1, 1))
+        text.text(0, .5, f'{r.prompt[:75]}\n{r.bank}, weight {r.weight:.3f}, similarity {r.sim:.2f}', va='center', fontsize=9, transform=text.transAxes)
+        try: pic.imshow(read_image(r.image)) if r.image else None
+        except ImageError: pic.text(.5, .5, 'gone', ha='center', va='center', fontsize=8)
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/04_knn.ipynb #knn-join
 def _clip_of(ref): return ref and (ref['sha256'] or ref['fingerprint']) # of a clip_reference
