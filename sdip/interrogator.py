@@ -13,7 +13,7 @@ __all__ = ['APPENDED', 'LEADING', 'BLIP_WEIGHTS', 'UNSAFE', 'SITES', 'MODES', 'S
 import base64, io, re
 from collections import Counter
 from html import escape
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -498,7 +498,8 @@ def _together(self:Interrogator, emb, searches):  # (n, d) and n generators -> t
         turn = list(asked.items())
         texts, lo = self.clip.encode_texts([p for _, prompts in turn for p in prompts]), 0
         for i, prompts in turn:
-            near = texts[lo:lo+len(prompts)] @ emb[i]                     # (prompts, d) @ (d,)
+            self._told = texts[lo:lo+len(prompts)]                        # (prompts, d), for a search that wants more than nearness
+            near = self._told @ emb[i]                                    # (prompts, d) @ (d,)
             lo += len(prompts)
             pools[i].update(zip(prompts, near.tolist()))
             step(i, lambda: searches[i].send(near))
@@ -522,51 +523,60 @@ def _classic(self:Interrogator, captions, lists, n_tries=4):  # captions best fi
     found = yield [_join(c, *extra) for c in captions]
     return captions[int(found.argmax())], extra
 
+# %% ../nbs/05_interrogator.ipynb #guess
+class _Climb:
+    "One picture's search: the prompts seen, as tuples of phrase numbers, and what each phrase is expected to add."
+    def __init__(self, ask, x, caption, phrases, middle, limit): # x (d,): the picture; middle (d,): of all phrases
+        self.ask, self.x, self.caption, self.phrases, self.limit = ask, x, caption, phrases, limit
+        ask._count([caption, *phrases])
+        self.adds = .5*(np.array([ask._rows[p] for p in phrases]).reshape(len(phrases), -1) - middle) if phrases else np.zeros((0, len(x)))
+        self.tokens, room = np.array([ask._counts[p] for p in phrases], int) + 1, token_room(ask.clip)  # with the comma
+        self.left = np.inf if room is None else room + 1 - (ask._counts[caption] + 1 if caption else 0)
+        self.emb, self.near = ({}, {}) if caption else ({(): middle}, {(): -1.})                        # phrases -> (d,), nearness
+
+    def see(self, hads):  # a search: encodes the prompts that are new, as far as the limit goes
+        new = [h for h in dict.fromkeys(hads) if h not in self.near][:max(0, self.limit - len(self.near))]
+        if not new: return
+        near = yield [_join(self.caption, *(self.phrases[i] for i in h)) for h in new]
+        for h, e, s in zip(new, self.ask._told, near):
+            self.emb[h], self.near[h] = e, float(s)
+            if h and h[:-1] in self.emb: self.adds[h[-1]] = e - self.emb[h[:-1]]
+
+    def guess(self, had, k):  # -> the k unseen prompts of one phrase more that fit and promise most: (guessed nearness, phrases), best first
+        near = unit(self.emb[had] + self.adds) @ self.x                                                  # (phrases,)
+        near[list(had)] = near[self.tokens > self.left - self.tokens[list(had)].sum()] = -np.inf
+        found = ((float(near[i]), (*had, int(i))) for i in np.argsort(-near, kind='stable') if np.isfinite(near[i]))
+        return list(islice((f for f in found if f[1] not in self.near), k))
+
 # %% ../nbs/05_interrogator.ipynb #best
 @patch
-def _best(self:Interrogator, captions, phrases, width=2, tries=24, limit=2000):  # captions and phrases best first -> (caption, phrases)
-    spent, phrases = 0, [p for p in phrases if self._fits(captions[0], p)]
-    start = [_join(captions[0])] if captions[0] else []
-    near = yield start + [_join(captions[0], p) for p in phrases]
-    spent, base = len(near), near[0] if start else -1.
-    gain = {p: g - base for p, g in zip(phrases, near[len(start):])}
-    top = (base, ())                                                            # nearness, phrases
-    beam, first = [top], True
+def _best(self:Interrogator, x, captions, phrases, middle, width=3, tries=24, limit=2000):  # captions and phrases best first -> (caption, phrases)
+    go = _Climb(self, x, captions[0], phrases, middle, limit)
+    top, beam = (), [()]
+    yield from go.see(beam)
     while beam:
-        grown = {}
-        for b, had in beam:
-            todo = sorted((p for p in phrases if p not in had and self._fits(captions[0], *had, p)), key=lambda p: -gain[p])
-            todo = todo[:max(0, min(tries, limit - spent))]
-            if not todo: continue
-            near = (yield [_join(captions[0], *had, p) for p in todo]) if not first else np.array([b + gain[p] for p in todo])
-            spent += 0 if first else len(todo)
-            for p, s in zip(todo, near):
-                gain[p] = s - b
-                if s > b: grown[(*had, p)] = s
+        new = [h for had in beam for _, h in go.guess(had, tries*width//len(beam))]
+        yield from go.see(new)
+        better = [h for h in new if go.near.get(h, -np.inf) > go.near[h[:-1]]]
         distinct = {}
-        for had, s in sorted(grown.items(), key=lambda kv: -kv[1]): distinct.setdefault(frozenset(had), (s, had))   # in whatever order: once
-        beam, first = list(distinct.values())[:width], False
-        if beam and beam[0][0] > top[0]: top = beam[0]
-    had = yield from self._polish(captions[0], top, sorted(phrases, key=lambda p: -gain[p]), tries, limit - spent)
-    return captions[0], list(had)
+        for h in sorted(better, key=lambda h: -go.near[h]): distinct.setdefault(frozenset(h), h)         # in whatever order: once
+        beam = list(distinct.values())[:width]
+        top = max([top, *beam], key=go.near.get)
+    top = yield from _polish(go, top, tries)
+    return captions[0], [phrases[i] for i in top]
 
 # %% ../nbs/05_interrogator.ipynb #polish
-@patch
-def _polish(self:Interrogator, caption, top, phrases, tries, budget):  # (nearness, phrases) -> phrases
-    "Take out or exchange one phrase at a time, as long as it helps"
-    (near, had), i, idle = top, 0, 0
-    while had and idle < len(had):
-        i %= len(had)
-        rest = [p for p in phrases if p not in had][:tries]
-        changed = [had[:i] + had[i+1:]] + [had[:i] + (p,) + had[i+1:] for p in rest] + [had[:i] + had[i+1:] + (had[i],)]
-        changed = [c for c in dict.fromkeys(changed) if c != had and self._fits(caption, *c) and _join(caption, *c)][:max(0, budget)]
-        if not changed: break
-        found = yield [_join(caption, *c) for c in changed]
-        budget -= len(changed)
-        j = int(found.argmax())
-        if found[j] > near + 1e-6: near, had, idle = found[j], changed[j], 0
-        else: idle += 1
-        i += 1
+def _polish(go, had, tries, patience=4):  # _Climb, phrases -> phrases
+    "Take out, exchange or append one phrase at a time, as long as it helps"
+    idle = 0
+    while had and idle < patience:
+        less = [had[:i] + had[i+1:] for i in range(len(had))]
+        yield from go.see(less)
+        more = sorted((g for h in [*less, had] if h in go.emb for g in go.guess(h, tries)), key=lambda g: -g[0])[:tries]
+        yield from go.see(h for _, h in more)
+        best = max((h for h in [*less, *(h for _, h in more)] if h in go.near), key=go.near.get, default=had)
+        idle, had = (0, best) if go.near[best] > go.near[had] + 1e-6 else (idle + 1, had)
+        if not more or len(go.near) >= go.limit: break
     return had
 
 # %% ../nbs/05_interrogator.ipynb #shortlists
@@ -587,7 +597,7 @@ def _fast(self:Interrogator, caption, phrases, n=3):  # phrases nearest first ->
 
 # %% ../nbs/05_interrogator.ipynb #search
 @patch
-def _search(self:Interrogator, emb, captions, mode, n_short=384):  # (n, d), n lists of captions -> as `_together`
+def _search(self:Interrogator, emb, captions, mode, n_short=1024):  # (n, d), n lists of captions -> as `_together`
     tables = self._appended
     if mode == 'negative': tables = {'negative': self.tables['negative']} if 'negative' in self.tables else tables
     if not tables and (mode == 'negative' or not all(c[0] for c in captions)):
@@ -598,8 +608,10 @@ def _search(self:Interrogator, emb, captions, mode, n_short=384):  # (n, d), n l
         lists = [{name: r[i] for name, r in ranked.items()} for i in range(len(emb))]
     else: lists = self._shortlist(emb, tables.values(), k, mode == 'negative') if tables else [[]]*len(emb)
     self._count([p for l in lists for ps in (l.values() if mode == 'classic' else [l]) for p in ps] + [c for cs in captions for c in cs])
-    way = dict(classic=self._classic, best=self._best, fast=lambda c, l: self._fast(c[0], l), negative=lambda c, l: self._fast('', l, 8))[mode]
-    return self._together(emb - self._shift, [way(c, l) for c, l in zip(captions, lists)])
+    x, middle = emb - self._shift, sum(t.matrix.sum(0) for t in tables.values())/max(1, sum(map(len, (t.phrases for t in tables.values()))))
+    way = dict(classic=lambda x, c, l: self._classic(c, l), best=lambda x, c, l: self._best(x, c, l, middle),
+               fast=lambda x, c, l: self._fast(c[0], l), negative=lambda x, c, l: self._fast('', l, 8))[mode]
+    return self._together(x, [way(*found) for found in zip(x, captions, lists)])
 
 # %% ../nbs/05_interrogator.ipynb #words
 class Words(pd.DataFrame):
