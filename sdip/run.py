@@ -685,7 +685,7 @@ def stage_ensemble(run):
     "Norms scaled; ratios as given, or searched on validation rows one model at a time"
     from sdip.ensemble import fit_ensemble
     (valid, targ), preds = run.pairs('valid'), {m: run/f'preds/{m}.valid.npz' for m in MODELS}
-    found = fit_ensemble(preds, targ, ids=valid.id.tolist())
+    found = fit_ensemble(preds, targ, ids=valid.id.tolist(), groups=valid.group.to_numpy())
     if run.args.get('ratios'): found = with_ratios(found, run.args['ratios'], preds, targ, valid.id.tolist())
     found.save(run/'ensemble.json')
     return dict(ratios={m: round(r, 3) for m, r in found.ratios.items()}, valid=f'{found.score:.4f}')
