@@ -61,12 +61,12 @@ class _Bank:
 # %% ../nbs/01_dedup_weighting.ipynb #sketch
 class _Sketch:
     "Turns rows into short ones whose product is never below the cosine (Cauchy-Schwarz on groups of PCA coordinates)"
-    def __init__(self, x, threshold, groups=8, seed=0):
+    def __init__(self, x, threshold, share=1., groups=8, seed=0):
         rows = np.random.default_rng(seed).permutation(len(x))[:8192]
         u = x.unit(rows)
         self.groups, self.turn = groups, torch.linalg.eigh((u.T @ u).double())[1].flip(1).float()  # (d, d), leading first
         self.lead = min(24, u.shape[1])
-        if len(u) >= 2560: self.lead = min((16, 24, 40, 72, 136), key=lambda p: self._cost(u, p, threshold))
+        if len(u) >= 2560: self.lead = min((16, 24, 40, 72, 136), key=lambda p: self._cost(u, p, threshold, share))
 
     def __call__(self, u, lead=None): # u: (b, d) unit rows -> (b, lead + groups)
         y, lead = u @ self.turn, min(lead or self.lead, u.shape[1])
@@ -74,10 +74,10 @@ class _Sketch:
         group = torch.nn.functional.one_hot(torch.arange(rest, device=y.device)*self.groups//max(rest, 1), self.groups).to(y.dtype)
         return torch.cat([y[:, :lead], (y[:, lead:]**2 @ group).sqrt()], 1)
 
-    def _cost(self, u, lead, threshold): # of a pair, in multiply-adds: a survivor's two reads from memory cost as much as 50,000
+    def _cost(self, u, lead, threshold, share): # of a pair, in multiply-adds: a survivor's two reads from memory cost as much as 50,000
         s = self(u[:2560], lead)
         rate = (s[:512] @ s[512:].T >= threshold - SLACK).float().mean().item()
-        return lead + self.groups + min(5e4*rate, 2*u.shape[1])
+        return share*(lead + self.groups) + min(5e4*rate, 2*u.shape[1])
 
     def bank(self, x, i, code=None): # sketches of rows `i` of `x`
         s = [self(x.unit(i[lo:lo+8192])) for lo in range(0, len(i), 8192)]
@@ -93,8 +93,8 @@ def _cosines(x, i, y, j, block=2048):
     return out
 
 # %% ../nbs/01_dedup_weighting.ipynb #near
-def _near(a, b, threshold, dense=128):
-    "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row; a row is not paired with itself"
+def _glance(a, b, threshold, dense=128):
+    "Pairs that may be near: (row of a, row of b, cosine, 0 where not known yet), each (k,), sorted by row; a row is not paired with itself"
     s, low = a.s @ b.s.T, threshold - SLACK  # (p, w) @ (w, q) -> (p, q)
     if a is b: s.fill_diagonal_(-4)
     hot = (s.amax(1) >= low).nonzero()[:, 0] if s.numel() else torch.zeros(0, dtype=torch.long)
@@ -106,11 +106,18 @@ def _near(a, b, threshold, dense=128):
         if a is b: s.fill_diagonal_(-4)
         r, c = (s >= low).nonzero().T
         v = s[r, c]
-    r, c, v = (o.cpu().numpy() for o in (r, c, v))
+    return tuple(o.cpu().numpy() for o in (r, c, v))
+
+def _settle(a, b, r, c, v, threshold):
+    "Those of the pairs that are at or above the threshold"
     edge = np.flatnonzero(v < threshold + SLACK)
     v[edge] = _cosines(a.rows, a.i[r[edge]], b.rows, b.i[c[edge]])
     sure = v >= np.float32(threshold)
     return r[sure], c[sure], v[sure]
+
+def _near(a, b, threshold, dense=128):
+    "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row"
+    return _settle(a, b, *_glance(a, b, threshold, dense), threshold)
 
 # %% ../nbs/01_dedup_weighting.ipynb #order
 def _check_threshold(threshold):
@@ -189,33 +196,61 @@ def _greedy_inside(t, best, threshold):
         best.see(c[mine], np.full(first[i+1] - first[i], t.code[i]), v[mine])
     return alive
 
-# %% ../nbs/01_dedup_weighting.ipynb #lists
-class _Lists:
-    "Kept rows by their nearest centroid; a search looks into a few lists only"
-    def __init__(self, x, probes=3):
+# %% ../nbs/01_dedup_weighting.ipynb #cells
+class _Cells:
+    "Rows by their nearest centre; the plane between two cells tells which pairs across it are too far apart to be looked at"
+    def __init__(self, x, threshold, probes=0): # probes: look into so many nearest cells, whatever the planes say
         import faiss
-        k = int(min(4096, max(1, len(x)**.5)))
-        sample = x.unit(np.random.default_rng(0).permutation(len(x))[:64*k]).cpu().numpy()
-        km = faiss.Kmeans(sample.shape[1], k, niter=6, spherical=True, seed=0, min_points_per_centroid=1)
-        km.train(sample)
-        self.centre, self.probes, self.lists = torch.from_numpy(km.centroids).to(x.device), min(probes, k), [None]*k
+        k = int(min(4096, max(1, 2*len(x)**.5)))
+        sample = x.unit(np.random.default_rng(0).permutation(len(x))[:16*k])
+        km = faiss.Kmeans(sample.shape[1], k, niter=4, spherical=True, seed=0, min_points_per_centroid=1)
+        km.train(sample.cpu().numpy())
+        c = self.centre = torch.nn.functional.normalize(torch.from_numpy(km.centroids).to(x.device))  # (k, d)
+        apart = ((2 - 2*c @ c.T).clamp(min=0) + SLACK).sqrt()  # (k, k)
+        self.wide = apart*(2 - 2*(threshold - SLACK))**.5 + SLACK  # rows at the threshold differ by no more along c_i - c_j
+        self.far = torch.full((k, k), -9., device=x.device)  # of the rows b in cell i the most that b.(c_j - c_i) is
+        self.probes = min(probes, k)
+        with warnings.catch_warnings(action='ignore'): # torch says once that index_reduce is in beta
+            home = np.concatenate([self.look(u)[0] for u in sample.split(8192)])
+        seen = self.look(sample[:4096])[1].float().mean(0).cpu()[home].mean().item()
+        self.share = min(1., seen*(len(x)/len(sample))**.6)  # of all pairs, those left to look at; full cells reach further than sampled ones, by about this power
 
-    def near(self, bank, n): # numbers (b, n) of the nearest lists
-        return torch.cat([(t.rows.unit(t.i) @ self.centre.T).topk(n).indices for t in bank.tiles(4096)]).cpu().numpy()
+    def look(self, u): # u: (b, d) unit rows -> (b,) their cells; (b, k) which cells may hold a row near them
+        home, opened, far = [], [], self.far.T.contiguous()
+        for s in (part @ self.centre.T for part in u.split(1024)):  # (1024, k)
+            h = s.argmax(1)
+            s = s.gather(1, h[:, None]) - s  # u.(c_h - c_j)
+            few = s.topk(self.probes, largest=False)[1]
+            opened.append(torch.zeros_like(s, dtype=torch.bool).scatter_(1, few, True) if self.probes else s - far[h] <= self.wide[h])
+            self.far.index_reduce_(0, h, -s, 'amax')
+            home.append(h)
+        return torch.cat(home).cpu().numpy(), torch.cat(opened)
 
-    def add(self, bank):
-        home = self.near(bank, 1)[:, 0] if len(bank) else np.zeros(0)
-        for c in np.unique(home):
-            new, old = bank[np.flatnonzero(home == c)], self.lists[c]
-            self.lists[c] = new if old is None else old + new
+# %% ../nbs/01_dedup_weighting.ipynb #cells-search
+@patch
+def search(self:_Cells, t, opened, bank, home, best, threshold): # opened: (len(t), k); home: (len(bank),) the cells of the bank's rows
+    "Show each row of `t` those rows of `bank` that are in cells open to it"
+    order, cells = np.argsort(home, kind='stable'), np.arange(len(self.centre) + 1)
+    filed, start = bank[order], np.searchsorted(home[order], cells)
+    cell, row = opened.T.nonzero().T.cpu().numpy()
+    first, found = np.searchsorted(cell, cells), []
+    for j in np.flatnonzero((np.diff(start) > 0) & (np.diff(first) > 0)):
+        rows = row[first[j]:first[j+1]]
+        for lo in range(start[j], start[j+1], 1024):
+            r, c, v = _glance(t[rows], filed[lo:min(lo + 1024, start[j+1])], threshold)
+            if len(r): found.append((rows[r], lo + c, v))
+    if not found: return
+    r, c, v = _settle(t, filed, *map(np.concatenate, zip(*found)), threshold)
+    o = np.argsort(order[c], kind='stable')
+    best.see(r[o], filed.code[c[o]], v[o])
 
-    def search(self, t, best, threshold):
-        look = self.near(t, self.probes)
-        for c in np.unique(look):
-            rows = np.flatnonzero((look == c).any(1))
-            for bank in self.lists[c].tiles(1024) if self.lists[c] else ():
-                r, j, v = _near(t[rows], bank, threshold)
-                best.see(rows[r], bank.code[j], v)
+# %% ../nbs/01_dedup_weighting.ipynb #cells-worth
+def _cells(x, threshold, mode):
+    "Cells where they save work: on a processor, for thousands of rows, when they spare three quarters of the pairs or more"
+    if mode == 'fast' and len(x): return _Cells(x, threshold, probes=3)
+    if x.device.type != 'cpu' or len(x) < 4096: return None
+    cells = _Cells(x, threshold)
+    return cells if cells.share < .25 else None
 
 # %% ../nbs/01_dedup_weighting.ipynb #missed
 def _missed(kept, threshold, tile, sample=1000):
@@ -228,24 +263,34 @@ def _missed(kept, threshold, tile, sample=1000):
     return bad.mean() if len(bad) else 0.
 
 # %% ../nbs/01_dedup_weighting.ipynb #walk
-def _walk(x, order, sketch, base, lists, threshold, tile):
-    "Go through the rows in order, tile by tile: (bank of the kept ones, `_Best` of every row)"
-    all_best, kept, k, step = _Best(len(x)), sketch.bank(x, order[:0]), 0, tile*8 if lists else tile
+def _against(t, bank, best, threshold, tile):
+    "Show every row of `t` the rows of `bank`, a tile of them at a time"
+    for at in range(0, len(t), tile):
+        for b in bank.tiles(tile):
+            r, c, v = _near(t[at:at+tile], b, threshold)
+            if len(r): best.see(at + r, b.code[c], v)
+
+def _walk(x, order, sketch, base, cells, threshold, tile):
+    "Go through the rows in order: (bank of the kept ones, `_Best` of every row)"
+    all_best, kept, k, step = _Best(len(x)), sketch.bank(x, order[:0]), 0, 8*tile
     kept.i, kept.s = np.zeros(len(x), np.int64), torch.empty(len(x), kept.s.shape[1], device=x.device)
-    kept.code = kept.i
+    kept.code, home, base_home = kept.i, np.zeros(len(x), np.int64), np.zeros(0, np.int64)
+    if cells: base_home = np.concatenate([base_home, *(cells.look(b.rows.unit(b.i))[0] for b in base.tiles(8192))])
     for lo in tqdm(range(0, len(x), step), desc='dedup', delay=10, disable=None):
-        todo, before = sketch.bank(x, order[lo:lo+step]), k if lists else 0
+        todo, before = sketch.bank(x, order[lo:lo+step]), k
         found = _Best(len(todo))
-        if lists: lists.search(todo, found, threshold)
-        for t, best in ((todo[at:at+tile], found[at:at+tile]) for at in range(0, len(todo), tile)):
-            for bank in (o for some in (base, kept[before:k]) for o in some.tiles(tile)):
-                r, c, v = _near(t, bank, threshold)
-                if len(r): best.see(r, bank.code[c], v)
+        if cells: own, opened = cells.look(x.unit(todo.i))
+        for bank, at in (base, base_home), (kept[:k], home[:k]):
+            if cells: cells.search(todo, opened, bank, at, found, threshold)
+            else: _against(todo, bank, found, threshold, tile)
+        for at in range(0, len(todo), tile):
+            t, best = todo[at:at+tile], found[at:at+tile]
+            _against(t, kept[before:k], best, threshold, tile)
             alive = _greedy_inside(t, best, threshold)
             new = slice(k, k := k + alive.sum())
             kept.i[new], kept.s[new] = t.i[alive], t.s[alive]
+            if cells: home[new] = own[at:at+tile][alive]
         all_best.score[todo.i], all_best.code[todo.i] = found.score, found.code
-        if lists: lists.add(kept[before:k])
     return kept[:k], all_best
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup
@@ -264,13 +309,13 @@ def dedup(
     if mode not in ('exact', 'fast'): raise ValueError(f"mode is {mode!r}; known are 'exact' and 'fast'")
     x = _Rows(emb, ids=ids, device=device)
     y = _Rows(x.x[:0] if base is None else base, 'base', width=x.x.shape[1], device=device)
-    sketch, lists = _Sketch(x, threshold), _Lists(x) if mode == 'fast' and len(x) else None
+    cells = _cells(x, threshold, mode)
+    sketch = _Sketch(x, threshold, cells.share if cells else 1)
     bank = sketch.bank(y, np.arange(len(y)), -1 - np.arange(len(y)))
-    if lists: lists.add(bank)
-    kept, best = _walk(x, _order(len(x), priority, ids), sketch, bank[:0] if lists else bank, lists, threshold, tile)
+    kept, best = _walk(x, _order(len(x), priority, ids), sketch, bank, cells, threshold, tile)
     keep, note = np.zeros(len(x), bool), [x.note, y.note]
     keep[kept.i] = True
-    if lists and len(kept):
+    if mode == 'fast' and len(kept):
         missed, gone = _missed(kept, threshold, tile)*len(kept), len(x) - len(kept)
         note.append(f"fast mode: recall {gone/max(gone + missed, 1):.4f}, measured on {min(len(kept), 1000)} kept rows")
         print(note[-1])
