@@ -2,7 +2,7 @@
 
 Each function `test_*` runs in a process and an empty current folder of its own; see harness.py."""
 
-import json, os, shutil, subprocess, sys, time, zipfile
+import json, os, shutil, socket, subprocess, sys, time, zipfile
 
 from pathlib import Path
 
@@ -425,34 +425,127 @@ def test_finetune_killed_in_mid_epoch():
     assert 'holds a finished model' in sh(*command('killed'), status=1)
 
 TWO = '''
-import os, numpy as np
-import torch.distributed as dist
+import os, signal, zlib
+import numpy as np
+from fastai.callback.core import Callback
 from sdip.data import find_images, load_pairs
 from sdip.finetune_clip import Recipe, finetune
 from sdip.finetune_vit import make_regressor
-from sdip.training import share_among, world_of_processes
-rank, world = world_of_processes()
-assert world == int(os.environ.get('WORLD_SIZE', 1)), world
-assert share_among([rank]) == list(range(world)), 'ranks'
-reg = make_regressor('vit', device='cpu')
-scores = finetune(reg, load_pairs('world'), f'out{world}', Recipe(lr=1e-3, bs=16, accumulate=2, timetable=((1, 1), (None, 1))), quiet=True)
-pictures = find_images('world/images')[:33] + ['nothing.png']      # cannot be halved, and one cannot be read
-shared = reg.predict(pictures, shared=True)
-assert np.isnan(shared).any(1).tolist() == [False]*33 + [True] and [r['row'] for r in reg.report] == [33], reg.report
-assert np.nanmax(np.abs(shared - reg.predict(pictures))) < 1e-6, 'shared predictions are not in the order of the rows'
-np.save(f'pred{world}.{rank}.npy', shared[:33])
-print('rank', rank, 'of', world, scores)
+from sdip.training import DDP, share_among, world_of_processes
+
+class Exchanges(Callback):
+    "Counts the steps, and how often gradients travel"
+    order, run_valid = DDP.order + 1, False
+    def before_fit(self): self.sent = self.steps = 0
+    def before_train(self):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        def counted(group, bucket):
+            self.sent += bucket.is_last()
+            return allreduce_hook(group, bucket)
+        if hasattr(self.learn, 'ddp'): self.learn.ddp.wrapped.register_comm_hook(None, counted)
+    def after_step(self): self.steps += 1
+
+class Kill(Callback):
+    "The first process dies in mid-epoch"
+    order = 90                             # after the checkpoint
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (1, 3) and world_of_processes()[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
+
+def real_run(out, head='linear', cbs=(), **recipe):
+    "In every process: the same call"
+    rank, world = world_of_processes()
+    assert world == int(os.environ.get('WORLD_SIZE', 1)) and share_among([rank]) == list(range(world)), (rank, world)
+    reg, seen = make_regressor('vit', head=head, device='cpu'), Exchanges()
+    finetune(reg, load_pairs('world'), out, Recipe(**dict(lr=1e-3, bs=16, timetable=((1, 1), (None, 1)), keep='last', minutes=0) | recipe), [seen, *cbs], quiet=True)
+    weights = zlib.crc32(b''.join(v.numpy().tobytes() for v in reg.net.state_dict().values()))
+    assert len(set(share_among([weights]))) == 1, 'the processes ended with different weights'
+    assert seen.steps and seen.sent == (seen.steps if world > 1 else 0), (seen.sent, seen.steps)
+    pictures = find_images('world/images')[:33] + ['nothing.png']      # cannot be halved, and one cannot be read
+    shared = reg.predict(pictures, shared=True)
+    assert np.isnan(shared).any(1).tolist() == [False]*33 + [True] and [r['row'] for r in reg.report] == [33], reg.report
+    assert np.nanmax(np.abs(shared - reg.predict(pictures))) < 1e-6, 'shared predictions are not in the order of the rows'
+    np.save(f'{out}.{rank}.npy', shared[:33])
+    print(f'{out}: {rank} of {world}, {reg.probe_scores}, {reg.history}')
+
+if __name__ == '__main__':
+    import sys
+    out, parts, *kill = sys.argv[1:]
+    real_run(out, cbs=[Kill()]*len(kill), accumulate=int(parts))
 '''
 
-def test_two_processes():
-    "torchrun with two CPU processes: both know of each other, end with the weights of one process, and predict in row order"
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+def same_end(one, two, eps=1e-5):
+    "What two processes of `real_run` predict at the end is equal, and within `eps` of what one does"
     import numpy as np
+    one, *two = (np.load(f'{o}.npy') for o in (f'{one}.0', f'{two}.0', f'{two}.1'))
+    assert np.array_equal(*two) and np.abs(one - two[0]).max() < eps, np.abs(one - two[0]).max()
+
+def nodes(*args):
+    "Two of torchrun's agents with one process each, as on two machines -> their exit statuses"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc_per_node', '1', '--rdzv_backend', 'c10d',
+               '--rdzv_endpoint', f'localhost:{free_port()}', '--rdzv_id', 'two', 'two.py', *args]
+    logs = [open(f'agent{i}.log', 'w') for i in range(2)]
+    agents = [subprocess.Popen(command, env=os.environ | NO_CARD, stdout=log, stderr=log) for log in logs]
+    status = [a.wait() for a in agents]
+    print('$', *command, status, *(Path(log.name).read_text() for log in logs), sep='\n')
+    return status
+
+NO_CARD = dict(CUDA_VISIBLE_DEVICES='')
+
+def test_two_processes():
+    "torchrun with two CPU processes ends with the weights of one; so do two nodes, steps in two parts, killed in mid-epoch and taken up"
+    import torch
     sh('sdip_generate', 'world', '--n', 150, '--seed', 4)
     Path('two.py').write_text(TWO)
-    sh(sys.executable, 'two.py')
-    out = sh(sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '--master_port', 29_713, 'two.py')
-    assert 'rank 0 of 2' in out and 'rank 1 of 2' in out, out
-    one, *two = (np.load(f'pred{n}.npy') for n in ('1.0', '2.0', '2.1'))
-    assert np.array_equal(*two), 'the two processes ended with different weights'
-    assert np.abs(one - two[0]).max() < 1e-3, np.abs(one - two[0]).max()
-    assert Path('out2/config.json').exists() and json.loads(Path('out1/scores.json').read_text()).keys() == json.loads(Path('out2/scores.json').read_text()).keys()
+    sh(sys.executable, 'two.py', 'one', 1, **NO_CARD)
+    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'two.py', 'two', 1, **NO_CARD)
+    same_end('one', 'two')
+    status, place = nodes('nodes', '2', 'kill'), torch.load('nodes/checkpoint.pt', weights_only=True)
+    assert all(status) and not Path('nodes/config.json').exists(), status
+    assert (place['epoch'], place['batch']) == (1, 4) and not any('module.' in k for k in place['model']), (place['epoch'], place['batch'], list(place['model'])[:3])
+    status = nodes('nodes', '2')
+    assert status == [0, 0], status
+    same_end('one', 'nodes')
+    assert sorted(p.name for p in Path('nodes').iterdir()) == ['config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets']
+
+TOY_CLIP = '''
+import json
+from open_clip.model import CLIP
+from sdip.encoders import Preprocess, save_clip
+from sdip.training import CLIP_PREPROCESS
+toy = dict(embed_dim=16, vision_cfg=dict(layers=2, width=32, head_width=16, patch_size=8, image_size=16),
+           text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+save_clip(CLIP(**toy), toy, Preprocess.from_dict(CLIP_PREPROCESS | dict(size=16)), 'input/clip-vit-large-patch14')
+'''
+
+def test_notebook_launcher():
+    "In a kernel, `notebook_launcher` trains on two CPU processes: a run that looks at all it does, and the real run of 02 as it stands; then one process"
+    import nbformat, numpy as np
+    from nbclient import NotebookClient
+    sh('sdip_generate', 'input/world', '--n', 150, '--seed', 4)
+    Path('world').symlink_to('input/world')
+    Path('two.py').write_text(TWO)
+    sh(sys.executable, '-c', TOY_CLIP)
+    cells = {c.id: c.source for c in nbformat.read(ROOT/'nbs/02_finetune_clip.ipynb', 4).cells}
+    def real(out):
+        "The cell of the real run, asked for, its folders here"
+        text = cells['real-run']
+        for old, new in (('REAL = False', 'REAL = True'), ('/kaggle/input', 'input'), ('/kaggle/working', out), ('num_processes=', f"use_port='{free_port()}', num_processes=")):
+            assert old in text, old
+            text = text.replace(old, new)
+        return text
+    code = ['import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-test'], real('two'),
+            f"from two import real_run; notebook_launcher(real_run, ('launched',), num_processes=2, use_port='{free_port()}')",
+            'torch.cuda.device_count = lambda: 1', real('one'), "from two import real_run; real_run('alone')"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
+    os.environ.update(NO_CARD)
+    try: NotebookClient(book, timeout=100, kernel_name='python3').execute()
+    finally: print(*(o.get('text', o.get('traceback')) for c in book.cells for o in c.get('outputs', [])), sep='\n')
+    same_end('alone', 'launched')
+    one, two = (json.loads(Path(o, 'clip/config.json').read_text())['history'] for o in ('one', 'two'))
+    scores = lambda rows: [[r['valid_loss'], r['metric'], r['raw']] for r in rows]      # fastai's train_loss is smoothed part by part
+    assert len(one) == 5 and np.allclose(scores(one), scores(two), atol=1e-5), (one, two)

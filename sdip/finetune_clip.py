@@ -23,7 +23,7 @@ from . import __version__
 from .data import EMB_DIM, check_emb, image_paths, mean_cosine, read_json, row_cosine, unit
 from .encoders import ClipEncoder, Preprocess, pick_device
 from .training import (Augment, CsvLog, KeepBest, PairRows, cosine, cosine_loss, load_weights, make_learner, make_loaders, predict_images,
-                           run_learner, save_weights, say_what_to_lower, share_among, world_of_processes)
+                           run_learner, save_weights, say_what_to_lower, share_among, start_alike, world_of_processes)
 
 # %% ../nbs/02_finetune_clip.ipynb #layer-groups
 def _timm_groups(net):
@@ -303,9 +303,10 @@ def learner(self:Regressor,
     cbs=(), quiet:bool=False,
 ) -> RegressorLearner:   # its `model` is this regressor's `net`
     "Data, head and callbacks in place, before the first step"
-    targets, (rank, world) = _checked_targets(pairs, targets), world_of_processes()
+    targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
     (train, rows), (valid, watched) = (_rows(pairs, targets, root, self.prep, s) for s in ('train', 'valid'))
     if recipe.keep not in ('best', 'last'): raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
+    start_alike(self.net)                                               # a new head is random
     self._start_head(train, valid, recipe)
     self.recipe, self.net = recipe, self.net.requires_grad_(True)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'PRECISIONS', 'SCHEDULES', 'CLIP_CONFIG', 'CLIP_PREPROCESS', 'CLIP_RECIPE', 'VIT_RECIPE', 'WATCHED',
-           'CLIP_TOWERS', 'VIT', 'PairRows', 'GroupSampler', 'world_of_processes', 'share_among', 'AverageGradients',
-           'make_loaders', 'cosine_loss', 'cosine', 'OnDevice', 'TellEpoch', 'History', 'CsvLog', 'EMA', 'score_of',
-           'KeepBest', 'Augment', 'augmented', 'Thaw', 'Checkpoint', 'param_groups', 'half_type', 'half_precision',
-           'amp_callbacks', 'schedule', 'make_learner', 'run_learner', 'fit', 'say_what_to_lower', 'predict_images',
-           'save_weights', 'check_fits', 'load_weights', 'ClipRecipe', 'contrastive_loss', 'contrastive_accuracy',
-           'train_clip', 'DrawnRows', 'FreshSampler', 'PretrainRecipe', 'Say', 'short_texts', 'TaughtClip',
-           'taught_loss', 'taught_accuracy', 'pretrain_clip', 'scene_questions', 'scene_answers', 'answers_loss',
-           'subject_accuracy', 'pretrain_vit']
+           'CLIP_TOWERS', 'VIT', 'PairRows', 'GroupSampler', 'world_of_processes', 'share_among', 'start_alike',
+           'one_process_only', 'DDP', 'make_loaders', 'cosine_loss', 'cosine', 'OnDevice', 'TellEpoch', 'History',
+           'CsvLog', 'EMA', 'score_of', 'KeepBest', 'Augment', 'augmented', 'Thaw', 'Checkpoint', 'param_groups',
+           'half_type', 'half_precision', 'amp_callbacks', 'schedule', 'make_learner', 'run_learner', 'fit',
+           'say_what_to_lower', 'predict_images', 'save_weights', 'check_fits', 'load_weights', 'ClipRecipe',
+           'contrastive_loss', 'contrastive_accuracy', 'train_clip', 'DrawnRows', 'FreshSampler', 'PretrainRecipe',
+           'Say', 'short_texts', 'TaughtClip', 'taught_loss', 'taught_accuracy', 'pretrain_clip', 'scene_questions',
+           'scene_answers', 'answers_loss', 'subject_accuracy', 'pretrain_vit']
 
 # %% ../nbs/00c_training.ipynb #imports
 import copy, math, random, shutil, time
@@ -28,7 +28,7 @@ from fastai.callback.core import CancelFitException, Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedNo, combine_scheds, combined_cos
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip, bn_types
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import OptimWrapper
@@ -124,41 +124,58 @@ def world_of_processes() -> tuple: # (number of this process, number of all); (0
     "Who asks, among how many; joins the others at the first call where torchrun or notebook_launcher started several"
     import os
     import torch.distributed as dist
-    if not dist.is_available() or int(os.environ.get('WORLD_SIZE', 1)) == 1 and not dist.is_initialized(): return 0, 1
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world == 1: return 0, 1
     if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if cuda else 'gloo')
-        said = share_among([int(os.environ['RANK'])])
-        if said != list(range(int(os.environ['WORLD_SIZE']))):
-            raise RuntimeError(f"the processes call themselves {said}, expected {os.environ['WORLD_SIZE']} of them from 0 on: start them with torchrun or notebook_launcher")
+        from accelerate import PartialState
+        named = {'RANK', 'LOCAL_RANK'} <= os.environ.keys()
+        if named: PartialState(cpu=not torch.cuda.is_available())
+        said = share_among([int(os.environ['RANK'])]) if dist.is_initialized() else 'nothing'
+        if said != list(range(world)):
+            raise RuntimeError(f'the processes call themselves {said}, expected {world} of them from 0 on: start them with torchrun or notebook_launcher')
     return dist.get_rank(), dist.get_world_size()
 
 def share_among(
     mine:list, # what this process has
 ) -> list:     # of all processes, in their order
     "Put the lists of all processes together; all have to call"
-    import torch.distributed as dist
-    if not dist.is_initialized(): return mine
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, mine)
-    return [o for part in out for o in part]
+    if world_of_processes()[1] == 1: return mine
+    from accelerate.utils import gather_object
+    return gather_object(mine)
 
-# %% ../nbs/00c_training.ipynb #average-gradients
-class AverageGradients(Callback):
-    "All processes start from the same weights and move by the mean of their gradients"
-    order = GradientAccumulation.order + 2     # after the last part of a step, before scaling and clipping
-    run_valid = False
+# %% ../nbs/00c_training.ipynb #start-alike
+def start_alike(model:nn.Module):
+    "All processes go on with the weights of the first"
+    if world_of_processes()[1] == 1: return
+    from accelerate.utils import broadcast
+    model.load_state_dict(broadcast(dict(model.state_dict())))
+
+def one_process_only(
+    what:str, # what is to be done
+):
+    "Refuse work that several processes would do badly"
+    n = world_of_processes()[1]
+    if n > 1: raise ValueError(f'{what} is work for one process, here are {n}: start it without torchrun or notebook_launcher')
+
+# %% ../nbs/00c_training.ipynb #distributed
+class DDP(Callback):
+    "Train in PyTorch's `DistributedDataParallel`, prepared by Accelerate: processes start from the same weights and move by the mean of their gradients"
+    order, run_valid = MixedPrecision.order + 5, False         # after `Thaw`, before `EMA`
+    def __init__(self, parts=1): self.parts = parts            # batches that a step comes in
     def before_fit(self):
-        import torch.distributed as dist
-        for t in self.model.state_dict().values(): dist.broadcast(t, 0)
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        self.accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
-    def before_step(self):
-        import torch.distributed as dist
-        floats = [p.grad for p in self.model.parameters() if p.grad is not None] + [b for b in self.model.buffers() if b.is_floating_point()]
-        flat = torch.cat([t.reshape(-1).float() for t in floats])              # BatchNorm's statistics are averaged too
-        dist.all_reduce(flat); flat /= dist.get_world_size()
-        for t, mean in zip(floats, flat.split([t.numel() for t in floats])): t.copy_(mean.view_as(t))
+    def before_train(self):
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.stats = [s for m in self.model.modules() if isinstance(m, bn_types) and m.training for s in (m.running_mean, m.running_var)]
+    def before_batch(self):
+        self.wrapped.require_backward_grad_sync = (self.iter + 1) % self.parts == 0
+        self.learn.model = self.wrapped
+    def after_pred(self): self.learn.model = self.wrapped.module
+    def after_step(self):
+        for s in self.stats: s.copy_(self.accelerator.reduce(s, 'mean'))
+    def after_train(self): self.wrapped = None; self.accelerator.free_memory()
 
 # %% ../nbs/00c_training.ipynb #make-loaders
 class _Collate:
@@ -182,11 +199,11 @@ class _Loader(DataLoader):
             if self.num_workers: self.dataset.report += reported
             yield batch
 
-def _loader(ds, sampler, n_inp=1, workers=0):
+def _loader(ds, sampler, device, n_inp=1, workers=0):
     "One loader: in this process where the pixels are at hand, else in others"
     w = 0 if ds.pixels is not None else workers
     dl = _Loader(ds, batch_sampler=sampler, collate_fn=_Collate(ds), num_workers=w, worker_init_fn=_set_worker_threads,
-                  pin_memory=torch.cuda.is_available(), persistent_workers=w > 0)
+                  pin_memory=device.type == 'cuda', persistent_workers=w > 0)
     dl.n_inp = n_inp
     return dl
 
@@ -207,7 +224,8 @@ def make_loaders(
     ok = np.flatnonzero(valid.ok)
     chunks = [c.tolist() for c in np.array_split(ok, math.ceil(len(ok) / bs))]
     sampler = GroupSampler(groups, bs, seed, train.ok, parts, rank, world)
-    return DataLoaders(_loader(train, sampler, n_inp, workers), _loader(valid, chunks, n_inp, workers), device=pick_device(device))
+    device = pick_device(device)
+    return DataLoaders(_loader(train, sampler, device, n_inp, workers), _loader(valid, chunks, device, n_inp, workers), device=device)
 
 # %% ../nbs/00c_training.ipynb #cosine-loss
 def cosine_loss(
@@ -247,9 +265,9 @@ class History(Callback):
         if self.training: self.bar.update(1)
     def after_epoch(self):
         names = ['train_loss', 'valid_loss', 'metric', *self.recorder.metric_names[4:-1]]
-        values = self.recorder.log[1:-1]                            # between the epoch's number and its time
+        values = [float(v) for v in self.recorder.log[1:-1]]        # between the epoch's number and its time
         if len(values) < len(names): return                         # an epoch that a resumed run skips
-        self.rows.append(dict(epoch=self.epoch) | dict(zip(names, map(float, values))))
+        self.rows.append(dict(epoch=self.epoch) | dict(zip(names, np.mean(share_among([values]), 0).tolist())))     # all processes go by the same numbers
         self.bar.set_postfix(valid=f'{self.rows[-1]["metric"]:.4f}')
     def after_fit(self): self.bar.close()
 
@@ -529,7 +547,7 @@ def make_learner(
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
     cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), GradientClip(clip), *amp_callbacks(dls.device, precision), *cbs]
     if parts > 1: cbs.append(GradientAccumulation(dls.train.batch_sampler.bs // world))
-    if world > 1: cbs.append(AverageGradients())
+    if world > 1: cbs.append(DDP(parts))
     if timetable: cbs.append(Thaw(groups, timetable))
     if checkpoint: cbs.append(Checkpoint(checkpoint, key, minutes))
     metrics = [metric] + ([ValueMetric(lambda: learn.ema.raw_score, 'raw')] if watch_raw else [])
@@ -671,6 +689,7 @@ def train_clip(
     device=None, quiet:bool=False, desc:str='base CLIP',
 ) -> ClipEncoder:
     "Train a CLIP model from random weights; a killed training goes on at the last finished epoch"
+    one_process_only('Telling a picture from the others of its batch')
     from open_clip import SimpleTokenizer
     from open_clip.model import CLIP
     folder, prep = Path(folder), Preprocess.from_dict(CLIP_PREPROCESS | dict(size=config['vision_cfg']['image_size']))
@@ -800,9 +819,11 @@ class Say(Callback):
 # %% ../nbs/00c_training.ipynb #pretrain-fit
 def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, config, device=None, quiet=False, desc=''):
     "The run that both towers share -> Learner"
+    one_process_only('Pretraining')
     sampler = FreshSampler(train, recipe.n, recipe.bs, recipe.repeats, recipe.seed, recipe.alike_from)
     watched = [c.tolist() for c in np.array_split(np.arange(WATCHED), math.ceil(WATCHED / recipe.bs))]
-    dls = DataLoaders(_loader(train, sampler, n_inp), _loader(valid, watched, n_inp), device=pick_device(device))
+    device = pick_device(device)
+    dls = DataLoaders(_loader(train, sampler, device, n_inp), _loader(valid, watched, device, n_inp), device=device)
     return fit(model, dls, prep, loss, metric, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema, pct_start=recipe.pct_start,
                checkpoint=folder/'checkpoint.pt', key=repr((recipe, config)), cbs=[] if quiet else [Say()], quiet=True, desc=desc)
 
