@@ -426,7 +426,7 @@ def test_finetune_killed_in_mid_epoch():
 
 TWO = '''
 import os, signal, zlib
-import numpy as np
+import numpy as np, torch
 from fastai.callback.core import Callback
 from sdip.data import find_images, load_pairs
 from sdip.finetune_clip import Recipe, finetune
@@ -455,6 +455,7 @@ def real_run(out, head='linear', cbs=(), **recipe):
     "In every process: the same call"
     rank, world = world_of_processes()
     assert world == int(os.environ.get('WORLD_SIZE', 1)) and share_among([rank]) == list(range(world)), (rank, world)
+    torch.manual_seed(rank)                # a new head is random, and still has to be the same everywhere
     reg, seen = make_regressor('vit', head=head, device='cpu'), Exchanges()
     finetune(reg, load_pairs('world'), out, Recipe(**dict(lr=1e-3, bs=16, timetable=((1, 1), (None, 1)), keep='last', minutes=0) | recipe), [seen, *cbs], quiet=True)
     weights = zlib.crc32(b''.join(v.numpy().tobytes() for v in reg.net.state_dict().values()))
@@ -526,6 +527,7 @@ def test_notebook_launcher():
     "In a kernel, `notebook_launcher` trains on two CPU processes: a run that looks at all it does, and the real run of 02 as it stands; then one process"
     import nbformat, numpy as np
     from nbclient import NotebookClient
+    from safetensors.numpy import load_file
     sh('sdip_generate', 'input/world', '--n', 150, '--seed', 4)
     Path('world').symlink_to('input/world')
     Path('two.py').write_text(TWO)
@@ -539,13 +541,17 @@ def test_notebook_launcher():
             text = text.replace(old, new)
         return text
     code = ['import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-test'], real('two'),
-            f"from two import real_run; notebook_launcher(real_run, ('launched',), num_processes=2, use_port='{free_port()}')",
-            'torch.cuda.device_count = lambda: 1', real('one'), "from two import real_run; real_run('alone')"]
+            "import two\ndef watched(): two.real_run('launched'); two.real_run('mlp2', 'mlp')",
+            f"notebook_launcher(watched, num_processes=2, use_port='{free_port()}')",
+            'torch.cuda.device_count = lambda: 1', real('one'), "two.real_run('alone'); two.real_run('mlp1', 'mlp', accumulate=2)"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     os.environ.update(NO_CARD)
     try: NotebookClient(book, timeout=100, kernel_name='python3').execute()
     finally: print(*(o.get('text', o.get('traceback')) for c in book.cells for o in c.get('outputs', [])), sep='\n')
     same_end('alone', 'launched')
+    one, two = (load_file(f'{o}/model.safetensors') for o in ('mlp1', 'mlp2'))     # BatchNorm: two processes see what two parts see
+    apart = {k: np.abs(one[k] - two[k]).max() for k in one if 'running' not in k and 'num_batches' not in k}
+    assert max(apart.values()) < 1e-5, apart
     one, two = (json.loads(Path(o, 'clip/config.json').read_text())['history'] for o in ('one', 'two'))
     scores = lambda rows: [[r['valid_loss'], r['metric'], r['raw']] for r in rows]      # fastai's train_loss is smoothed part by part
     assert len(one) == 5 and np.allclose(scores(one), scores(two), atol=1e-5), (one, two)

@@ -127,9 +127,9 @@ def world_of_processes() -> tuple: # (number of this process, number of all); (0
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world == 1: return 0, 1
     if not dist.is_initialized():
-        from accelerate import PartialState
-        named = {'RANK', 'LOCAL_RANK'} <= os.environ.keys()
-        if named: PartialState(cpu=not torch.cuda.is_available())
+        if {'RANK', 'LOCAL_RANK'} <= os.environ.keys():
+            from accelerate import PartialState
+            PartialState(cpu=not torch.cuda.is_available())
         said = share_among([int(os.environ['RANK'])]) if dist.is_initialized() else 'nothing'
         if said != list(range(world)):
             raise RuntimeError(f'the processes call themselves {said}, expected {world} of them from 0 on: start them with torchrun or notebook_launcher')
