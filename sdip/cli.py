@@ -270,14 +270,11 @@ def sdip_predict(
     start = time.monotonic()
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    from sdip.run import RunPredictor, predict_text, predict_to_csv
-    from sdip.submit import submit_in_time, time_text
+    from sdip.run import predict_text, predict_to_csv
+    from sdip.submit import time_text
     try:
-        if deadline is None: found = predict_to_csv(images, run, out)
-        else:
-            p = RunPredictor(run)
-            found = submit_in_time(p.models, images, p.run.mean_vector(), out, p.ensemble.predict, until=start + 60*deadline)
-            if slow := time_text(found): print(slow)
+        found = predict_to_csv(images, run, out, None if deadline is None else start + 60*deadline)
+        if slow := time_text(found): print(slow)
         print(predict_text(found, run, out, truth))
     except (ValueError, OSError) as e: sys.exit(f'sdip_predict: {e}')
 

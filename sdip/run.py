@@ -10,9 +10,9 @@ __all__ = ['PRESETS', 'STAGES', 'OUTSIDE', 'ROLES', 'MODEL_PLACES', 'TRAINED_GB'
            'stage_similarity', 'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
            'phrase_lists', 'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission', 'mean_vector',
            'stage_scores', 'scoreboard', 'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure',
-           'norms_figure', 'thumbnail', 'Prediction', 'nearest_prompts', 'gallery', 'write_report', 'stage_report',
-           'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor', 'predict_to_csv',
-           'predict_text']
+           'norms_figure', 'thumbnail', 'Prediction', 'nearest_prompts', 'expected_cosines', 'gallery', 'write_report',
+           'stage_report', 'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor',
+           'predict_to_csv', 'predict_text']
 
 # %% ../nbs/08_run.ipynb #imports
 import json, os, platform, sys, time
@@ -676,7 +676,7 @@ def with_ratios(
     "The same models at ratios that were not searched"
     if set(ratios) != set(found.ratios): raise ValueError(f'ratios are of {sorted(ratios)}, the models are {sorted(found.ratios)}: give one for each')
     top = max(ratios.values())
-    out = replace(found, ratios={m: ratios[m]/top for m in found.ratios}, method='given')
+    out = replace(found, ratios={m: ratios[m]/top for m in found.ratios}, method='given', trust={})
     score = mean_cosine(np.nan_to_num(out.predict(preds, ids=ids)), targ)
     return replace(out, score=score, held_out=score)
 
@@ -836,7 +836,7 @@ class Prediction:
     emb:np.ndarray       # (384,), unit length; NaN where the picture cannot be read
     words:str = ''       # the interrogator's prompt
     nearest:tuple = ()   # ((training prompt, cosine to emb), ...), nearest first
-    agreement:float = np.nan # mean cosine between the models' rows: how far to trust it
+    expected:float = np.nan # cosine to the truth that the ensemble expects (`Ensemble.confidence`)
     cosines:dict|None = None # model -> cosine to the true row, where the truth is known
     truth:str = ''       # the true prompt, where it is known
 
@@ -845,10 +845,10 @@ class Prediction:
         line = lambda name, text: f'<dt>{name}</dt><dd>{escape(text)}</dd>' if text else ''
         near = '; '.join(f'{p} ({c:.2f})' for p, c in self.nearest)
         cos = ', '.join(f'{m} {c:.2f}' for m, c in (self.cosines or {}).items())
-        agree = f'{self.agreement:.2f}' if np.isfinite(self.agreement) else ''
+        expected = f'{self.expected:.2f}' if np.isfinite(self.expected) else ''
         picture = f'<img alt="{escape(self.truth or self.words)}" src="{uri}" width="128">' if uri else '<p>cannot be read</p>'
         return (f'<div class="prediction" style="display:flex;gap:1em;margin:.5em 0">{picture}<dl style="margin:0">{line("prompt", self.truth)}'
-                f'{line("in words", self.words)}{line("nearest training prompts", near)}{line("cosine to the truth", cos)}{line("agreement", agree)}</dl></div>')
+                f'{line("in words", self.words)}{line("nearest training prompts", near)}{line("expected cosine", expected)}{line("cosine to the truth", cos)}</dl></div>')
 
 # %% ../nbs/08_run.ipynb #nearest-prompts
 def nearest_prompts(self,
@@ -864,6 +864,11 @@ def nearest_prompts(self,
 
 Run.nearest_prompts = nearest_prompts
 
+# %% ../nbs/08_run.ipynb #expected-cosines
+def expected_cosines(ensemble, preds, ids=None): # as for `Ensemble.confidence` -> (n,); NaN where it has learned none
+    "The cosine to the truth that an ensemble expects of each blended row"
+    return ensemble.confidence(preds, ids) if ensemble.trust else np.full(len(ensemble.predict(preds, ids)), np.nan)
+
 # %% ../nbs/08_run.ipynb #gallery
 def gallery(
     run, # a finished run
@@ -876,11 +881,11 @@ def gallery(
     test, targ = run.pairs('test')
     files = {m: run/f'preds/{m}.test.npz' for m in MODELS}
     found = Ensemble.load(run/'ensemble.json')
-    emb, agree = (f(files, ids=test.id.tolist()) for f in (found.predict, found.agreement))
+    emb, expected = found.predict(files, test.id.tolist()), expected_cosines(found, files, test.id.tolist())
     cos = {m: row_cosine(np.nan_to_num(load_preds(f).emb), targ) for m, f in files.items()} | dict(ensemble=row_cosine(np.nan_to_num(emb), targ))
     words, paths = read_json(run/'interrogator/words.test.json'), image_paths(test, run.folder)
     picks = np.random.default_rng(seed).permutation(len(test))[:n], np.argsort(cos['ensemble'], kind='stable')[:n_worst]
-    def one(i, near): return Prediction(paths[i], emb[i], words[i], near, float(agree[i]), {m: float(c[i]) for m, c in cos.items()}, test.prompt[i])
+    def one(i, near): return Prediction(paths[i], emb[i], words[i], near, float(expected[i]), {m: float(c[i]) for m, c in cos.items()}, test.prompt[i])
     return tuple([one(i, near) for i, near in zip(pick, run.nearest_prompts(emb[pick]))] for pick in picks)
 
 # %% ../nbs/08_run.ipynb #report-page
@@ -999,13 +1004,13 @@ class RunPredictor:
     def predict(self,
         images,          # what `read_image` takes
     ) -> np.ndarray:     # (n, 384) float32; NaN rows where unreadable (see `.report`)
-        "Blended rows, in the order of `images`; `.agreement` (n,) says how far the models agree"
+        "Blended rows, in the order of `images`; `.expected` (n,): the cosines to the truth that the ensemble expects of them"
         preds, reports = {}, {}
         for name, model in self.models.items():
             preds[name] = model.predict(images)
             reports |= {r['row']: r for r in model.report}
         self.report = [reports[i] for i in sorted(reports)]
-        self.agreement = self.ensemble.agreement(preds)
+        self.expected = expected_cosines(self.ensemble, preds)
         return self.ensemble.predict(preds)
 
 # %% ../nbs/08_run.ipynb #describe
@@ -1017,7 +1022,7 @@ def describe(self,
     emb = self.predict(images)
     if 'interrogator' not in self.models: self.words_model = load_predictor(self.run/'interrogator', self.device)
     words = (self.models.get('interrogator') or self.words_model).interrogate(images).prompt
-    return [Prediction(*o) for o in zip(images, emb, words, self.run.nearest_prompts(emb, k), map(float, self.agreement))]
+    return [Prediction(*o) for o in zip(images, emb, words, self.run.nearest_prompts(emb, k), map(float, self.expected))]
 
 RunPredictor.describe = describe
 
@@ -1057,22 +1062,15 @@ def load_predictor(
 
 # %% ../nbs/08_run.ipynb #predict-to-csv
 def predict_to_csv(
-    images,  # files and folders of pictures
-    run,     # a run folder
-    out,     # submission to write
-) -> dict:   # ids, n filled, report of unreadable pictures, agreement
+    images,     # files and folders of pictures
+    run,        # a run folder
+    out,        # submission to write
+    until=None, # as for `submit_in_time`
+) -> dict:      # as of `submit_in_time`
     "Predict pictures and write a checked submission; an unreadable picture gets the training mean"
-    from sdip.data import find_images
-    from sdip.submit import check_submission, fill_missing, write_submission
-    files = find_images(images)
-    ids = [f.stem for f in files]
-    with atomic_path(out) as tmp:                                            # a place that cannot be written is said before the work
-        predictor = load_predictor(run)
-        emb, filled = fill_missing(predictor.predict(files), predictor.run.mean_vector())
-        write_submission(ids, emb, tmp)
-        faults = check_submission(tmp, ids)
-        assert not faults, faults
-    return dict(ids=ids, filled=filled, report=predictor.report, agreement=predictor.agreement)
+    from sdip.submit import submit_in_time
+    p = RunPredictor(run)
+    return submit_in_time(p.models, images, p.run.mean_vector(), out, p.ensemble.predict, until)
 
 # %% ../nbs/08_run.ipynb #predict-text
 def predict_text(found, run, out, truth=None) -> str: # `found` by `predict_to_csv`; lines for a terminal
