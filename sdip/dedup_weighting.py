@@ -45,6 +45,7 @@ class _Rows:
 
 # %% ../nbs/01_dedup_weighting.ipynb #bank
 SLACK = 2e-5 # float32 products of unit rows are off by less
+_READ = 25_000 # multiply-adds in the time that it takes to fetch a row from anywhere in memory
 
 @dataclass
 class _Bank:
@@ -74,10 +75,10 @@ class _Sketch:
         group = torch.nn.functional.one_hot(torch.arange(rest, device=y.device)*self.groups//max(rest, 1), self.groups).to(y.dtype)
         return torch.cat([y[:, :lead], (y[:, lead:]**2 @ group).sqrt()], 1)
 
-    def _cost(self, u, lead, threshold, share): # of a pair, in multiply-adds: a survivor's two reads from memory cost as much as 50,000
+    def _cost(self, u, lead, threshold, share): # of a pair, in multiply-adds
         s = self(u[:2560], lead)
         rate = (s[:512] @ s[512:].T >= threshold - SLACK).float().mean().item()
-        return share*(lead + self.groups) + min(5e4*rate, 2*u.shape[1])
+        return share*(lead + self.groups) + min(2*_READ*rate, 2*u.shape[1])
 
     def bank(self, x, i, code=None): # sketches of rows `i` of `x`
         s = [self(x.unit(i[lo:lo+8192])) for lo in range(0, len(i), 8192)]
@@ -93,7 +94,7 @@ def _cosines(x, i, y, j, block=2048):
     return out
 
 # %% ../nbs/01_dedup_weighting.ipynb #near
-def _glance(a, b, threshold, dense=128):
+def _glance(a, b, threshold, dense=1):
     "Pairs that may be near: (row of a, row of b, cosine, 0 where not known yet), each (k,), sorted by row; a row is not paired with itself"
     s, low = a.s @ b.s.T, threshold - SLACK  # (p, w) @ (w, q) -> (p, q)
     if a is b: s.fill_diagonal_(-4)
@@ -101,7 +102,7 @@ def _glance(a, b, threshold, dense=128):
     if not len(hot): return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     r, c = (s[hot] >= low).nonzero().T
     r, v = hot[r], torch.zeros(len(r))
-    if len(r)*dense > s.numel():
+    if 2*_READ*len(r)*dense > _READ*(len(a) + len(b)) + s.numel()*a.rows.x.shape[1]: # many survivors: all in full is cheaper
         s = a.rows.unit(a.i) @ b.rows.unit(b.i).T  # (p, d) @ (d, q) -> (p, q)
         if a is b: s.fill_diagonal_(-4)
         r, c = (s >= low).nonzero().T
@@ -115,7 +116,7 @@ def _settle(a, b, r, c, v, threshold):
     sure = v >= np.float32(threshold)
     return r[sure], c[sure], v[sure]
 
-def _near(a, b, threshold, dense=128):
+def _near(a, b, threshold, dense=1):
     "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row"
     return _settle(a, b, *_glance(a, b, threshold, dense), threshold)
 
@@ -201,7 +202,7 @@ class _Cells:
     "Rows by their nearest centre; the plane between two cells tells which pairs across it are too far apart to be looked at"
     def __init__(self, x, threshold, probes=0): # probes: look into so many nearest cells, whatever the planes say
         import faiss
-        k = int(min(4096, max(1, 2*len(x)**.5)))
+        k = int(min(4096, max(1, (.5 if probes else 2)*len(x)**.5)))
         sample = x.unit(np.random.default_rng(0).permutation(len(x))[:16*k])
         km = faiss.Kmeans(sample.shape[1], k, niter=4, spherical=True, seed=0, min_points_per_centroid=1)
         km.train(sample.cpu().numpy())
@@ -262,7 +263,7 @@ def _missed(kept, threshold, tile, sample=1000):
         bad[r[k*tile + c < pick[r]]] = True
     return bad.mean() if len(bad) else 0.
 
-# %% ../nbs/01_dedup_weighting.ipynb #walk
+# %% ../nbs/01_dedup_weighting.ipynb #against
 def _against(t, bank, best, threshold, tile):
     "Show every row of `t` the rows of `bank`, a tile of them at a time"
     for at in range(0, len(t), tile):
@@ -270,9 +271,12 @@ def _against(t, bank, best, threshold, tile):
             r, c, v = _near(t[at:at+tile], b, threshold)
             if len(r): best.see(at + r, b.code[c], v)
 
+# %% ../nbs/01_dedup_weighting.ipynb #walk
+def _step(n, tile): return tile*min(16, max(8, n//60_000))  # rows that are shown the kept ones at a time
+
 def _walk(x, order, sketch, base, cells, threshold, tile):
     "Go through the rows in order: (bank of the kept ones, `_Best` of every row)"
-    all_best, kept, k, step = _Best(len(x)), sketch.bank(x, order[:0]), 0, 8*tile
+    all_best, kept, k, step = _Best(len(x)), sketch.bank(x, order[:0]), 0, _step(len(x), tile)
     kept.i, kept.s = np.zeros(len(x), np.int64), torch.empty(len(x), kept.s.shape[1], device=x.device)
     kept.code, home, base_home = kept.i, np.zeros(len(x), np.int64), np.zeros(0, np.int64)
     if cells: base_home = np.concatenate([base_home, *(cells.look(b.rows.unit(b.i))[0] for b in base.tiles(8192))])
@@ -310,7 +314,7 @@ def dedup(
     x = _Rows(emb, ids=ids, device=device)
     y = _Rows(x.x[:0] if base is None else base, 'base', width=x.x.shape[1], device=device)
     cells = _cells(x, threshold, mode)
-    sketch = _Sketch(x, threshold, cells.share if cells else 1)
+    sketch = _Sketch(x, threshold, min(1, cells.share + _step(len(x), tile)/len(x)) if cells else 1)
     bank = sketch.bank(y, np.arange(len(y)), -1 - np.arange(len(y)))
     kept, best = _walk(x, _order(len(x), priority, ids), sketch, bank, cells, threshold, tile)
     keep, note = np.zeros(len(x), bool), [x.note, y.note]
