@@ -246,10 +246,12 @@ def search(self:_Cells, t, opened, bank, home, best, threshold): # opened: (len(
     best.see(r[o], filed.code[c[o]], v[o])
 
 # %% ../nbs/01_dedup_weighting.ipynb #cells-worth
+_CELLS_FROM = 20_000 # rows from which cells save more than they cost
+
 def _cells(x, threshold, mode):
-    "Cells where they save work: on a processor, for thousands of rows, when they spare three quarters of the pairs or more"
+    "Cells where they save work: on a processor, for many rows, when they spare three quarters of the pairs or more"
     if mode == 'fast' and len(x): return _Cells(x, threshold, probes=3)
-    if x.device.type != 'cpu' or len(x) < 4096: return None
+    if x.device.type != 'cpu' or len(x) < _CELLS_FROM: return None
     cells = _Cells(x, threshold)
     return cells if cells.share < .25 else None
 
