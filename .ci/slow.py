@@ -101,7 +101,7 @@ def test_predict():
     shutil.copy('submission.csv', 'truth.csv')
     assert 'score 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth', 'truth.csv')
     Path('empty').mkdir()
-    for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds neither'),
+    for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds no run.json'), (('in', '--run', 'run/vit'), 'holds no run.json'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, status=1)
 
