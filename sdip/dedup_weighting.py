@@ -66,8 +66,8 @@ class _Sketch:
         rows = np.random.default_rng(seed).permutation(len(x))[:8192]
         u = x.unit(rows)
         self.groups, self.turn = groups, torch.linalg.eigh((u.T @ u).double())[1].flip(1).float()  # (d, d), leading first
-        self.lead = min(24, u.shape[1])
-        if len(u) >= 2560: self.lead = min((16, 24, 40, 72, 136), key=lambda p: self._cost(u, p, threshold, share))
+        lead = 24 if len(u) < 2560 else min((16, 24, 40, 72, 136), key=lambda p: self._cost(u, p, threshold, share))
+        self.lead = min(lead, u.shape[1])
 
     def __call__(self, u, lead=None): # u: (b, d) unit rows -> (b, lead + groups)
         y, lead = u @ self.turn, min(lead or self.lead, u.shape[1])
