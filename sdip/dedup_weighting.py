@@ -117,7 +117,7 @@ def _settle(a, b, r, c, v, threshold):
     return r[sure], c[sure], v[sure]
 
 def _near(a, b, threshold, dense=1):
-    "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row"
+    "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row; a row is not paired with itself"
     return _settle(a, b, *_glance(a, b, threshold, dense), threshold)
 
 # %% ../nbs/01_dedup_weighting.ipynb #order
@@ -211,7 +211,8 @@ class _Cells:
         self.wide = apart*(2 - 2*(threshold - SLACK))**.5 + SLACK  # rows at the threshold differ by no more along c_i - c_j
         self.far = torch.full((k, k), -9., device=x.device)  # of the rows b in cell i the most that b.(c_j - c_i) is
         self.probes = min(probes, k)
-        with warnings.catch_warnings(action='ignore'): # torch says once that index_reduce is in beta
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'index_reduce')  # torch says once that it is in beta
             home = np.concatenate([self.look(u)[0] for u in sample.split(8192)])
         seen = self.look(sample[:4096])[1].float().mean(0).cpu()[home].mean().item()
         self.share = min(1., seen*(len(x)/len(sample))**.6)  # of all pairs, those left to look at; full cells reach further than sampled ones, by about this power
@@ -220,10 +221,11 @@ class _Cells:
         home, opened, far = [], [], self.far.T.contiguous()
         for s in (part @ self.centre.T for part in u.split(1024)):  # (1024, k)
             h = s.argmax(1)
-            s = s.gather(1, h[:, None]) - s  # u.(c_h - c_j)
-            few = s.topk(self.probes, largest=False)[1]
-            opened.append(torch.zeros_like(s, dtype=torch.bool).scatter_(1, few, True) if self.probes else s - far[h] <= self.wide[h])
-            self.far.index_reduce_(0, h, -s, 'amax')
+            if self.probes: opened.append(torch.zeros_like(s, dtype=torch.bool).scatter_(1, s.topk(self.probes)[1], True))
+            else:
+                s = s.gather(1, h[:, None]) - s  # u.(c_h - c_j)
+                opened.append(s - far[h] <= self.wide[h])
+                self.far.index_reduce_(0, h, -s, 'amax')
             home.append(h)
         return torch.cat(home).cpu().numpy(), torch.cat(opened)
 
