@@ -428,7 +428,8 @@ TWO = '''
 import os, signal, zlib
 import numpy as np, torch
 from fastai.callback.core import Callback
-from sdip.data import find_images, load_pairs
+from sdip.data import find_images
+from sdip.sources import load_pairs
 from sdip.finetune_clip import Recipe, finetune
 from sdip.finetune_vit import make_regressor
 from sdip.training import DDP, share_among, world_of_processes
