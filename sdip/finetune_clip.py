@@ -416,9 +416,9 @@ def start_from_texts(self:ClipRegressor,
 
 # %% ../nbs/02_finetune_clip.ipynb #finetune-imports
 import pandas as pd
-from .data import clean_prompts, duplicate_of, write_json
-from .dedup_weighting import group_split
+from .data import write_json
 from .encoders import TargetEncoder, encode
+from .split import clean_pairs, split_pairs
 from .training import Say
 
 # %% ../nbs/02_finetune_clip.ipynb #prepare-pairs
@@ -427,19 +427,15 @@ def prepare_pairs(
     folder,             # keeps the targets
     device=None,
 ) -> tuple:             # (pairs with clean prompts, a group for each prompt, and splits; targets (n, 384))
-    "Make pairs ready to train on; a table without 'train' and 'valid' rows is split"
-    cleaned, reasons = clean_prompts(pairs.prompt)
-    keep = np.array([not r for r in reasons])
-    if not keep.any(): raise ValueError(f'none of {len(pairs)} prompts can be used, the first because: {reasons[0]}')
-    table = pairs.assign(prompt=cleaned)[keep].reset_index(drop=True)
-    first, group = np.unique(duplicate_of(table.prompt), return_inverse=True)          # one row of each prompt; the prompt of each row
-    table['group'] = group
-    once = lambda: encode(table.prompt.to_numpy()[first].tolist(), TargetEncoder(device=device), folder)
+    "Make pairs ready to train on; splits that are given are kept, what is missing is carved out of train"
+    table, _ = clean_pairs(pairs)
+    prompts = table.drop_duplicates('group').sort_values('group').prompt.tolist()
+    once = lambda: encode(prompts, TargetEncoder(device=device), folder)
     if world_of_processes()[0] == 0: once()                                            # one process computes,
     share_among([0])                                                                   # the others wait
     emb = unit(np.array(once(), np.float32))                                           # and read
-    if not {'train', 'valid'} <= set(table.split): table['split'] = group_split(emb)[group]
-    return table, emb[group]
+    table['split'] = split_pairs(table, emb, need=('train', 'valid'))
+    return table, emb[table.group]
 
 # %% ../nbs/02_finetune_clip.ipynb #finetune
 def finetune(
