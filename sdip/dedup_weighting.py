@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLACK', 'METHODS', 'Dedup', 'dedup', 'families', 'group_split', 'Leakage', 'leakage', 'Gap', 'compare_gap',
            'sample_weights', 'effective_sample_size', 'out_of_fold', 'ExpectedCosine', 'expected_cosine',
-           'hard_prompts', 'dedup_table', 'dedup_html']
+           'hard_prompts', 'dedup_table', 'dedup_rows', 'dedup_html']
 
 # %% ../nbs/01_dedup_weighting.ipynb #imports
 import warnings
@@ -669,6 +669,23 @@ def dedup_table(
     keep, counts = reason == '', [f"{(reason == r).sum()} {r}" for r in dict.fromkeys(reason) if r and not r.startswith('near')]
     text = '\n'.join([f"{len(table)} rows: {keep.sum()} kept; " + (', '.join(counts) or 'nothing unusable'), found.report(words)])
     return table[keep], table[~keep].assign(reason=reason[~keep], near=near[~keep], cosine=cosine[~keep]), text
+
+# %% ../nbs/01_dedup_weighting.ipynb #dedup-rows
+def dedup_rows(
+    table, # `Table` of `read_table`: a file's cells, as text
+    encoder, # as for `dedup_table`, like what follows
+    column:str='prompt',
+    threshold:float=0.95,
+    priority:str=None, # an empty cell comes after all numbers
+    mode:str='exact',
+): # -> as of `dedup_table`; the frames' indices are row numbers of the table
+    "`dedup_table` of a file, whose cells are text until a number is asked for"
+    from sdip.tables import to_numbers
+    rows = table.rows.reset_index(drop=True)
+    if priority in rows:
+        likes = to_numbers(table, priority)
+        rows = rows.assign(**{priority: np.where(np.isnan(likes), np.nanmin(likes, initial=0) - 1, likes)})
+    return dedup_table(rows, encoder, column, threshold, priority=priority, mode=mode)
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup-html
 _STYLE = ("body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"

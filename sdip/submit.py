@@ -12,7 +12,7 @@ import csv, os, time
 from array import array
 from pathlib import Path
 import numpy as np
-from .data import EMB_DIM, _some, atomic_path, check_emb, find_images, mean_cosine, unit
+from .data import EMB_DIM, _some, atomic_path, check_emb, find_images, mean_cosine, path_text, unit
 
 # %% ../nbs/07_submit.ipynb #fill-missing
 def fill_missing(
@@ -121,7 +121,7 @@ def read_submission(
 def _expected(ids):
     "(ids that must be there, is their order binding?)"
     if not isinstance(ids, (str, os.PathLike)): return _check_ids(ids), True
-    if Path(ids).is_dir(): return [f.stem for f in find_images(ids)], False
+    if Path(ids).is_dir(): return [path_text(f.stem) for f in find_images(ids, stems=True)], False
     if not Path(ids).is_file(): raise ValueError(f"ids is {str(ids)!r}, which is neither a folder of pictures nor a sample submission: give one of them, or a list of ids")
     return read_submission(ids)[0], True
 
@@ -203,11 +203,13 @@ def submit_in_time(
 ) -> dict: # ids, filled: images given the mean, done and seconds by model, report of what could not be read
     "Predict pictures until the time is up and write a complete, checked submission"
     if not models or (blend is None and len(models) > 1): raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function that blends them, such as Ensemble.predict")
-    files = find_images(images)
-    ids = [f.stem for f in files]
+    files = find_images(images, stems=True)
+    ids = [path_text(f.stem) for f in files]
     with atomic_path(path) as tmp:                                            # a place that cannot be written is said before the work
         got = predict_in_time(models, files, None if until is None else until - .003*len(files), clock=clock)
         rows = got.pop('rows')
+        if len(got['report']) == len(files):
+            raise ValueError(f"none of {len(files)} pictures could be read, so there is nothing to submit; the first: {got['report'][0]['error']}")
         emb, filled = fill_missing(blend(rows) if blend else next(iter(rows.values())), mean)
         write_submission(ids, emb, tmp)
         faults = check_submission(tmp, ids)
