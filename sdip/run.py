@@ -26,6 +26,7 @@ import pandas as pd
 from . import __version__
 from .data import (EMB_DIM, bootstrap_interval, clean_prompts, duplicate_of, hash_items, image_paths, load_pairs, mean_cosine,
                        read_json, row_cosine, save_pairs, sha256, skill, unit, write_json, atomic_path)
+from .lock import folder_lock
 
 # %% ../nbs/08_run.ipynb #presets
 _PLAYGROUND = dict(
@@ -961,19 +962,21 @@ def walk(
     download:bool=False,   # may real weights be fetched from the hub?
     **changes,             # arguments of the preset that should be different
 ) -> Run:
-    "Do what is missing of a run, chapter by chapter"
+    "Do what is missing of a run, chapter by chapter; ValueError where another run works in its folder"
     if preset not in PRESETS: raise ValueError(f'preset {preset!r} is unknown: known are {", ".join(PRESETS)}')
     unknown = changes.keys() - PRESETS[preset].keys()
     if unknown: raise ValueError(f'{sorted(unknown)} are no arguments of preset {preset!r}: it has {", ".join(PRESETS[preset])}')
     source = None if pairs is None else str(Path(pairs).resolve())
     if source and not Path(source).exists(): raise ValueError(f'{pairs} does not exist: give a folder or a table of image and prompt')
     args, found = dict(preset=preset, pairs=source) | PRESETS[preset] | changes, None
-    if args['start'] == 'real': found = _before_work(args, out, models, download)
-    run = Run(out, args, quiet)
-    for left in run.folder.rglob('.tmp-*'): left.unlink()                     # what a killed run was writing
-    if found: run.say('Real weights'); check_sources(run, found)
-    for i, s in enumerate(STAGES, 1):
-        if stages is None or s.name in stages: run.do(s, i, len(STAGES))
+    with folder_lock(out, 'sdip_run'):
+        if args['start'] == 'real': found = _before_work(args, out, models, download)
+        run = Run(out, args, quiet)
+        if found:
+            run.say('Real weights')
+            check_sources(run, found)
+        for i, s in enumerate(STAGES, 1):
+            if stages is None or s.name in stages: run.do(s, i, len(STAGES))
     return run
 
 # %% ../nbs/08_run.ipynb #before-work
