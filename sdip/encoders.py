@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINILM_SHA256', 'CLIP_CONFIG', 'CLIP_WEIGHTS',
-           'OPENAI_KEYS', 'CLIP_RENAMES', 'CONFIGS', 'WEIGHTS', 'ENGINES', 'SHIPPED', 'Preprocess', 'image_batches',
-           'pick_device', 'TargetEncoder', 'save_clip', 'hub_folder', 'cached_snapshot', 'ClipEncoder', 'encode',
-           'shipped']
+           'SAVE_AGAIN', 'OPENAI_KEYS', 'CLIP_RENAMES', 'CONFIGS', 'WEIGHTS', 'ENGINES', 'SHIPPED', 'Preprocess',
+           'image_batches', 'pick_device', 'TargetEncoder', 'save_clip', 'right_shape', 'read_tensors', 'hub_folder',
+           'cached_snapshot', 'check_model_cfg', 'read_clip_config', 'refuse_code', 'check_timm_args', 'ClipEncoder',
+           'encode', 'shipped']
 
 # %% ../nbs/00b_encoders.ipynb #imports
 import json, os, warnings, zlib
@@ -26,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import EMB_DIM, ImageError, atomic_path, hash_items, read_image, read_json, sha256, unit, write_json
+from .lock import read_fields
 
 # %% ../nbs/00b_encoders.ipynb #preprocess
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -281,6 +283,20 @@ def save_clip(
 import re, zipfile
 from copy import deepcopy
 
+# %% ../nbs/00b_encoders.ipynb #right-shape
+SAVE_AGAIN = 'save it again with the program that made it, or fetch it again'
+_ODD = KeyError, TypeError, AttributeError, AssertionError, IndexError, ZeroDivisionError, OverflowError
+
+@contextmanager
+def right_shape(
+    file, # that said what is used in the block
+):        # to be used by `with`
+    "What goes wrong because a settings file says something odd becomes a ValueError that names the file"
+    try: yield
+    except _ODD as e:
+        what = f'{type(e).__name__}: {" ".join(str(e).split())[:160]}'
+        raise ValueError(f'{file} does not say what is expected of it ({what}): {SAVE_AGAIN}') from e
+
 # %% ../nbs/00b_encoders.ipynb #read-state
 def _is_archive(file):
     "Is it TorchScript (code beside numbers, in a zip)?"
@@ -292,12 +308,24 @@ def _openai_archives():
     from open_clip import get_pretrained_url, list_openai_models
     return {get_pretrained_url(m, 'openai').split('/')[-2]: m for m in list_openai_models()}  # the -quickgelu names come last
 
+def read_tensors(
+    file, # .safetensors, or what `torch.save` wrote
+)->dict:  # name -> tensor, or whatever plain values the file holds
+    "What a file of weights holds, without running anything of it; ValueError where it is no such file"
+    file = Path(file)
+    try:
+        if file.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            return load_file(file)
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except (MemoryError, OSError): raise
+    except Exception as e:               # torch's own words would tell how to run it all the same
+        raise ValueError(f"{file} is no file of plain tensors ({type(e).__name__}): it is damaged, or holds code, "
+                         "which is never run; take the same weights as safetensors") from None
+
 def _read_tensors(file, digest, vouched=None):
-    "What the file holds by name, without running anything of it"
-    if file.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(file)
-    if not _is_archive(file): return torch.load(file, map_location='cpu', weights_only=True)
+    "The same, and OpenAI's archives"
+    if file.suffix == '.safetensors' or not _is_archive(file): return read_tensors(file)
     if digest not in _openai_archives() and digest != vouched:
         raise ValueError(f"{file} is a TorchScript archive, code beside numbers, and its SHA-256 {digest} is none of OpenAI's: "
                          "take the same weights as safetensors, or, if you trust whoever made it, pass sha256= with this very value")
@@ -311,8 +339,11 @@ OPENAI_KEYS = {'input_resolution', 'context_length', 'vocab_size'}  # only OpenA
 def _clip_state(file, digest, vouched=None):
     "(tensors under open_clip's names, whether they are OpenAI's own) of a weights file, checkpoints unwrapped"
     state = _read_tensors(file, digest, vouched)
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}, expected tensors by name: give a state dict")
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state.get(key), dict): state = state[key]; break
+    state = {str(k): v for k, v in state.items()}
     for prefix in ('module.', '_orig_mod.'):  # of DistributedDataParallel, of torch.compile
         if all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
     if 'vision_model.embeddings.class_embedding' in state: state = _open_clip_state(state)
@@ -380,10 +411,11 @@ def _checked_prep(prep):
 @patch(cls_method=True)
 def from_folder(cls:Preprocess, folder): # folder in transformers' format -> Preprocess, or None where it says nothing
     "The settings in preprocessor_config.json, or in the processor_config.json of newer folders"
-    folder = Path(folder)
-    if (folder/'preprocessor_config.json').is_file(): return cls.from_transformers(read_json(folder/'preprocessor_config.json'))
-    said = read_json(folder/'processor_config.json') if (folder/'processor_config.json').is_file() else {}
-    return cls.from_transformers(said['image_processor']) if 'image_processor' in said else None
+    file, newer = (Path(folder)/f'{name}_config.json' for name in ('preprocessor', 'processor'))
+    if file.is_file(): said = read_fields(file, SAVE_AGAIN)
+    elif newer.is_file(): said = read_fields(newer, SAVE_AGAIN, image_processor=dict|None).get('image_processor')
+    else: said = None
+    with right_shape(folder): return said and cls.from_transformers(said)
 
 # %% ../nbs/00b_encoders.ipynb #hub-folder
 CONFIGS = (CLIP_CONFIG, 'config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer_config.json', 'tokenizer.json', 'vocab.txt', 'vocab.json',
@@ -424,7 +456,8 @@ def _clip_folder(name):
     if not folder.is_dir(): raise ValueError(f"CLIP folder {folder} does not exist: give a folder with {CLIP_CONFIG} or transformers' config.json, and weights")
     folder = cached_snapshot(folder)
     there = sorted(f.name for f in folder.iterdir())
-    kind = read_json(folder/'config.json').get('model_type') if 'config.json' in there else None
+    config = read_fields(folder/'config.json', SAVE_AGAIN, model_type=str|None) if 'config.json' in there else {}
+    kind = config.get('model_type')
     if CLIP_CONFIG not in there and kind != 'clip':
         raise ValueError(f"CLIP folder {folder} has no {CLIP_CONFIG}" + (f" and its config.json is of a {kind!r}, not a 'clip'" if kind else '')
                          + f" (there: {there[:8]}): save it with save_clip, open_clip or transformers")
@@ -462,8 +495,11 @@ def _folder_prep(folder):
     "The preprocessing that the configs in a folder state, or None; ValueError where two of them disagree"
     said = {}
     if (folder/CLIP_CONFIG).is_file():
-        d = read_json(folder/CLIP_CONFIG); cfg = d.get('preprocess_cfg') or {}
-        if 'mean' in cfg and 'std' in cfg: said[CLIP_CONFIG] = _checked_prep(Preprocess.from_open_clip(dict(cfg, size=cfg.get('size') or d['model_cfg']['vision_cfg'].get('image_size', 224))))
+        model_cfg, cfg, _ = read_clip_config(folder)
+        with right_shape(folder/CLIP_CONFIG):
+            size = cfg.get('size') or model_cfg['vision_cfg'].get('image_size', 224)
+            prep = Preprocess.from_open_clip(dict(cfg, size=size)) if 'mean' in cfg and 'std' in cfg else None
+            if prep: said[CLIP_CONFIG] = _checked_prep(prep)
     if prep := Preprocess.from_folder(folder): said['preprocessor_config.json'] = prep
     if len(said) == 2:
         (a, p), (b, q) = said.items()
@@ -480,6 +516,99 @@ def _assumed_prep(name, size):
     others = [t for t, c in cfgs.items() if (tuple(c['mean']), tuple(c['std'])) != (mean, std)]
     return Preprocess(size, mean, std), (f"preprocessing assumed, the weights bring none: mean {mean}, std {std}, bicubic"
         + (f"; these weights of {name} use another: {', '.join(others)}" if others else '') + '; prep= overrules')
+
+# %% ../nbs/00b_encoders.ipynb #clip-data
+_TOP = ('embed_dim', 'quick_gelu', 'custom_text', 'init_logit_scale', 'init_logit_bias', 'nonscalar_logit_scale',
+        'output_dict')
+_TOWERS = dict(vision_cfg='CLIPVisionCfg', text_cfg='CLIPTextCfg', multimodal_cfg='MultimodalCfg')
+_WORDS = ('pos_embed_type', 'pool_type', 'block_type', 'proj_type', 'tokenizer_mode', 'hf_tokenizer_name',
+          'hf_model_name', 'hf_proj_type', 'hf_pooler_type', 'timm_model_name', 'timm_pool', 'timm_proj')
+_SETTINGS = dict(norm_kwargs=('eps',), act_kwargs=('approximate',), tokenizer_kwargs=('clean', 'strip_sep_token'))
+
+def _is_plain(v): return v is None or isinstance(v, (bool, int, float))
+
+def _odd_fields(cfg, known, where=''):
+    "Names of what a config says beyond how a network is built"
+    for k, v in cfg.items():
+        if isinstance(v, dict):
+            fine = set(v) <= set(_SETTINGS.get(k, ())) and all(_is_plain(o) or isinstance(o, str) for o in v.values())
+        elif isinstance(v, list): fine = all(map(_is_plain, v))
+        else: fine = _is_plain(v) or k in _WORDS
+        if not (fine and k in known): yield where + k
+
+def _odd_names(vision, text):
+    "Fields that name a network which is not timm's own, or none of the hub"
+    import timm
+    tower, name = vision.get('timm_model_name'), text.get('hf_model_name')
+    if tower and not timm.is_model(tower): yield 'vision_cfg.timm_model_name'
+    on_hub = name and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name) and not Path(name).exists()
+    if name and not on_hub: yield 'text_cfg.hf_model_name'
+
+# %% ../nbs/00b_encoders.ipynb #clip-data-check
+def check_model_cfg(
+    cfg:dict, # an open_clip architecture: embed_dim, vision_cfg, text_cfg, ..
+    file,     # where it stands, for the error
+):
+    "ValueError where an architecture of unknown origin says more than how to build a network"
+    import open_clip.coca_model, open_clip.model
+    towers = {k: cfg.get(k, {}) for k in _TOWERS}
+    if odd := [k for k, v in towers.items() if not isinstance(v, dict)]:
+        raise ValueError(f"{file}: {', '.join(odd)} is no dict: {SAVE_AGAIN}")
+    odd = list(_odd_fields({k: v for k, v in cfg.items() if k not in _TOWERS}, _TOP))
+    for name, cls in _TOWERS.items():
+        module = open_clip.coca_model if name == 'multimodal_cfg' else open_clip.model
+        odd += _odd_fields(towers[name], {f.name for f in fields(getattr(module, cls))}, f'{name}.')
+    odd = odd or list(_odd_names(towers['vision_cfg'], towers['text_cfg']))
+    if odd:
+        raise ValueError(f"{file} says {', '.join(odd)}, expected numbers and names of how a network is built: nothing "
+                         "else goes to open_clip or transformers; remove it, or take a folder without it")
+
+# %% ../nbs/00b_encoders.ipynb #clip-data-read
+def read_clip_config(
+    folder, # with open_clip_config.json
+)->tuple:   # (architecture, preprocessing in open_clip's words, SHA-256 of the weights or None)
+    "What an open_clip folder says, checked: it may come from anywhere"
+    file = Path(folder)/CLIP_CONFIG
+    said = read_fields(file, SAVE_AGAIN, model_cfg=dict, preprocess_cfg=dict|None, weights_sha256=str|None)
+    missing = {'embed_dim', 'vision_cfg', 'text_cfg'} - set(said['model_cfg'])
+    if missing: raise ValueError(f"{file}: model_cfg lacks {sorted(missing)}: {SAVE_AGAIN}")
+    check_model_cfg(said['model_cfg'], file)
+    return said['model_cfg'], said.get('preprocess_cfg') or {}, said.get('weights_sha256')
+
+def refuse_code(
+    folder, # in transformers' format
+):
+    "ValueError where a folder's configs name code of their own"
+    for file in (Path(folder)/name for name in CONFIGS if name.endswith('config.json')):
+        if file.is_file() and 'auto_map' in read_fields(file, SAVE_AGAIN):
+            raise ValueError(f"{file} says auto_map, which names code to run, expected settings only: remove it if the "
+                             "folder works without, or take another")
+
+def _tokenizer(folder, text_cfg):
+    "CLIP's own tokenizer, or the one whose files lie in the folder"
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    kw = dict(context_length=text_cfg.get('context_length', 77)) | (text_cfg.get('tokenizer_kwargs') or {})
+    with right_shape(folder):
+        if not text_cfg.get('hf_tokenizer_name'): return SimpleTokenizer(**kw)
+        refuse_code(folder)
+        try: return HFTokenizer(str(folder), tokenizer_mode=text_cfg.get('tokenizer_mode'), trust_remote_code=False, **kw)
+        except (OSError, ImportError) as e:
+            what = ' '.join(str(e).split())[:120]
+            raise ValueError(f"{folder} holds no tokenizer that can be read ({what}): {SAVE_AGAIN}") from e
+
+# %% ../nbs/00b_encoders.ipynb #timm-data
+def check_timm_args(
+    args:dict, # `model_args` of a folder in timm's format, or a saved tower's `kw`
+    file,      # where they stand, for the error
+):
+    "ValueError where the arguments of a timm model say more than its sizes"
+    import inspect, timm
+    if not isinstance(args, dict): raise ValueError(f"{file}: model_args is no dict: {SAVE_AGAIN}")
+    own = inspect.signature(timm.create_model).parameters
+    def fine(v): return _is_plain(v) or isinstance(v, str) or (isinstance(v, list) and all(map(fine, v)))
+    if odd := [k for k, v in args.items() if k in own or 'pretrained' in k or not fine(v)]:
+        raise ValueError(f"{file} says {', '.join(odd)} in the model's arguments, expected its sizes only: remove it, or "
+                         "take another folder")
 
 # %% ../nbs/00b_encoders.ipynb #clip-encoder
 class ClipEncoder:
@@ -500,7 +629,8 @@ class ClipEncoder:
             raise ValueError(f"{folder} brings its own weights and activation: leave pretrained={pretrained!r} and quick_gelu={quick_gelu} out")
         state = self._from_folder(folder, sha256) if folder else self._from_name(sha256)
         if quick_gelu is not None: self.model_cfg['quick_gelu'], self.notes = quick_gelu, []
-        self.model = self._fill(_empty_clip(self.model_cfg), state).to(self.device).eval().requires_grad_(False)
+        with right_shape(folder/CLIP_CONFIG if folder else self.name): model = _empty_clip(self.model_cfg)
+        self.model = self._fill(model, state).to(self.device).eval().requires_grad_(False)
         self.activation, self.dim = _activation(self.model, self.model_cfg), self.model_cfg['embed_dim']
         self._choose_prep(prep)
         for note in self.notes: warnings.warn(note, stacklevel=2)
@@ -515,17 +645,17 @@ def _hash(self:ClipEncoder, file, expected):
 @patch
 def _from_folder(self:ClipEncoder, folder, expected):
     "open_clip's or transformers' folder: everything stands in its configs"
-    import open_clip
     self._hash(_weights_file(folder), expected)
     if (folder/CLIP_CONFIG).is_file():
-        said = read_json(folder/CLIP_CONFIG); self.model_cfg, digest = said['model_cfg'], said.get('weights_sha256')
+        self.model_cfg, _, digest = read_clip_config(folder)
         if digest and digest != self.sha256:
             raise ValueError(f"{self.file} has SHA-256 {self.sha256}, its {CLIP_CONFIG} says {digest}: the two do not belong together, save again")
-        self.tokenizer = open_clip.get_tokenizer(f'local-dir:{folder}')
     else:
         from transformers import CLIPConfig
-        self.model_cfg = _open_clip_cfg(CLIPConfig.from_pretrained(str(folder)))
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model_cfg['text_cfg']['context_length'])
+        refuse_code(folder)
+        with right_shape(folder/'config.json'):
+            self.model_cfg = _open_clip_cfg(CLIPConfig.from_pretrained(str(folder)))
+    self.tokenizer = _tokenizer(folder, self.model_cfg['text_cfg'])
     if not str(self.name).startswith('hf-hub:') and Path(str(self.name).removeprefix('local-dir:')).is_dir(): self.name = str(folder)
     self._said = _folder_prep(folder)
     return _clip_state(self.file, self.sha256)[0]
@@ -571,9 +701,10 @@ def _tag_file(name, tag):
 
 def _quick_beside(folder):
     "Whether a config beside a file says QuickGELU; None where there is none"
-    if (folder/CLIP_CONFIG).is_file(): return bool(read_json(folder/CLIP_CONFIG)['model_cfg'].get('quick_gelu'))
-    cfg = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
-    act = cfg.get('vision_config', {}).get('hidden_act', 'quick_gelu')  # transformers leaves its default out
+    if (folder/CLIP_CONFIG).is_file(): return bool(read_clip_config(folder)[0].get('quick_gelu'))
+    file = folder/'config.json'
+    cfg = read_fields(file, SAVE_AGAIN, vision_config=dict|None) if file.is_file() else {}
+    act = (cfg.get('vision_config') or {}).get('hidden_act', 'quick_gelu')  # transformers' default, left out
     return act == 'quick_gelu' if cfg.get('model_type') == 'clip' else None
 
 # %% ../nbs/00b_encoders.ipynb #clip-build
