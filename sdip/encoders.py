@@ -285,7 +285,6 @@ from copy import deepcopy
 
 # %% ../nbs/00b_encoders.ipynb #right-shape
 SAVE_AGAIN = 'save it again with the program that made it, or fetch it again'
-_ODD = KeyError, TypeError, AttributeError, AssertionError, IndexError, ZeroDivisionError, OverflowError
 
 @contextmanager
 def right_shape(
@@ -293,7 +292,8 @@ def right_shape(
 ):        # to be used by `with`
     "What goes wrong because a settings file says something odd becomes a ValueError that names the file"
     try: yield
-    except _ODD as e:
+    except (ValueError, OSError, MemoryError): raise
+    except Exception as e:
         what = f'{type(e).__name__}: {" ".join(str(e).split())[:160]}'
         raise ValueError(f'{file} does not say what is expected of it ({what}): {SAVE_AGAIN}') from e
 
@@ -578,7 +578,9 @@ def read_clip_config(
 def refuse_code(
     folder, # in transformers' format
 ):
-    "ValueError where a folder's configs name code of their own"
+    "ValueError where a folder's configs name code of their own, or other weights"
+    adapter = Path(folder)/'adapter_config.json'
+    if adapter.exists(): raise ValueError(f"{adapter} makes transformers load other weights: take a folder without it")
     for file in (Path(folder)/name for name in CONFIGS if name.endswith('config.json')):
         if file.is_file() and 'auto_map' in read_fields(file, SAVE_AGAIN):
             raise ValueError(f"{file} says auto_map, which names code to run, expected settings only: remove it if the "

@@ -219,7 +219,9 @@ def decode(self:CocaCaptioner,
 # %% ../nbs/05_interrogator.ipynb #blip-imports
 import torch, warnings
 from .data import sha256
-from .encoders import Preprocess, cached_snapshot, hub_folder, image_batches, pick_device
+from .encoders import (SAVE_AGAIN, Preprocess, cached_snapshot, hub_folder, image_batches, pick_device, read_tensors,
+                           refuse_code, right_shape)
+from .lock import check_files, file_digests, read_fields
 
 # %% ../nbs/05_interrogator.ipynb #blip-load
 BLIP_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
@@ -227,20 +229,38 @@ BLIP_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 def _blip_folder(source):
     "(folder, file of weights) of a BLIP captioner in transformers' format"
     folder = cached_snapshot(source) if Path(source).is_dir() else hub_folder(str(source), BLIP_WEIGHTS)
-    if not (folder/'config.json').is_file() or (kind := read_json(folder/'config.json').get('model_type')) != 'blip':
-        raise ValueError(f"{folder} holds no config.json of a 'blip'" + (f", but of a {kind!r}" if (folder/'config.json').is_file() else '') + ": give a BLIP captioner saved by transformers")
+    config = folder/'config.json'
+    kind = read_fields(config, SAVE_AGAIN).get('model_type') if config.is_file() else None
+    if kind != 'blip':
+        but = f', but of a {kind!r}' if config.is_file() else ''
+        raise ValueError(f"{folder} holds no config.json of a 'blip'{but}: give a BLIP captioner saved by transformers")
     file = next((folder/f for f in BLIP_WEIGHTS if (folder/f).is_file()), None)
     if file is None: raise ValueError(f"{folder} has a config and none of {', '.join(BLIP_WEIGHTS)}: copy the weights beside it; random ones are never used")
     return folder, file
 
+def _blip_config(folder):
+    "BLIP's numbers and names, of all that a config may say"
+    from transformers import BlipConfig
+    refuse_code(folder)
+    file, usual = folder/'config.json', BlipConfig().to_dict()
+    said = read_fields(file, SAVE_AGAIN, text_config=dict|None, vision_config=dict|None)
+    def known(d, usual): return {k: v for k, v in d.items() if k in usual and k[0] != '_'}
+    towers = {t: known(said.get(t) or {}, usual[t]) for t in ('text_config', 'vision_config')}
+    with right_shape(file): return BlipConfig(**known(said, usual) | towers)
+
 def _load_blip(folder, file, dtype):
     "The network, when every tensor has its place"
+    config = _blip_config(folder)
+    if file.suffix == '.bin': read_tensors(file)                               # refused in our words, before transformers'
     from transformers import BlipForConditionalGeneration
     from transformers.utils import logging
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar(); logging.set_verbosity_error()              # what is wrong is said below
-    try: model, info = BlipForConditionalGeneration.from_pretrained(str(folder), dtype=dtype, use_safetensors=file.suffix == '.safetensors', weights_only=True,
-                                                                    local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        with right_shape(folder):
+            model, info = BlipForConditionalGeneration.from_pretrained(str(folder), config=config, dtype=dtype, weights_only=True,
+                use_safetensors=file.suffix == '.safetensors', local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True)
     finally:
         logging.set_verbosity(level)
         if shown: logging.enable_progress_bar()
@@ -267,7 +287,7 @@ class BlipCaptioner:
         folder, self.file = _blip_folder(source)
         self._hash(sha256)
         self.model = _load_blip(folder, self.file, torch.float16 if self.device.type == 'cuda' else torch.float32).to(self.device).eval()
-        self.tokenizer = BertTokenizer.from_pretrained(str(folder))
+        with right_shape(folder): self.tokenizer = BertTokenizer.from_pretrained(str(folder))
         self.prep = self._prep(folder, self.model.config.vision_config.image_size)
 
 # %% ../nbs/05_interrogator.ipynb #blip-checks
