@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'RESAMPLE', 'RESIZE_MODES', 'MINILM', 'MINILM_SHA256', 'CLIP_CONFIG', 'CLIP_WEIGHTS',
-           'SAVE_AGAIN', 'OPENAI_KEYS', 'CLIP_RENAMES', 'CONFIGS', 'WEIGHTS', 'ENGINES', 'SHIPPED', 'Preprocess',
-           'image_batches', 'pick_device', 'TargetEncoder', 'save_clip', 'right_shape', 'read_tensors', 'hub_folder',
-           'cached_snapshot', 'check_model_cfg', 'read_clip_config', 'refuse_code', 'check_timm_args', 'ClipEncoder',
-           'encode', 'shipped']
+           'SAVE_AGAIN', 'OPENAI_KEYS', 'CLIP_RENAMES', 'CONFIGS', 'WEIGHTS', 'MODEL_PLACES', 'ENGINES', 'SHIPPED',
+           'Preprocess', 'image_batches', 'pick_device', 'TargetEncoder', 'save_clip', 'right_shape', 'read_tensors',
+           'hub_folder', 'cached_snapshot', 'model_folders', 'check_model_cfg', 'read_clip_config', 'refuse_code',
+           'clip_digest', 'check_timm_args', 'ClipEncoder', 'encode', 'shipped']
 
 # %% ../nbs/00b_encoders.ipynb #imports
 import json, os, warnings, zlib
@@ -473,6 +473,19 @@ def _weights_file(folder):
     if len(found) > 1: raise ValueError(f"CLIP folder {folder} holds {[f.name for f in found]}: which one? Name the file: ClipEncoder(architecture, file)")
     return found[0]
 
+# %% ../nbs/00b_encoders.ipynb #model-folders
+MODEL_PLACES = ('models', '/kaggle/input')
+
+def model_folders(
+    place,       # folder to look below
+    depth:int=6, # levels
+):               # yields Path
+    "Folders that hold a config; hidden ones and those with more than a thousand files inside are not entered"
+    for at, inside, names in os.walk(place, followlinks=True):
+        deep = len(Path(at).relative_to(place).parts) >= depth or len(names) >= 1000
+        inside[:] = [] if deep else sorted(d for d in inside if d[0] != '.')
+        if {CLIP_CONFIG, 'config.json'} & set(names): yield Path(at)
+
 # %% ../nbs/00b_encoders.ipynb #quick-gelu-rule
 def _needs_quick_gelu(name, pretrained, beside=None, openai=False):
     "(whether to build QuickGELU, the note to make) for an open_clip name and a tag or file; `beside`: what a config beside the file says"
@@ -597,6 +610,18 @@ def _tokenizer(folder, text_cfg):
         except (OSError, ImportError) as e:
             what = ' '.join(str(e).split())[:120]
             raise ValueError(f"{folder} holds no tokenizer that can be read ({what}): {SAVE_AGAIN}") from e
+
+# %% ../nbs/00b_encoders.ipynb #clip-digest
+def clip_digest(
+    at,   # a CLIP's folder, or a file of weights
+)->str:   # SHA-256 of the weights, as the folder's config says, else of the file; None where there is no CLIP
+    "Which CLIP is this? Asked before it is loaded, which checks it"
+    at = Path(at)
+    if at.is_file(): return sha256(at)
+    try:
+        said = read_clip_config(at)[2] if (at/CLIP_CONFIG).is_file() else None
+        return said or sha256(_weights_file(_clip_folder(at)))
+    except ValueError: return None
 
 # %% ../nbs/00b_encoders.ipynb #timm-data
 def check_timm_args(

@@ -803,11 +803,30 @@ def save(self:Interrogator,
     for name, a in arrays.items():
         with atomic_path(folder/f'{name}.npy') as tmp: np.save(tmp, a.astype(np.float16 if a.ndim == 2 else np.float32), allow_pickle=False)
     write_json(dict(phrases={k: t.phrases for k, t in self.tables.items()}, captions=self.captioner.table.phrases if scene else None), folder/'phrases.json')
-    captioner = 'scene' if scene else 'none' if self.captioner is None else 'custom'
+    captioner, clip = 'scene' if scene else 'none' if self.captioner is None else 'custom', clip_reference(self.clip, folder)
+    files = file_digests(folder, ['phrases.json', *(f'{name}.npy' for name in arrays)])
     write_json(dict(kind='interrogator', version=__version__, mode=self.mode, n_fills=self.n_fills, captioner=captioner, tables=list(self.tables),
-                    margins=self.margins, answer=self.answer, has_reference=self.reference is not None, clip=clip_reference(self.clip, folder)), folder/'config.json')
+                    margins=self.margins, answer=self.answer, has_reference=self.reference is not None, clip=clip, files=files), folder/'config.json')
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-load
+_AGAIN = 'save the interrogator again, or let sdip_run make it anew'
+
+def _read_saved(folder): # -> config, phrases, function that reads an array; all of it as it was saved, else ValueError
+    file = folder/'config.json'
+    cfg = read_fields(file, _AGAIN)
+    if cfg.get('kind') != 'interrogator': raise ValueError(f"{folder} holds a model of kind {cfg.get('kind')!r}, expected 'interrogator'")
+    read_fields(file, _AGAIN, captioner=str, mode=str, n_fills=int, tables=list, has_reference=bool, clip=dict|None, margins=dict|None,
+                answer=list|None, files=dict|None)
+    check_files(folder, cfg.get('files') or {}, _AGAIN)
+    words = read_fields(folder/'phrases.json', _AGAIN, phrases=dict, captions=list|None)
+    def array(name, ndim=2):
+        file = folder/f'{name}.npy'
+        try: a = np.load(file, allow_pickle=False).astype(np.float32)
+        except (ValueError, EOFError, OSError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
+        if a.ndim != ndim: raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")
+        return a
+    return cfg, words, array
+
 @patch(cls_method=True)
 def load(cls:Interrogator,
     folder,          # written by `save`
@@ -816,15 +835,17 @@ def load(cls:Interrogator,
     targets=None,    # as for `Interrogator`
     device=None,     # for the CLIP
 ) -> Interrogator:
-    "Read an interrogator and the CLIP it refers to."
-    folder = Path(folder); cfg = read_json(folder/'config.json')
-    if cfg.get('kind') != 'interrogator': raise ValueError(f"{folder} holds a model of kind {cfg.get('kind')!r}, expected 'interrogator'")
+    "Read an interrogator and the CLIP it refers to. ValueError: damaged, changed, or another's."
+    folder = Path(folder)
+    cfg, words, array = _read_saved(folder)
     if cfg['captioner'] == 'custom' and captioner is None: raise ValueError(f"{folder} was saved with a captioner of your own: pass load(captioner=...)")
-    words, clip = read_json(folder/'phrases.json'), load_clip_reference(cfg['clip'], folder, clip, device)
-    array = lambda name: np.load(folder/f'{name}.npy', allow_pickle=False).astype(np.float32)
-    if cfg['captioner'] == 'scene' and captioner is None: captioner = SceneCaptioner(clip, captions=words['captions'], matrix=array('captions'))
-    return cls(clip, captioner, words['phrases'], targets, array('reference') if cfg['has_reference'] else None, cfg['mode'], cfg['n_fills'], clean=False,
-               matrices={k: array(f'table_{k}') for k in cfg['tables']}, margins=cfg.get('margins'), answer=cfg.get('answer', (1, 0.)))
+    clip = load_clip_reference(cfg['clip'], folder, clip, device)
+    with right_shape(folder/'config.json'):
+        if cfg['captioner'] == 'scene' and captioner is None:
+            captioner = SceneCaptioner(clip, captions=words['captions'], matrix=array('captions'))
+        matrices, reference = {k: array(f'table_{k}') for k in cfg['tables']}, array('reference', 1) if cfg['has_reference'] else None
+        return cls(clip, captioner, words['phrases'], targets, reference, cfg['mode'], cfg['n_fills'], clean=False, matrices=matrices,
+                   margins=cfg.get('margins'), answer=cfg.get('answer') or (1, 0.))
 
 # %% ../nbs/05_interrogator.ipynb #blip-writeup
 class WriteupInterrogator(Interrogator):
@@ -883,8 +904,9 @@ def interrogate_folder(
     def words(model, part, i):
         found = model.interrogate(part, mode, read_json(told[i]) if told else None)
         return dict(rows=found.astype(object).where(found.notna(), None).to_dict('records'), report=[r | dict(row=r['row'] + i*block) for r in model.report])
-    done = [read_json(f) for f in passed('words', ask, words)]
-    table = Words([r | dict(phrases=[tuple(p) for p in r['phrases']]) for d in done for r in d['rows']]).astype(dict(similarity=float))
+    done = [read_fields(f, 'delete it and repeat the call', rows=list, report=list) for f in passed('words', ask, words)]
+    with right_shape(out):
+        table = Words([r | dict(phrases=[tuple(p) for p in r['phrases']]) for d in done for r in d['rows']]).astype(dict(similarity=float))
     table.attrs['report'] = [r for d in done for r in d['report']]
     return table
 
@@ -892,7 +914,7 @@ def _claim_folder(out, plan):
     "The folder belongs to this work, or is told to belong to another"
     file = out/'manifest.json'
     if not file.exists(): write_json(plan, file)
-    for k, old in read_json(file).items():
+    for k, old in read_fields(file, 'delete the folder, or name another').items():
         if old != plan.get(k): raise ValueError(f"{out} holds work with {k} = {old!r}, now it is {plan.get(k)!r}: choose another folder, or delete this one")
 
 # %% ../nbs/05_interrogator.ipynb #make-ask
