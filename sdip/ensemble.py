@@ -11,14 +11,15 @@ __all__ = ['Preds', 'GOLDEN', 'METHODS', 'ENOUGH', 'scale_rows', 'save_preds', '
 # %% ../nbs/06_ensemble.ipynb #imports
 import warnings, zipfile
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 from scipy.optimize import minimize
 
-from .data import EMB_DIM, atomic_path, check_emb, read_json, unit, write_json
+from .data import EMB_DIM, atomic_path, check_emb, unit, write_json
+from .lock import read_fields
 
 # %% ../nbs/06_ensemble.ipynb #scale-rows
 def scale_rows(
@@ -50,9 +51,12 @@ def load_preds(
     "Read a file of predictions."
     try:
         with np.load(path, allow_pickle=False) as z: ids, emb, model = z['ids'], z['emb'], str(z['model'])
-    except (KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is no file of predictions ({e}): write it with save_preds") from e
-    return Preds(ids.astype(str), check_emb(emb, model, finite=False), model)
+    except (MemoryError, OSError): raise
+    except Exception as e:                          # a damaged zip fails in many ways
+        raise ValueError(f"{path} is no file of predictions ({type(e).__name__}): write it with save_preds") from None
+    emb = check_emb(emb, model, finite=False)
+    if ids.shape != emb.shape[:1]: raise ValueError(f"{path} holds ids {ids.shape} for rows {emb.shape}: write it with save_preds")
+    return Preds(ids.astype(str), emb, model)
 
 # %% ../nbs/06_ensemble.ipynb #match-ids
 def match_ids(
@@ -563,8 +567,20 @@ def load(
     path,          # json file written by `save`
 ) -> Ensemble:
     "Read an ensemble. ValueError where the file is another thing."
-    d = read_json(path)
-    if not isinstance(d, dict) or d.pop('kind', None) != 'ensemble': raise ValueError(f"{path} does not hold an ensemble: write it with Ensemble.save")
-    d = _swap(d, None, float('nan'))
-    tuples = {k: {m: tuple(v) for m, v in d[k].items()} for k in ('norms', 'gain')}
-    return cls(**d | tuples | dict(steps=[tuple(s) for s in d['steps']]))
+    remedy = 'write it with Ensemble.save, or let sdip_run make it anew'
+    kinds = {f.name: int|float if f.type is float else f.type for f in fields(cls)}
+    later = {f: kind|None for f, kind in kinds.items() if f in ('steps', 'curves', 'errors', 'groups', 'trust')}   # have defaults
+    d = read_fields(path, remedy)
+    if d.pop('kind', None) != 'ensemble': raise ValueError(f"{path} does not hold an ensemble: {remedy}")
+    read_fields(path, remedy, **kinds | later | dict(score=int|float|None, held_out=int|float|None))       # None is NaN
+    if odd := d.keys() - kinds.keys(): raise ValueError(f"{path} says {', '.join(sorted(odd))}, which no ensemble has: {remedy}")
+    models = list(d['ratios'])
+    if not models or not all(isinstance(r, (int, float)) for r in d['ratios'].values()):
+        raise ValueError(f"{path}: ratios are {d['ratios']}, expected a number for each model: {remedy}")
+    for k in 'singles', 'norms', 'missing', 'gain':
+        if d[k].keys() != d['ratios'].keys(): raise ValueError(f"{path}: {k} is of {list(d[k])}, ratios of {models}: {remedy}")
+    try:
+        d = _swap(d, None, float('nan'))
+        tuples = {k: {m: tuple(v) for m, v in d[k].items()} for k in ('norms', 'gain')}
+        return cls(**d | tuples | dict(steps=[tuple(s) for s in d['steps']]))
+    except (TypeError, KeyError) as e: raise ValueError(f"{path} does not hold an ensemble ({e}): {remedy}") from e
