@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'STAGES', 'OUTSIDE', 'ROLES', 'TRAINED_GB', 'MODELS', 'Stage', 'stage', 'cpu_seconds', 'peak_gb', 'Run',
-           'receipt', 'is_done', 'do', 'Outside', 'config_sign', 'broken', 'find_outside', 'survey', 'how_to_get',
-           'survey_text', 'load_outside', 'load_source', 'check_sources', 'random_stand_ins', 'stage_data',
-           'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_base_clip', 'stage_similarity',
-           'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn', 'phrase_lists',
-           'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission', 'mean_vector', 'stage_scores',
-           'scoreboard', 'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure', 'norms_figure',
-           'thumbnail', 'Prediction', 'nearest_prompts', 'expected_cosines', 'gallery', 'write_report', 'stage_report',
-           'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor', 'predict_to_csv',
-           'predict_text']
+           'receipt', 'is_done', 'do', 'check_stages', 'Outside', 'config_sign', 'broken', 'find_outside', 'survey',
+           'how_to_get', 'survey_text', 'load_outside', 'load_source', 'check_sources', 'random_stand_ins',
+           'stage_data', 'clean_pairs', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_base_clip',
+           'stage_similarity', 'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
+           'phrase_lists', 'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission', 'mean_vector',
+           'stage_scores', 'scoreboard', 'scoreboard_text', 'training_figure', 'ratio_figure', 'similarity_figure',
+           'norms_figure', 'thumbnail', 'Prediction', 'nearest_prompts', 'expected_cosines', 'gallery', 'write_report',
+           'stage_report', 'walk', 'RunPredictor', 'describe', 'load_outside_interrogator', 'load_predictor',
+           'predict_to_csv', 'predict_text']
 
 # %% ../nbs/08_run.ipynb #imports
 import json, os, platform, sys, time
@@ -26,8 +26,8 @@ import pandas as pd
 from . import __version__
 from .data import (EMB_DIM, bootstrap_interval, clean_prompts, duplicate_of, hash_items, image_paths, load_pairs, mean_cosine,
                        read_json, row_cosine, save_pairs, sha256, skill, unit, write_json, atomic_path)
-from .encoders import MODEL_PLACES, model_folders
-from .lock import folder_lock
+from .encoders import MODEL_PLACES, SAVE_AGAIN, check_model_cfg, check_timm_args, model_folders, right_shape
+from .lock import check_files, folder_lock, read_fields
 
 # %% ../nbs/08_run.ipynb #presets
 _PLAYGROUND = dict(
@@ -70,14 +70,16 @@ class Stage:
     do:object       # function of the run; returns a dict of facts for the receipt
     needs:tuple = ()   # stages whose files it reads
     args:tuple = ()    # arguments it reads
-    files:tuple = ()   # files it leaves, relative to the run folder
+    files:tuple = ()   # files it leaves, relative to the run folder; one with a * may stand for any number
+    logs:tuple = ()    # small texts it leaves for people; damaged ones are put back from the receipt
 
 STAGES = []
 
-def stage(title, needs=(), args=(), files=()):
+def stage(title, needs='', args='', files='', logs=''):
     "Add a function to the walk, in the order of the chapters"
     def add(f):
-        STAGES.append(Stage(f.__name__.removeprefix('stage_'), title, f, tuple(needs.split()) if needs else (), tuple(args.split()) if args else (), tuple(files.split()) if files else ()))
+        names = (tuple(words.split()) for words in (needs, args, files, logs))
+        STAGES.append(Stage(f.__name__.removeprefix('stage_'), title, f, *names))
         return f
     return add
 
@@ -100,11 +102,9 @@ class Run:
         self.folder, self.quiet = Path(folder), quiet
         file = self.folder/'run.json'
         if args is None and not file.exists(): raise ValueError(f'{self.folder} holds no run.json: it is no run folder; make one with sdip_run --out {self.folder}')
-        if file.exists():
-            old = read_json(file)['args']
-            self._refuse_other(old, _plain(args) if args is not None else old)
-        else: write_json(dict(args=_plain(args), sdip=__version__), file)
-        self.args = read_json(file)['args']
+        if not file.exists(): write_json(dict(args=_plain(args), sdip=__version__), file)
+        self.args = read_fields(file, f'repeat sdip_run with another --out, or delete {self.folder}', args=dict)['args']
+        if args is not None: self._refuse_other(self.args, _plain(args))
 
     def __truediv__(self, name): return self.folder/name
 
@@ -124,32 +124,69 @@ Run._refuse_other = _refuse_other
 # %% ../nbs/08_run.ipynb #run-receipts
 def receipt(self, name): # the receipt of a stage, or None
     file = self/f'receipts/{name}.json'
-    return read_json(file) if file.exists() else None
+    if not file.exists(): return None
+    return read_fields(file, 'delete it: sdip_run does that stage again', files=dict, facts=dict, seconds=int|float, cpu=int|float)
 
 def _wanted(self, s):
     "What a fitting receipt of stage `s` must say"
-    return dict(args={k: self.args.get(k) for k in s.args}, needs={n: (self.receipt(n) or {}).get('files') for n in s.needs}, sdip=__version__)
+    needs = {n: (self.receipt(n) or {}).get('files') for n in s.needs}
+    return dict(args={k: self.args.get(k) for k in s.args}, needs=needs, sdip=__version__)
+
+def _left(self, s):
+    "Name -> SHA-256 of the files that stage `s` has left"
+    names = {p.relative_to(self.folder).as_posix() for f in s.files if '*' in f for p in self.folder.glob(f)}
+    return {f: sha256(self/f) for f in sorted(names | {f for f in s.files if '*' not in f})}
+
+def _damaged(self, r):
+    "Files of a receipt that are missing or not as they were"
+    return [f for f, digest in r['files'].items() if not (self/f).is_file() or sha256(self/f) != digest]
 
 def is_done(self, s):
     "Does the receipt of stage `s` fit, and are its files whole?"
-    r = self.receipt(s.name)
-    if r is None or any(r.get(k) != v for k, v in self._wanted(s).items()) or set(r['files']) != set(s.files): return False
-    return all((self/f).is_file() and sha256(self/f) == digest for f, digest in r['files'].items())
+    try: r, wanted = self.receipt(s.name), self._wanted(s)
+    except ValueError: return False                                       # a receipt that cannot be read is none
+    if r is None or any(r.get(k) != v for k, v in wanted.items()): return False
+    return {f for f in s.files if '*' not in f} <= r['files'].keys() and not self._damaged(r)
+
+Run.receipt, Run._wanted, Run._left, Run._damaged, Run.is_done = receipt, _wanted, _left, _damaged, is_done
+Run.say = lambda self, line: None if self.quiet else print(line, flush=True)
+
+# %% ../nbs/08_run.ipynb #run-do
+def _text(file): # '' where there is none
+    return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
+
+def _forget(self, s):
+    "Remove the receipt of stage `s`, and what is damaged of its files: nothing is built on that"
+    try: damaged = self._damaged(self.receipt(s.name) or dict(files={}))
+    except ValueError: damaged = []
+    for f in (f'receipts/{s.name}.json', *damaged): (self/f).unlink(missing_ok=True)
 
 def do(self, s, number, of):
     "Do one stage, unless it is done"
-    if self.is_done(s): return self.say(f'[{number:2}/{of}] {s.title}: done before')
-    (self/f'receipts/{s.name}.json').unlink(missing_ok=True)
+    if self.is_done(s):
+        for f, text in (self.receipt(s.name).get('logs') or {}).items():
+            if _text(self/f) != text:
+                with atomic_path(self/f) as tmp: tmp.write_text(text, encoding='utf-8')
+        return self.say(f'[{number:2}/{of}] {s.title}: done before')
+    self._forget(s)
     t, c = time.perf_counter(), cpu_seconds()
     self.say(f'[{number:2}/{of}] {s.title} ...')
     facts = s.do(self) or {}
     seconds, cpu = time.perf_counter() - t, cpu_seconds() - c
-    write_json(self._wanted(s) | dict(files={f: sha256(self/f) for f in s.files}, facts=facts, seconds=seconds, cpu=cpu, peak_gb=peak_gb(),
-                                      python=platform.python_version()), self/f'receipts/{s.name}.json')
-    self.say(f'        {", ".join(f"{k} {v}" for k, v in facts.items())}{"; " if facts else ""}{seconds:.0f} s, {cpu:.0f} CPU s')
+    cost = dict(seconds=seconds, cpu=cpu, peak_gb=peak_gb(), python=platform.python_version())
+    logs = {f: _text(self/f) for f in s.logs}
+    write_json(self._wanted(s) | dict(files=self._left(s), logs=logs, facts=facts) | cost, self/f'receipts/{s.name}.json')
+    said = ', '.join(f'{k} {v}' for k, v in facts.items())
+    self.say(f'        {said}{"; " if facts else ""}{seconds:.0f} s, {cpu:.0f} CPU s')
 
-Run.receipt, Run._wanted, Run.is_done, Run.do = receipt, _wanted, is_done, do
-Run.say = lambda self, line: None if self.quiet else print(line, flush=True)
+def check_stages(self, names, but=()): # names of stages; but: endings of files that are checked elsewhere
+    "ValueError that names the first damaged file of these stages, and the stage that makes it anew"
+    for s in STAGES:
+        r = self.receipt(s.name) if s.name in names else None             # a run of old, or a copy, may have none
+        files = {f: digest for f, digest in r['files'].items() if not f.endswith(but)} if r else {}
+        check_files(self.folder, files, f'the same sdip_run as before makes it anew (stage {s.title!r})')
+
+Run._forget, Run.do, Run.check_stages = _forget, do, check_stages
 
 # %% ../nbs/08_run.ipynb #outside
 @dataclass
@@ -179,8 +216,12 @@ def config_sign(
 ) -> str:   # such as 'clip 1024 24 14 224 quick_gelu' (width, layers, patch, pixels, activation), 'timm NAME', 'blip WIDTH'; '' for none of these
     "What model a folder's config describes"
     folder = Path(folder)
-    try: cfg = read_json(folder/(_CLIP_JSON if (folder/_CLIP_JSON).is_file() else 'config.json'))
+    file = folder/(_CLIP_JSON if (folder/_CLIP_JSON).is_file() else 'config.json')
+    try:
+        with right_shape(file): return _sign(read_fields(file, ''))
     except ValueError: return ''
+
+def _sign(cfg):
     act = lambda quick: 'quick_gelu' if quick else 'gelu'
     if 'model_cfg' in cfg:
         v = cfg['model_cfg'].get('vision_cfg', {})
@@ -204,9 +245,12 @@ def broken(
     if file.suffix != '.safetensors': return '' if zipfile.is_zipfile(file) else f'{file} is no zip of torch: cut off, or of another kind'
     with open(file, 'rb') as f:
         head = struct.unpack('<Q', f.read(8).ljust(8, b'\0'))[0]
-        try: tensors = json.loads(f.read(min(head, 100_000_000)))
-        except ValueError: return f'{file} has no readable header: cut off, or no safetensors'
-    want = 8 + head + max((t['data_offsets'][1] for k, t in tensors.items() if k != '__metadata__'), default=0)
+        try:
+            tensors = json.loads(f.read(min(head, 100_000_000)))
+            ends = [t['data_offsets'][1] for k, t in tensors.items() if k != '__metadata__']
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return f'{file} has no readable header: cut off, or no safetensors'
+    want = 8 + head + max(ends, default=0)
     return '' if size == want else f'{file} has {size:,} bytes, its header says {want:,}: fetch it again'
 
 # %% ../nbs/08_run.ipynb #find-outside
@@ -306,6 +350,8 @@ def load_outside(
         return BlipCaptioner(path, device, sha256=digest)
     if role == 'vit':
         from sdip.finetune_vit import VitRegressor
+        config = Path(path)/'config.json'
+        if config.is_file(): check_timm_args(read_fields(config, SAVE_AGAIN).get('model_args') or {}, config)
         model = VitRegressor(ROLES[role].arch, path, device=device)
         model.origin = model.net.body.origin
         if digest and model.origin['sha256'] != digest: raise ValueError(f"{path} has SHA-256 {model.origin['sha256']}, expected {digest}: another file, or a damaged one; fetch it again")
@@ -314,9 +360,15 @@ def load_outside(
     return ClipEncoder(ROLES[role].arch, path, device, sha256=digest) if alone else ClipEncoder(path, device=device, sha256=digest)
 
 # %% ../nbs/08_run.ipynb #check-sources
-def _sources(self): return read_json(self/'sources.json') if (self/'sources.json').exists() else {}
+def _sources(self):
+    "Role -> path and origin of each network that the run began with; {} before it began"
+    file = self/'sources.json'
+    if not file.exists(): return {}
+    said = read_fields(file, 'delete it and repeat sdip_run')
+    with right_shape(file): return {role: o for role, o in said.items() if o['path'] and o['origin']['sha256']}
 
 def load_source(self, role): # -> the network, if it is still the one that this run began with
+    if role not in self.sources(): raise ValueError(f"{self/'sources.json'} names no {role}: repeat the same sdip_run")
     said = self.sources()[role]
     return load_outside(role, said['path'], said['origin']['sha256'])
 
@@ -436,7 +488,7 @@ def clean_pairs(
     pairs['group'] = np.unique(first, return_inverse=True)[1]
     return pairs, dropped
 
-@stage('MiniLM embeddings of the prompts', needs='data', files='emb/prompts/emb.npy emb/prompts.json')
+@stage('MiniLM embeddings of the prompts', needs='data', files='emb/prompts/emb.npy emb/prompts/manifest.json emb/prompts.json')
 def stage_targets(run):
     "Each distinct clean prompt is encoded once"
     from sdip.encoders import TargetEncoder, encode
@@ -555,7 +607,7 @@ def save_predictions(run, model, name):
 # %% ../nbs/08_run.ipynb #stage-clip
 _PREDS = lambda name: f'preds/{name}.valid.npz preds/{name}.test.npz'
 
-@stage('CLIP regressor', needs='pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}')
+@stage('CLIP regressor', needs='pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}', logs='clip/history.csv')
 def stage_clip(run):
     "Base CLIP's image tower with a 384-d head: ridge probe, then layers unfrozen step by step"
     from sdip.finetune_clip import ClipRegressor, Recipe
@@ -567,7 +619,7 @@ def stage_clip(run):
     model.save(run/'clip')
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | save_predictions(run, model, 'clip')
 
-@stage('timm regressor', needs='pairs weights', args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}')
+@stage('timm regressor', needs='pairs weights', args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}', logs='vit/history.csv')
 def stage_vit(run):
     "A timm backbone: the shipped small ViT, which learned what is in a picture, a real one, or any other from random weights"
     from sdip.encoders import shipped
@@ -586,7 +638,7 @@ def stage_vit(run):
     return save_predictions(run, model, 'vit')
 
 # %% ../nbs/08_run.ipynb #stage-knn
-_BANK = ' '.join(f'knn/{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts'))
+_BANK = ' '.join(f'knn/{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts', '*'))
 
 @stage('kNN regression', needs='pairs base_clip', args='bank', files=f'knn/config.json {_BANK} {_PREDS("knn")}')
 def stage_knn(run):
@@ -638,7 +690,7 @@ def _real_interrogator(run, pictures, prompts):
     write_json(dict(words=a['words'], counts=a['phrases'], captioner=run.sources()['captioner']), run/'interrogator/outside.json')
     return model
 
-@stage('Interrogator', needs='pairs base_clip', args='pairs start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/words.test.json {_PREDS("interrogator")}')
+@stage('Interrogator', needs='pairs base_clip', args='pairs start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/phrases.json interrogator/words.test.json interrogator/*.json interrogator/*.npy ranker/* {_PREDS("interrogator")}')
 def stage_interrogator(run):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts; when a thing is named is learned on validation"
     from sdip.encoders import ClipEncoder
@@ -729,9 +781,12 @@ def stage_scores(run):
     write_json(out, run/'scores.json')
 
 # %% ../nbs/08_run.ipynb #scoreboard
+def _scores(run): # what stage_scores wrote
+    return read_fields(run/'scores.json', 'repeat the same sdip_run', test=dict, valid=dict, intervals=dict, seconds=dict, cpu=dict)
+
 def scoreboard(run) -> pd.DataFrame: # one row a model, best last: score, skill, lo, hi, cpu seconds
     "Test scores of a finished run"
-    s = read_json(run/'scores.json')
+    s = _scores(run)
     base, rows = s['test']['mean_vector'], []
     for name, score in sorted(s['test'].items(), key=lambda kv: (kv[0] == 'ensemble', kv[1])):
         lo, hi = s['intervals'][name]
@@ -740,7 +795,7 @@ def scoreboard(run) -> pd.DataFrame: # one row a model, best last: score, skill,
 
 def scoreboard_text(run) -> str: # some lines for a terminal
     "The scoreboard and the ensemble's gain, in plain text"
-    s, lines = read_json(run/'scores.json'), ['model          score   skill   95 % interval      CPU s']
+    s, lines = _scores(run), ['model          score   skill   95 % interval      CPU s']
     for r in scoreboard(run).itertuples():
         cpu = f'{r.cpu:6.0f}' if np.isfinite(r.cpu or np.nan) else '     -'
         lines.append(f'{r.model:13}  {r.score:.4f}  {r.skill:+.3f}   {r.lo:.4f} .. {r.hi:.4f}  {cpu}')
@@ -987,15 +1042,21 @@ def _before_work(args, out, models, download): # -> what `survey` found; ValueEr
     return found
 
 # %% ../nbs/08_run.ipynb #run-predictor
+_PREDICTING = 'pairs', 'weights', 'base_clip', 'ensemble'                  # stages whose files every prediction reads
+_CHECKED_BY_MODELS = '.safetensors', '.npz', 'words.test.json'             # by the SHA-256 in their configs; or not read
+
 class RunPredictor:
     "A whole run as one predictor: its models with a ratio above 0, blended"
     kind = 'run'
     def __init__(self, folder, device=None):
         from sdip.ensemble import Ensemble
         self.run, self.device, self.report = Run(folder), device, []
+        self.run.check_stages(_PREDICTING, _CHECKED_BY_MODELS)
         if not (self.run/'ensemble.json').exists(): raise ValueError(f'{folder} has no ensemble.json: finish the run first, with sdip_run --out {folder}')
         self.ensemble = Ensemble.load(self.run/'ensemble.json')
-        self.models = {m: load_predictor(self.run/m, device) for m, ratio in self.ensemble.ratios.items() if ratio > 0}
+        used = [m for m, ratio in self.ensemble.ratios.items() if ratio > 0]
+        self.run.check_stages(used, _CHECKED_BY_MODELS)
+        self.models = {m: load_predictor(self.run/m, device) for m in used}
 
     def predict(self,
         images,          # what `read_image` takes
@@ -1016,7 +1077,9 @@ def describe(self,
 ) -> list:      # of `Prediction`, which show themselves in a notebook
     "Rows and words for pictures: the blend, the interrogator's prompt, the nearest training prompts"
     emb = self.predict(images)
-    if 'interrogator' not in self.models: self.words_model = load_predictor(self.run/'interrogator', self.device)
+    if 'interrogator' not in self.models:
+        self.run.check_stages(['interrogator'], _CHECKED_BY_MODELS)
+        self.words_model = load_predictor(self.run/'interrogator', self.device)
     words = (self.models.get('interrogator') or self.words_model).interrogate(images).prompt
     return [Prediction(*o) for o in zip(images, emb, words, self.run.nearest_prompts(emb, k), map(float, self.expected))]
 
@@ -1028,7 +1091,9 @@ def load_outside_interrogator(
     device=None, # 'cuda' where there is one
 ):               # Interrogator
     "The saved interrogator with its captioner, which lies where it lay, or where `sdip_run` would look for it; its SHA-256 must be the same"
-    said = read_json(Path(folder)/'outside.json'); path, digest = said['captioner']['path'], said['captioner']['origin']['sha256']
+    file = Path(folder)/'outside.json'
+    said = read_fields(file, 'the same sdip_run as before makes it anew', words=str, counts=dict|None, captioner=dict)
+    with right_shape(file): path, digest = said['captioner']['path'], said['captioner']['origin']['sha256']
     if not Path(path).exists() and not str(path).startswith('hf-hub:'):
         found = find_outside('captioner')
         if not found['path']: raise ValueError(f"{folder} captions with {path} (SHA-256 {digest}), which is gone, and there is none in {', '.join(found['looked'])}: put it into one of them")
@@ -1047,14 +1112,24 @@ def load_predictor(
     if (folder/'run.json').exists(): return RunPredictor(folder, device)
     if not (folder/'config.json').exists():
         raise ValueError(f'{folder} holds neither run.json nor config.json: give a run folder, or the folder of a saved model')
-    kind = read_json(folder/'config.json')['kind']
+    kind = _checked_kind(folder/'config.json')
     if kind == 'clip_regressor': from sdip.finetune_clip import ClipRegressor as Model
     elif kind == 'vit_regressor': from sdip.finetune_vit import VitRegressor as Model
     elif kind == 'knn': from sdip.knn import KNNRegressor as Model
     elif kind == 'interrogator' and (folder/'outside.json').exists(): return load_outside_interrogator(folder, device)
     elif kind == 'interrogator': from sdip.interrogator import Interrogator as Model
     else: raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, knn and interrogator')
-    return Model.load(folder, device=device)
+    with right_shape(folder): return Model.load(folder, device=device)
+
+def _checked_kind(file): # config.json of a saved model -> its kind; what it says of a network is checked before that is built
+    remedy = 'train it again, or let sdip_run make it anew'
+    kind = read_fields(file, remedy, kind=str)['kind']
+    if kind not in ('clip_regressor', 'vit_regressor'): return kind
+    said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str, head=str|None, history=list,
+                       probe_scores=dict|None)
+    if kind == 'clip_regressor': check_model_cfg(said['tower'], file)
+    else: check_timm_args(said['tower'].get('kw'), file)
+    return kind
 
 # %% ../nbs/08_run.ipynb #predict-to-csv
 def predict_to_csv(
