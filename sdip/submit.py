@@ -36,20 +36,30 @@ def _lines(id, row): # the 384 lines of one picture
     if any(c in id for c in ',"\r\n'): return (_QUOTED % tuple(row)).replace('\0', id.replace('"', '""'))
     return (_PLAIN % tuple(row)).replace('\0', id)
 
+def _is_utf8(text): # not so the names of files whose bytes are no text
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
 def _check_ids(ids):
     "A list of non-empty strings, each once"
     ids = list(ids)
-    odd = [i for i in ids if not isinstance(i, str) or not i or '\0' in i]
-    if odd: raise ValueError(f"ids has {len(odd)} of {len(ids)} that are no names ({_some(odd)}), expected non-empty strings: convert them with str()")
+    odd = [i for i in ids if not isinstance(i, str) or not i or '\0' in i or not _is_utf8(i)]
+    if odd:
+        raise ValueError(f"ids has {len(odd)} of {len(ids)} that are no names ({_some(odd)}), expected non-empty strings "
+                         "that UTF-8 can hold: convert them with str(), or rename the pictures")
     if len(set(ids)) < len(ids):
         seen = set(); twice = {i: 0 for i in ids if i in seen or seen.add(i)}
         raise ValueError(f"ids has {len(twice)} that occur more than once ({_some(twice)}), expected each picture once")
     return ids
 
 # %% ../nbs/07_submit.ipynb #write-submission-file
+def _single(values): # -> float32; what is too large becomes infinite
+    with np.errstate(over='ignore'): return np.asarray(values).astype(np.float32)
+
 def write_submission(
     ids, # n picture ids (file names without ending)
-    emb, # (n, 384) predictions of any length; no NaN row, no zero row; may be memory-mapped
+    emb, # (n, 384) predictions of any length, none NaN, infinite or zero in float32; may be memory-mapped
     path, # the CSV
 ) -> Path: # the CSV
     "Write `imgId_eId,val`, 384 lines a picture in the order given, atomically, in constant memory"
@@ -60,18 +70,31 @@ def write_submission(
     with atomic_path(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
         f.write(','.join(HEADER) + '\n')
         for start in range(0, len(ids), 256):
-            rows, names = np.asarray(emb[start:start+256], dtype=np.float64), ids[start:start+256]
+            rows, names = _single(emb[start:start+256]), ids[start:start+256]
             gap = ~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1)
-            if gap.any(): raise ValueError(f"emb has NaN, infinite or zero rows, first for {names[int(gap.argmax())]!r} (row {start + int(gap.argmax())}): fill them with fill_missing(emb, mean)")
+            if gap.any():
+                first = int(gap.argmax())
+                raise ValueError(f"emb has rows that are NaN, infinite or zero in single precision, first for "
+                                 f"{names[first]!r} (row {start + first}): fill them with fill_missing(emb, mean)")
             for id, row in zip(names, rows.tolist()): f.write(_lines(id, row))
     return Path(path)
 
 # %% ../nbs/07_submit.ipynb #scan
 _ELEMENT = {str(k): k for k in range(EMB_DIM)}
+_EMPTY = "line {}: it is empty, expected a name and a value"
 
-def _value(text):
+def _value(text): # -> float, None where it is no number to a parser outside of Python
+    if '_' in text or not text.isascii(): return None
     try: return float(text)
     except ValueError: return None
+
+def _fault(row, line): # what is wrong with the fields of a line
+    if not row: return _EMPTY.format(line)
+    if len(row) != 2: return f"line {line}: {len(row)} fields, expected 2"
+    id, _, k = row[0].rpartition('_')
+    if not id or k not in _ELEMENT:
+        return f"line {line}: the name {row[0]!r:.99} is not an id, '_' and a number from 0 to {EMB_DIM-1}"
+    return f"line {line}: the value {row[1]!r:.99} of {row[0]:.99} is no number"
 
 def _scan(path):
     "One pass over a submission: (ids in order of appearance, cells (rows,) = picture*384 + element, values (rows,), faults of single lines)"
@@ -79,14 +102,19 @@ def _scan(path):
     with open(path, encoding='utf-8-sig', newline='') as f:
         rows = csv.reader(f)
         header = next(rows, [])
-        if header != HEADER: odd.append(f"line 1: the columns are {header}, expected {HEADER}")
+        if header != HEADER: odd.append(f"line 1: the columns are {str(header):.99}, expected {HEADER}")
         for row in rows:
-            id, _, k = row[0].rpartition('_') if len(row) == 2 else ('', '', '')
-            element, value = _ELEMENT.get(k), _value(row[1]) if len(row) == 2 else None
-            if len(row) != 2: odd.append(f"line {rows.line_num}: {len(row)} fields, expected 2")
-            elif not id or element is None: odd.append(f"line {rows.line_num}: the name {row[0]!r} is not an id, '_' and a number from 0 to {EMB_DIM-1}")
-            elif value is None: odd.append(f"line {rows.line_num}: the value {row[1]!r} of {row[0]} is no number")
-            else: cells.append(index.setdefault(id, len(index))*EMB_DIM + element); values.append(value)
+            name, text = row if len(row) == 2 else ('', '')
+            id, _, k = name.rpartition('_')
+            element, value = _ELEMENT.get(k), _value(text)
+            if id and element is not None and value is not None:
+                cells.append(index.setdefault(id, len(index))*EMB_DIM + element)
+                values.append(value)
+            else: odd.append(_fault(row, rows.line_num))
+    end = rows.line_num
+    while odd and odd[-1] == _EMPTY.format(end):     # empty lines at the end are no fault
+        odd.pop()
+        end -= 1
     return list(index), np.frombuffer(cells, np.int64), np.frombuffer(values, np.float64), odd
 
 # %% ../nbs/07_submit.ipynb #structure
@@ -97,16 +125,22 @@ def _structure(path):
     except (OSError, UnicodeDecodeError, csv.Error) as e: return [], None, None, [f"{path} cannot be read ({type(e).__name__}: {e}): expected a plain CSV in UTF-8"]
     faults = odd[:5] + ([f"{len(odd) - 5} more lines like these"] if len(odd) > 5 else [])
     if not ids: return [], cells, values, faults + [f"there are no rows, expected {EMB_DIM} an image"]
-    count = np.bincount(cells, minlength=len(ids)*EMB_DIM).reshape(len(ids), EMB_DIM)     # (n, 384): 1 everywhere in a good file
-    few, many = np.flatnonzero((count == 0).any(1)), np.flatnonzero((count > 1).any(1))
-    if len(few): faults.append(f"{len(few)} images lack some of their {EMB_DIM} rows: {_some(f'{ids[i]}: {(count[i] > 0).sum()}' for i in few)}; each needs 0 to {EMB_DIM-1}")
-    if len(many): faults.append(f"{len(many)} images have rows that occur more than once: {_some(f'{ids[i]}_{count[i].argmax()}' for i in many)}; drop the repeats")
+    once, count = np.unique(cells, return_counts=True)     # a strange file may name millions of images, a row each
+    rows = np.bincount(once // EMB_DIM)                    # (n,): 384 everywhere in a good file
+    few, twice = np.flatnonzero(rows < EMB_DIM), once[count > 1]
+    many = twice[np.unique(twice // EMB_DIM, return_index=True)[1]]
+    if len(few):
+        some = _some(f'{ids[i]}: {rows[i]}' for i in few)
+        faults.append(f"{len(few)} images lack some of their {EMB_DIM} rows: {some}; each needs 0 to {EMB_DIM-1}")
+    if len(many):
+        some = _some(f'{ids[c // EMB_DIM]}_{c % EMB_DIM}' for c in many)
+        faults.append(f"{len(many)} images have rows that occur more than once: {some}; drop the repeats")
     return ids, cells, values, faults
 
 # %% ../nbs/07_submit.ipynb #read-submission
 def _table(ids, cells, values): # -> (n, 384) float32, from rows in any order
     emb = np.empty(len(ids)*EMB_DIM, np.float32)
-    emb[cells] = values
+    emb[cells] = _single(values)
     return emb.reshape(-1, EMB_DIM)
 
 def read_submission(
@@ -136,10 +170,18 @@ def check_submission(
     if not found: return faults
     if (np.diff(cells) != 1).any() and not any('rows' in f for f in faults):
         faults.append(f"the rows are not in order: expected {EMB_DIM} rows in a row for each image, _0, _1, ... _{EMB_DIM-1}; read_submission and write_submission mend it")
-    bad = np.unique(cells[~np.isfinite(values)] // EMB_DIM)
+    single, finite = _single(values), np.isfinite(values)
+    bad = np.unique(cells[~finite] // EMB_DIM)
+    huge = np.unique(cells[finite & ~np.isfinite(single)] // EMB_DIM)
     if len(bad): faults.append(f"{len(bad)} images have NaN or infinite values: {_some(found[i] for i in bad)}; fill them with fill_missing")
-    zero = np.setdiff1d(np.arange(len(found)), cells[values != 0] // EMB_DIM)
-    if len(zero): faults.append(f"{len(zero)} images are all zeros: {_some(found[i] for i in zero)}; such a row scores nothing, fill it with fill_missing")
+    if len(huge):
+        some = _some(found[i] for i in huge)
+        faults.append(f"{len(huge)} images have values beyond single precision (3.4e38): {some}; make their rows shorter")
+    zero = np.setdiff1d(np.arange(len(found)), cells[single != 0] // EMB_DIM)
+    if len(zero):
+        some = _some(found[i] for i in zero)
+        faults.append(f"{len(zero)} images are all zeros in single precision: {some}; such a row scores nothing, "
+                      "fill it with fill_missing")
     if expected is None: return faults
     there, wanted = set(found), set(expected)
     lack, extra = [i for i in expected if i not in there], [i for i in found if i not in wanted]
