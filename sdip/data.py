@@ -81,13 +81,21 @@ def bootstrap_interval(
     n:int=1000, # how many times to draw again
     level:float=.95, # how much of the means the interval holds
     seed:int=0, # of the draws
+    groups=None, # (n,) what belongs together, such as the prompt of each picture: drawn whole; None: every number alone
 ) -> tuple: # (low, high)
     "Percentile bootstrap interval of the mean of `values`"
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"values has shape {values.shape} and {(~np.isfinite(values)).sum()} non-finite numbers, expected a non-empty list of finite ones, one a picture")
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(n)]
+        raise ValueError(f"values has shape {values.shape} and {(~np.isfinite(values)).sum()} non-finite numbers, "
+                         "expected a non-empty list of finite ones, one a picture")
+    group = np.arange(len(values)) if groups is None else pd.factorize(np.asarray(groups), use_na_sentinel=False)[0]
+    if group.shape != values.shape:
+        raise ValueError(f"groups has shape {group.shape} for {len(values)} values: say of each to which group it belongs")
+    total, count = np.bincount(group, values), np.bincount(group)     # (g,) of each group: sum and number
+    rng, g, means = np.random.default_rng(seed), len(count), []
+    for _ in range(n):
+        drawn = rng.integers(0, g, g)
+        means.append(total[drawn].sum()/count[drawn].sum())
     lo, hi = np.quantile(means, [(1-level)/2, (1+level)/2])
     return float(lo), float(hi)
 

@@ -760,7 +760,7 @@ Run.mean_vector = mean_vector
 # %% ../nbs/08_run.ipynb #stage-scores
 @stage('Scores', needs='pairs submission ensemble', files='scores.json')
 def stage_scores(run):
-    "Mean cosine on validation and test rows as they would be submitted; bootstrap intervals on test"
+    "Mean cosine on validation and test rows as they would be submitted; bootstrap intervals by prompt on test"
     from sdip.ensemble import Ensemble, load_preds
     from sdip.submit import fill_missing
     found, out = Ensemble.load(run/'ensemble.json'), dict(test={}, valid={}, intervals={})
@@ -772,7 +772,9 @@ def stage_scores(run):
         out[s] = {m: float(c.mean()) for m, c in cos.items()}
         if s == 'test':
             best = max(MODELS, key=out['valid'].get)
-            out['intervals'] = {m: bootstrap_interval(c) for m, c in cos.items()} | {'ensemble - best single': bootstrap_interval(cos['ensemble'] - cos[best])}
+            cos_or_gain = cos | {'ensemble - best single': cos['ensemble'] - cos[best]}
+            out['intervals'] = {m: bootstrap_interval(c, groups=table.group) for m, c in cos_or_gain.items()}
+            out['drawn_again'] = dict(prompts=table.group.nunique(), pictures=len(table))
             out['best_single'], out['gain'] = best, float((cos['ensemble'] - cos[best]).mean())
     receipts = {s.name: run.receipt(s.name) for s in STAGES}
     out['peak_gb'] = max(r['peak_gb'] or 0 for r in receipts.values() if r)
@@ -801,6 +803,9 @@ def scoreboard_text(run) -> str: # some lines for a terminal
         lines.append(f'{r.model:13}  {r.score:.4f}  {r.skill:+.3f}   {r.lo:.4f} .. {r.hi:.4f}  {cpu}')
     lo, hi = s['intervals']['ensemble - best single']
     lines.append(f"ensemble over the best single ({s['best_single']}): {s['gain']:+.4f}, 95 % interval {lo:+.4f} .. {hi:+.4f}")
+    if drawn := s.get('drawn_again'):     # not in a run of sdip 0.2
+        lines.append(f"intervals by prompt: {drawn['prompts']} prompts are drawn again, with all of their "
+                     f"{drawn['pictures']} test pictures")
     lines.append('CPU s by stage: ' + ', '.join(f"{n.replace('_', ' ')} {v:.0f}" for n, v in s['cpu'].items()))
     lines.append(f"all stages: {sum(s['seconds'].values()):.0f} s, {sum(s['cpu'].values()):.0f} CPU s, at most {s['peak_gb']:.1f} GB of memory")
     if run.args.get('rehearse'): lines.append('A rehearsal: small networks with random weights stood in for the real ones, so that these scores mean nothing')
@@ -962,7 +967,8 @@ def _score_section(run):
     return (f'<h1>{escape(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {held_out} held-out pictures. '
             'Skill 0 is the answer of someone who has not looked at the picture, skill 1 a perfect one.</p>'
             + _table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
-            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.</p>')
+            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.'
+            + ' Intervals are by prompt: prompts are drawn again with all their pictures.'*('drawn_again' in s) + '</p>')
 
 def _picture_section(run):
     some, worst = (''.join(p._repr_html_() for p in ps) for ps in gallery(run))
