@@ -23,15 +23,19 @@ from .encoders import pick_device
 class _Rows:
     "Embeddings (n, d) as they came, of any length: checked once, then read a block at a time"
     def __init__(self, emb, name='emb', width=None, ids=None, device=None, block=8192):
+        if torch.is_tensor(emb): emb = emb.detach().float().cpu().numpy()
         plain = isinstance(emb, np.ndarray) and emb.ndim == 2 and emb.dtype in (np.float16, np.float32)
         self.x, self.device = emb if plain else check_emb(emb, name, width=None, finite=False), pick_device(device)
         check_emb(self.x[:0], name, width=width)
         blocks = (self.x[lo:lo+block].astype(np.float64) for lo in range(0, len(self.x), block))
         norm = np.sqrt(np.concatenate([np.zeros(0), *(np.einsum('nd,nd->n', b, b) for b in blocks)]))  # (n,)
-        bad, off = np.flatnonzero(~np.isfinite(norm)), (np.abs(norm - 1) > .01).sum()
+        bad, none = np.flatnonzero(~np.isfinite(norm)), (norm == 0).sum()
+        off = (np.abs(norm - 1) > .01).sum() - none
         if len(bad): raise ValueError(f"{name} has {len(bad)} of {len(norm)} rows with NaN or infinity, first "
                                       f"{[i if ids is None else ids[i] for i in bad[:5].tolist()]}: leave them out, or mend what encoded them")
-        self.note = f"{off} rows of {name} were not of length 1 ({norm.min():.3g} to {norm.max():.3g}): normalised" if off else ''
+        span = f"{norm[norm > 0].min():.3g} to {norm.max():.3g}" if off else ''
+        said = [f"{off} rows of {name} were not of length 1 ({span}): normalised"]*bool(off)
+        self.note = '; '.join(said + [f"{none} rows of {name} are all zeros, and near to none"]*bool(none))
         if self.device.type != 'cpu': self.x = torch.from_numpy(np.array(self.x)).to(self.device)
         self.norm = torch.from_numpy(np.maximum(norm, 1e-30)).to(self.device)
 
@@ -114,7 +118,7 @@ def _settle(a, b, r, c, v, threshold):
     edge = np.flatnonzero(v < threshold + SLACK)
     v[edge] = _cosines(a.rows, a.i[r[edge]], b.rows, b.i[c[edge]])
     sure = v >= np.float32(threshold)
-    return r[sure], c[sure], v[sure]
+    return r[sure], c[sure], np.minimum(v[sure], 1)  # a float32 product of equal rows may be 1.0000001
 
 def _near(a, b, threshold, dense=1):
     "Pairs at or above the threshold: (row of a, row of b, cosine), each (k,), sorted by row; a row is not paired with itself"
@@ -325,7 +329,8 @@ def dedup(
     keep[kept.i] = True
     if mode == 'fast' and len(kept):
         missed, gone = _missed(kept, threshold, tile)*len(kept), len(x) - len(kept)
-        note.append(f"fast mode: recall {gone/max(gone + missed, 1):.4f}, measured on {min(len(kept), 1000)} kept rows")
+        recall = f"recall {gone/(gone + missed):.4f}" if gone + missed else "nothing to find"
+        note.append(f"fast mode: {recall}, measured on {min(len(kept), 1000)} kept rows")
         print(note[-1])
     return Dedup(keep, np.where(keep, np.arange(len(x)), best.code), np.where(keep, np.float32(np.nan), best.score), threshold, '; '.join(filter(None, note)))
 
@@ -473,8 +478,8 @@ def leakage(
 @dataclass
 class Gap:
     "Distance of two sets of similarities from a reference, in units of the similarity"
-    a:float # of the first
-    b:float # of the second
+    a:float # of the first, at as many rows as the smaller of both has
+    b:float # of the second, likewise
     low:float # 95 % interval of b - a
     high:float
 
@@ -498,12 +503,18 @@ def compare_gap(
     for name, v in dict(a=a, b=b, reference=reference).items():
         v = np.asarray(v, np.float64)
         sets.append(v[np.isfinite(v)])
-        if v.ndim != 1 or len(sets[-1]) < 5: raise ValueError(f"{name} has shape {v.shape} with {len(sets[-1])} numbers, expected (n,) with at least 5")
-    far = lambda s: np.array([wasserstein_distance(s[0], s[2]), wasserstein_distance(s[1], s[2])])
-    rng = np.random.default_rng(seed)
-    drawn = np.array([far([rng.choice(v, len(v)) for v in sets]) for _ in range(draws)])  # (draws, 2)
+        if v.ndim != 1 or len(sets[-1]) < 5:
+            raise ValueError(f"{name} has shape {v.shape} with {len(sets[-1])} numbers, "
+                             "expected (n,) with at least 5")
+    def far(a, b, ref): return wasserstein_distance(a, ref), wasserstein_distance(b, ref)
+    rng, m = np.random.default_rng(seed), min(map(len, sets[:2]))
+    stand, drawn = np.zeros((draws, 2)), np.zeros((draws, 2))
+    for k in range(draws):
+        some = [v if len(v) == m else rng.choice(v, m, replace=False) for v in sets[:2]]
+        stand[k] = far(*some, sets[2])
+        drawn[k] = far(*(rng.choice(v, len(v)) for v in (*some, sets[2])))
     low, high = np.quantile(drawn[:, 1] - drawn[:, 0], [.025, .975])
-    return Gap(*map(float, (*far(sets), low, high)))
+    return Gap(*map(float, (*stand.mean(0), low, high)))
 
 # %% ../nbs/01_dedup_weighting.ipynb #weight-ratios
 def _ratio(sim, ref, shrink, bins=512):
@@ -539,11 +550,21 @@ def _writeup(sim, centre, steep):
 # %% ../nbs/01_dedup_weighting.ipynb #sample-weights
 METHODS = 'ratio', 'logistic', 'writeup'
 
+def _within(raw, clip): # raw: (n,) from 0 -> (n,) of mean 1, from 1/clip to clip
+    "Scaled by one number, then clipped"
+    from scipy.optimize import brentq
+    if not raw.max() > 0: return np.ones(len(raw))
+    w = raw/raw.mean()
+    if 1/clip <= w.min() and w.max() <= clip: return w
+    raw = np.maximum(raw/raw.max(), 1e-12)          # what is 0 can be raised too, where the mean asks for it
+    def scaled(log): return np.clip(np.exp(log)*raw, 1/clip, clip)
+    return scaled(brentq(lambda log: scaled(log).mean() - 1, -np.log(clip), np.log(clip/raw.min())))
+
 def sample_weights(
     sim, # (n,) text-image similarity of each row; NaN where unknown
     reference=None, # (m,) similarities of trusted pairs, measured by the same CLIP; 'writeup' needs none
     method:str='ratio', # 'ratio' | 'logistic' | 'writeup'
-    clip:float=5., # no row counts more than this, or less than its inverse, times the mean
+    clip:float=5., # no row counts more than this times the mean, nor less than its inverse
     power:float=1., # tempering: 0.5 for half-trusted ratios, 0 for none
     shrink:float=1., # pseudo-rows added to both sides of a 'ratio'
     centre:float=.6, # of 'writeup'
@@ -551,7 +572,7 @@ def sample_weights(
 )->np.ndarray: # (n,) float32, mean 1; 1 where sim is NaN
     "Weights under which the rows' similarities are distributed as the reference's"
     if method not in METHODS: raise ValueError(f"method is {method!r}; known are {sorted(METHODS)}")
-    if clip < 1: raise ValueError(f"clip is {clip}, expected at least 1: it is the largest weight beside the mean")
+    if not clip >= 1: raise ValueError(f"clip is {clip}, expected at least 1: it is the largest weight beside the mean")
     sim, ref = np.asarray(sim, np.float64), np.asarray([] if reference is None else reference, np.float64)
     known, ref = np.isfinite(sim), ref[np.isfinite(ref)]
     if sim.ndim != 1 or not known.any() or (len(ref) < 5 and method != 'writeup'):
@@ -559,9 +580,7 @@ def sample_weights(
                          "expected (n,) with some and at least 5: are pictures unreadable, or is the reference empty?")
     s, w = sim[known], np.ones(len(sim))
     raw = _ratio(s, ref, shrink) if method == 'ratio' else _logistic(s, ref) if method == 'logistic' else _writeup(s, centre, centre_power)
-    raw = raw**power
-    raw = np.clip(raw/max(raw.mean(), 1e-30), 1/clip, clip)
-    w[known] = raw/raw.mean()
+    w[known] = _within(raw**power, clip)
     return w.astype(np.float32)
 
 def effective_sample_size(w): # w: (n,) weights -> float: as many rows of equal weight would average as well (Kish)
