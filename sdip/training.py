@@ -6,15 +6,15 @@
 __all__ = ['AUGMENTATIONS', 'PRECISIONS', 'SCHEDULES', 'CLIP_CONFIG', 'CLIP_PREPROCESS', 'CLIP_RECIPE', 'VIT_RECIPE', 'WATCHED',
            'CLIP_TOWERS', 'VIT', 'PairRows', 'GroupSampler', 'world_of_processes', 'share_among', 'start_alike',
            'one_process_only', 'DDP', 'make_loaders', 'cosine_loss', 'cosine', 'OnDevice', 'TellEpoch', 'History',
-           'CsvLog', 'EMA', 'score_of', 'KeepBest', 'Augment', 'augmented', 'Thaw', 'Checkpoint', 'param_groups',
-           'half_type', 'half_precision', 'amp_callbacks', 'schedule', 'make_learner', 'run_learner', 'fit',
-           'say_what_to_lower', 'predict_images', 'save_weights', 'check_fits', 'load_weights', 'ClipRecipe',
+           'CsvLog', 'EMA', 'score_of', 'KeepBest', 'Augment', 'augmented', 'Thaw', 'digest', 'Checkpoint',
+           'param_groups', 'half_type', 'half_precision', 'amp_callbacks', 'schedule', 'make_learner', 'run_learner',
+           'fit', 'say_what_to_lower', 'predict_images', 'save_weights', 'check_fits', 'load_weights', 'ClipRecipe',
            'contrastive_loss', 'contrastive_accuracy', 'train_clip', 'DrawnRows', 'FreshSampler', 'PretrainRecipe',
            'Say', 'short_texts', 'TaughtClip', 'taught_loss', 'taught_accuracy', 'pretrain_clip', 'scene_questions',
            'scene_answers', 'answers_loss', 'subject_accuracy', 'pretrain_vit']
 
 # %% ../nbs/00c_training.ipynb #imports
-import copy, math, random, shutil, time
+import copy, hashlib, math, pickle, random, shutil, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import EMB_DIM, ImageError, atomic_path, read_json, sha256, write_json
+from .data import EMB_DIM, ImageError, atomic_path, hash_items, read_json, sha256, write_json
 from .encoders import CLIP_CONFIG as CLIP_FILE, ClipEncoder, Preprocess, TargetEncoder, encode, image_batches, pick_device, save_clip
 from .playground import (COLOURS, MEDIA, RELATIONS, RENDERER, SETTINGS, SIZES, SUBJECTS, TIMES, WEATHERS, Thing, draw, grammar_phrases,
                              parse, sample_prompts, scene_split)
@@ -391,10 +391,40 @@ class Thaw(Callback):
                 if isinstance(part, nn.Module): part.train(i >= n_frozen)
 
 # %% ../nbs/00c_training.ipynb #checkpoint
+def digest(
+    what,  # a network, or n strings, paths (as names), numbers, arrays or pictures
+) -> str:  # the same for equal weights or rows, and only for those
+    "How many rows, and the beginning of the SHA-256 of all"
+    if not isinstance(what, nn.Module): return f'{len(what)} rows, SHA-256 {hash_items(what)[:16]}'
+    h = hashlib.sha256()
+    for name, v in what.state_dict().items():
+        h.update(f'{name} {v.dtype} {tuple(v.shape)}\n'.encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return f'SHA-256 {h.hexdigest()[:16]}'
+
 def _differences(old, new):
     "What two keys disagree on, in words"
     if not (isinstance(old, dict) and isinstance(new, dict)): return f'it says {old}, this run says {new}'
-    return '; '.join(f'{k}: it has {old.get(k)!r}, this run {new.get(k)!r}' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+    names = [k for k in sorted(old.keys() | new.keys()) if k not in old or k not in new or old[k] != new[k]]
+    said = lambda key, k: repr(key[k]) if k in key else 'nothing'
+    return '; '.join(f'{k}: it has {said(old, k)}, this run {said(new, k)}' for k in names)
+
+def _check_key(file, old, new):
+    "Refuse the checkpoint of another run"
+    if old == new: return
+    older = isinstance(new, dict) and (not isinstance(old, dict) or new.keys() - old.keys())
+    way = ('finish that run with the version of sdip that wrote it' if older else
+           'start from the same weights with the same data and settings')
+    raise ValueError(f'{file} belongs to another run ({_differences(old, new)}): {way}, or delete the file to start anew')
+
+def _read_state(file):
+    "A checkpoint, as plain data"
+    try:
+        state = torch.load(file, map_location='cpu', weights_only=True)
+        state['key'], state['epoch'], state['model']
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as e:
+        raise ValueError(f'{file} is no checkpoint of sdip, or damaged ({type(e).__name__}): delete it to start anew') from e
+    return state
 
 class Checkpoint(Callback):
     "Save after each epoch and every few minutes; a learner that is fitted with a found checkpoint goes on where it ended"
@@ -403,8 +433,8 @@ class Checkpoint(Callback):
         self.file, self.key, self.minutes, self.state = Path(file), key, minutes, None
         for half in self.file.parent.glob(f'.tmp-*-{self.file.name}'): half.unlink(missing_ok=True)     # what a killed run was writing
         if self.file.exists():
-            state = torch.load(self.file, map_location='cpu', weights_only=True)
-            if state['key'] != key: raise ValueError(f'{self.file} belongs to another run ({_differences(state["key"], key)}): repeat that run, or delete the file to start anew')
+            state = _read_state(self.file)
+            _check_key(self.file, state['key'], key)
             self.state = state
 
     @property
@@ -698,12 +728,14 @@ def train_clip(
     valid = PairRows(valid_images, prep, tokenize(list(valid_prompts)), np.arange(len(valid_images)))
     groups = np.unique(np.asarray(prompts), return_inverse=True)[1] if groups is None else groups
     dls = make_loaders(train, valid, groups, recipe.bs, recipe.seed, n_inp=2, device=device)
+    rows = dict(pictures=images, prompts=prompts, groups=groups) | {'valid pictures': valid_images, 'valid prompts': valid_prompts}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = CLIP(**copy.deepcopy(config))
+        key = asdict(recipe) | dict(config=config, start=digest(model)) | {k: digest(v) for k, v in rows.items()}
         folder.mkdir(parents=True, exist_ok=True)
         learn = fit(model, dls, prep, contrastive_loss, contrastive_accuracy, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema,
-                    checkpoint=folder/'checkpoint.pt', key=repr((recipe, config, len(images))), quiet=quiet, desc=desc)
+                    checkpoint=folder/'checkpoint.pt', key=key, quiet=quiet, desc=desc)
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows, unreadable=train.report + valid.report), folder/'history.json')
     save_clip(learn.model.cpu(), config, prep, folder)
     (folder/'checkpoint.pt').unlink()
@@ -817,15 +849,16 @@ class Say(Callback):
               f'{time.perf_counter() - self.start:.0f} s', flush=True)
 
 # %% ../nbs/00c_training.ipynb #pretrain-fit
-def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, config, device=None, quiet=False, desc=''):
+def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, key, device=None, quiet=False, desc=''):
     "The run that both towers share -> Learner"
     one_process_only('Pretraining')
     sampler = FreshSampler(train, recipe.n, recipe.bs, recipe.repeats, recipe.seed, recipe.alike_from)
     watched = [c.tolist() for c in np.array_split(np.arange(WATCHED), math.ceil(WATCHED / recipe.bs))]
     device = pick_device(device)
     dls = DataLoaders(_loader(train, sampler, device, n_inp), _loader(valid, watched, device, n_inp), device=device)
+    key = asdict(recipe) | key | dict(start=digest(model), preprocessing=prep.to_dict(), renderer=RENDERER)
     return fit(model, dls, prep, loss, metric, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema, pct_start=recipe.pct_start,
-               checkpoint=folder/'checkpoint.pt', key=repr((recipe, config)), cbs=[] if quiet else [Say()], quiet=True, desc=desc)
+               checkpoint=folder/'checkpoint.pt', key=key, cbs=[] if quiet else [Say()], quiet=True, desc=desc)
 
 def _train_prompts(recipe):
     "Prompts to draw, prompts to watch, the scenes of both: training split only"
@@ -921,10 +954,11 @@ def pretrain_clip(
     beside = (emb[m:], tokenize(texts))
     train = DrawnRows(scenes, prep, emb[:n], tokenize(prompts), beside=beside, seed=recipe.seed, shift=recipe.shift)
     valid = DrawnRows(watched_scenes, prep, emb[n:m], tokenize(watched), beside=beside, seed=recipe.seed + 1)
+    key = dict(config=config, reader=reader.fingerprint, prompts=digest(prompts + watched), texts=digest(texts))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         learn = _pretrain(TaughtClip(CLIP(**copy.deepcopy(config)), config['embed_dim']), train, valid, prep, taught_loss, taught_accuracy, recipe, 5,
-                          folder, config, device, quiet, 'base CLIP')
+                          folder, key, device, quiet, 'base CLIP')
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows), folder/'history.json')
     save_clip(learn.model.clip.cpu(), config, prep, folder, torch.float16)
     write_json(read_json(folder/CLIP_FILE) | dict(made=_made(recipe, learn.history.rows) | dict(reader=reader.fingerprint)), folder/CLIP_FILE)
@@ -974,7 +1008,7 @@ def pretrain_vit(
     "Train a backbone to answer questions about drawn pictures; goes on where a killed run was"
     import timm
     folder, prep = Path(folder), Preprocess(size, (0.5,)*3, (0.5,)*3)
-    _, _, scenes, watched_scenes = _train_prompts(recipe)
+    prompts, watched, scenes, watched_scenes = _train_prompts(recipe)
     answers = scene_answers(scenes)
     train = DrawnRows(scenes, prep, answers, seed=recipe.seed, shift=recipe.shift)
     valid = DrawnRows(watched_scenes, prep, scene_answers(watched_scenes), seed=recipe.seed + 1)
@@ -983,7 +1017,7 @@ def pretrain_vit(
         torch.manual_seed(recipe.seed)
         net = timm.create_model(tower['name'], img_size=size, num_classes=answers.shape[1], **tower['kw'])
         learn = _pretrain(net, train, valid, prep, lambda p, a, numbers: answers_loss(p, a), lambda p, a, numbers: subject_accuracy(p, a), recipe, 1,
-                          folder, tower, device, quiet, 'ViT')
+                          folder, dict(config=tower, size=size, prompts=digest(prompts + watched)), device, quiet, 'ViT')
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows), folder/'history.json')
     net = learn.model.cpu().eval(); net.reset_classifier(0)
     save_weights(net.half(), dict(kind='backbone', tower=tower, preprocess=prep.to_dict(), made=_made(recipe, learn.history.rows)), folder)
