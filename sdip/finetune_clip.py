@@ -8,7 +8,7 @@ __all__ = ['HEADS', 'layer_groups', 'ridge', 'probe', 'make_head', 'ImageRegress
            'finetune']
 
 # %% ../nbs/02_finetune_clip.ipynb #imports
-import math, tempfile, zlib
+import math, tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from fastcore.basics import patch
 from . import __version__
 from .data import EMB_DIM, check_emb, image_paths, mean_cosine, read_json, row_cosine, unit
 from .encoders import ClipEncoder, Preprocess, pick_device
-from .training import (Augment, CsvLog, KeepBest, PairRows, cosine, cosine_loss, load_weights, make_learner, make_loaders, predict_images,
-                           run_learner, save_weights, say_what_to_lower, share_among, start_alike, world_of_processes)
+from .training import (Augment, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest, load_weights, make_learner,
+                           make_loaders, predict_images, run_learner, save_weights, say_what_to_lower, score_of, share_among,
+                           start_alike, world_of_processes)
 
 # %% ../nbs/02_finetune_clip.ipynb #layer-groups
 def _timm_groups(net):
@@ -313,20 +314,26 @@ def learner(self:Regressor,
     dls = make_loaders(train, valid, rows.group.to_numpy(), recipe.bs, recipe.seed, device=self.device, parts=recipe.accumulate)
     groups = layer_groups(self.net.body) + [[self.net.head]]
     timetable = tuple((None if d is None else d + 1, e) for d, e in recipe.timetable)      # the head is always open
-    start = max(self.probe_scores.values(), default=None) if recipe.probe else None
-    cbs = [*([KeepBest(start, recipe.patience)] if recipe.keep == 'best' else []), *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
+    best = []
+    if recipe.keep == 'best':
+        start = max(self.probe_scores.values()) if recipe.probe else score_of(self.net, dls.valid, self.prep)
+        best = [KeepBest(start, recipe.patience)]
+    cbs = [*best, *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
     learn = make_learner(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema, recipe.clip, timetable,
-                         checkpoint, self._key(rows, targets), recipe.minutes, recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
+                         checkpoint, self._key(pairs, targets) if checkpoint else None, recipe.minutes, recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
                          quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else tempfile.gettempdir(), cls=RegressorLearner)
     return learn.told(self.prep, rows, watched)
 
 # %% ../nbs/02_finetune_clip.ipynb #regressor-key
 @patch
-def _key(self:Regressor, rows, targets):
-    "What a checkpoint of this training depends on"
+def _key(self:Regressor, pairs, targets):
+    "What a checkpoint of this training depends on, in words that can be told apart"
     recipe = {k: v for k, v in asdict(self.recipe).items() if k != 'minutes'}
-    return recipe | dict(tower=repr(self.tower), head=self.net.kind, rows=len(rows), targets=zlib.crc32(np.ascontiguousarray(targets).tobytes()),
-                         weights=zlib.crc32(rows.weight.to_numpy(np.float32).tobytes()))
+    start = self.net if self.recipe.probe is None else self.net.body           # any other head is set anew
+    sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts(sort=False).sort_index().items())
+    rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets, weights=pairs.weight.astype(np.float32))
+    return recipe | dict(tower=repr(self.tower), head=self.net.kind, start=digest(start), preprocessing=self.prep.to_dict(),
+                         split=f'{sizes}: {digest(pairs.split)}') | {k: digest(v) for k, v in rows.items()}
 
 # %% ../nbs/02_finetune_clip.ipynb #regressor-fit
 @patch
