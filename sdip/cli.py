@@ -291,20 +291,13 @@ def sdip_push(
             if not to: print(f'{upload_assets(built)}: Kaggle unpacks it for some minutes; push notebooks when its page shows the new version')
     if notebook: print(push(notebook))
 
-# %% ../nbs/08_run.ipynb #command-imports
-import argparse
-
-# %% ../nbs/08_run.ipynb #command-flag
-class _Flag(argparse._StoreTrueAction):
-    "--dry-run beside --dry_run"
-    def __init__(self, option_strings, dest, **kw): super().__init__(option_strings + [o.replace('_', '-') for o in option_strings if '_' in o], dest, **kw)
-
 # %% ../nbs/08_run.ipynb #command-run
 @call_parse
+@_polite(_GOES_ON)
 def sdip_run(
     out:str=None,           # run folder; default runs/<preset>, or runs/<name of the pairs>
     preset:str=None,        # playground; scratch: the same from random weights; tiny: in a minute; original, full: real weights. Default playground, with --pairs scratch
-    pairs:str=None,         # your own pairs: a folder (competition), or a CSV or parquet with image and prompt
+    pairs:Param('your own pairs: folders or tables, see load_pairs', str, nargs='*')=None,
     seed:int=None,          # of pictures, weights and order; default 0
     clip:str=None,          # original, full: CLIP ViT-L/14 as folder or file, default looked for
     vit:str=None,           # vit_large_patch16_384, likewise
@@ -312,52 +305,53 @@ def sdip_run(
     ranker:str=None,        # CLIP ViT-H/14, likewise
     phrases:str=None,       # folder with mediums.txt, movements.txt, flavors.txt, one phrase a line; default mined from the prompts
     models:str=None,        # folder in which they are looked for; default models, then /kaggle/input, then the Hugging Face cache
-    download:Param('fetch from the Hugging Face hub what is not found', action=_Flag)=False,
-    dry_run:Param('say what is there, what is missing, how to get it, disk and memory needed; then stop', action=_Flag)=False,
-    rehearse:Param('original, full: small networks with random weights instead of the real ones', action=_Flag)=False,
+    download:bool=False,    # fetch from the Hugging Face hub what is not found
+    dry_run:bool=False,     # say what is there, what is missing, how to get it, disk and memory needed; then stop
+    rehearse:bool=False,    # original, full: small networks with random weights instead of the real ones
+    image_col:str=None,     # a table's column of picture paths; default: guessed
+    prompt_col:str=None,    # a table's column of prompts; default: guessed
+    images:str=None,        # folder of the pictures, where a table lies elsewhere
 ):
     "All chapters in one go: data, four models, ensemble, submission, report. Goes on where a killed run was"
-    import os, sys, warnings
-    from pathlib import Path
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')          # idle threads that spin would burn the other threads' time
     warnings.filterwarnings('ignore', category=FutureWarning)    # of libraries, to their own authors
     from sdip.run import MODEL_PLACES, PRESETS, scoreboard_text, survey, survey_text, walk
+    pairs = [pairs] if isinstance(pairs, str) else pairs or None
     preset = preset or ('scratch' if pairs else 'playground')     # towers that know drawings only are no start for other pictures
     real = PRESETS.get(preset, {}).get('start') == 'real'
-    out = out or f'runs/{Path(pairs).stem if pairs else preset}{"-rehearsal" if rehearse else ""}'
+    out = out or f'runs/{Path(pairs[0]).stem if pairs else preset}{"-rehearsal" if rehearse else ""}'
     given = dict(seed=seed, clip_from=clip, vit_from=vit, captioner_from=captioner, ranker_from=ranker, phrases_from=phrases, rehearse=rehearse or None)
     given, places = {k: v for k, v in given.items() if v is not None}, MODEL_PLACES if models is None else (models,)
-    try:
-        if dry_run:
-            if not real: sys.exit(f'preset {preset!r} needs nothing from outside but the pairs')
-            args = PRESETS[preset] | given
-            return print(survey_text(survey(args, places, download), args, out, pairs, places))
-        run = walk(out, preset, pairs, **(dict(models=places, download=download) if real else {}), **given)
-    except (ValueError, OSError) as e: sys.exit(f'sdip_run: {e}')
-    except KeyboardInterrupt: sys.exit(f'\nstopped: the same command again goes on from here, in {out}')
+    if dry_run:
+        if not real: raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
+        args = PRESETS[preset] | given
+        return print(survey_text(survey(args, places, download), args, out, pairs, places))
+    source = dict(image_col=image_col, prompt_col=prompt_col, images=images)
+    run = walk(out, preset, pairs, **(dict(models=places, download=download) if real else {}), **source, **given)
     print(f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n{run/'submission.csv'}: predictions for the test pictures")
 
 # %% ../nbs/08_run.ipynb #command-predict
 @call_parse
+@_polite()
 def sdip_predict(
     images:Param('pictures, or folders of pictures', str, nargs='+'),
     run:str='runs/playground',  # a finished run folder
     out:str='submission.csv',   # submission to write: imgId_eId,val
     truth:str=None,             # CSV of the same form with the true embeddings, to score against
     deadline:float=None,        # minutes until the file must be there, complete; what no model reached gets the training mean
+    force:bool=False,           # replace a submission that is there
 ):
     "Predict the prompt embeddings of pictures"
-    import os, sys, time, warnings
+    import time
     start = time.monotonic()
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     warnings.filterwarnings('ignore', category=FutureWarning)
+    _free(force, out)
     from sdip.run import predict_text, predict_to_csv
     from sdip.submit import time_text
-    try:
-        found = predict_to_csv(images, run, out, None if deadline is None else start + 60*deadline)
-        if slow := time_text(found): print(slow)
-        print(predict_text(found, run, out, truth))
-    except (ValueError, OSError) as e: sys.exit(f'sdip_predict: {e}')
+    found = predict_to_csv(images, run, out, None if deadline is None else start + 60*deadline)
+    if slow := time_text(found): print(slow)
+    print(predict_text(found, run, out, truth))
 
 # %% ../nbs/09_benchmarks.ipynb #command
 @call_parse
