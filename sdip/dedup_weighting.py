@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .data import check_emb, row_cosine, unit
 from .encoders import pick_device
+from .page import Html, html_page, html_table, markup
 
 # %% ../nbs/01_dedup_weighting.ipynb #rows
 class _Rows:
@@ -707,13 +708,11 @@ def dedup_rows(
     return dedup_table(rows, encoder, column, threshold, priority=priority, mode=mode)
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup-html
-_STYLE = ("body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-          "td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}i{display:inline-block;background:#47a;height:.8em}")
+_STYLE = ('body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}'
+          'td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}'
+          'i{display:inline-block;background:#47a;height:.8em}')
 
-def _html_table(head, rows):
-    from html import escape
-    cell = lambda v: f'<td class=n>{v}</td>' if not isinstance(v, str) else f'<td>{v if v.startswith("<i ") else escape(v)}</td>'
-    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows)}</table>"
+def _bar(share): return Html(f'<i style="width:{300*share:.0f}px"></i>')      # of the longest
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup-page
 def dedup_html(
@@ -723,15 +722,16 @@ def dedup_html(
     n:int=20, # pairs and families to show
 )->str: # a page that needs no other file
     "What was dropped from a table, for a browser"
-    from html import escape
     why = dropped.reason.str.replace(r'^near-duplicate .*', 'near-duplicate', regex=True)
     near = dropped[why == 'near-duplicate'].sort_values('cosine', kind='stable')
     count, edge = np.histogram(near.cosine, np.linspace(min(near.cosine.min(), .999), 1, 11)) if len(near) else ([], [])
-    bars = [(f'{a:.3f} to {b:.3f}', int(c), f'<i style="width:{300*c/max(count):.0f}px"></i>') for a, b, c in zip(edge, edge[1:], count)]
+    bars = [(f'{a:.3f} to {b:.3f}', int(c), _bar(c/max(count))) for a, b, c in zip(edge, edge[1:], count)]
     pairs = [(f'{c:.3f}', str(p), q) for c, p, q in near[['cosine', column, 'near']].head(n).to_numpy().tolist()]
     family = near.groupby('near', sort=False)[column].agg(['size', lambda p: '; '.join(map(str, p[:5]))]).sort_values('size', ascending=False, kind='stable').head(n)
-    parts = [('Rows', _html_table(['', 'rows'], [('kept', len(kept)), *((k, int(v)) for k, v in why.value_counts().items())])),
-             ('How alike', _html_table(['cosine', 'rows', ''], bars)), ('Nearest to the threshold', _html_table(['cosine', 'dropped', 'kept'], pairs)),
-             ('Largest families', _html_table(['kept', 'rows', 'dropped, the first five'], [(k, int(r.iloc[0]) + 1, r.iloc[1]) for k, r in family.iterrows()]))]
+    families = [(k, int(r.iloc[0]) + 1, r.iloc[1]) for k, r in family.iterrows()]
+    rows = [('kept', len(kept)), *((k, int(v)) for k, v in why.value_counts().items())]
+    parts = [('Rows', html_table(['', 'rows'], rows)), ('How alike', html_table(['cosine', 'rows', ''], bars)),
+             ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs)),
+             ('Largest families', html_table(['kept', 'rows', 'dropped, the first five'], families))]
     body = ''.join(f'<h2>{h}</h2>{t}' for h, t in (parts if len(near) else parts[:1]))
-    return f'<!doctype html><html lang=en><meta charset=utf-8><title>Near-duplicates</title><style>{_STYLE}</style><h1>Near-duplicates</h1><pre>{escape(text)}</pre>{body}</html>'
+    return html_page('Near-duplicates', Html(f'<h1>Near-duplicates</h1><pre>{markup(text)}</pre>{body}'), _STYLE)

@@ -12,7 +12,6 @@ __all__ = ['APPENDED', 'LEADING', 'BLIP_WEIGHTS', 'UNSAFE', 'SITES', 'MODES', 'S
 # %% ../nbs/05_interrogator.ipynb #imports
 import base64, io, re
 from collections import Counter
-from html import escape
 from itertools import islice, product
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from fastcore.basics import patch
 from .data import EMB_DIM, ImageError, atomic_path, hash_items, read_image, read_json, row_cosine, unit, write_json
 from .encoders import ClipEncoder, TargetEncoder, encode, image_batches
 from .knn import clip_reference, load_clip_reference
+from .page import Html, html_table
 from .playground import MEDIA, SETTINGS, grammar_phrases
 
 # %% ../nbs/05_interrogator.ipynb #fill-templates
@@ -642,19 +642,19 @@ class Words(pd.DataFrame):
 
     def _repr_html_(self):
         if 'prompt' not in self or 'phrases' not in self: return super()._repr_html_()
-        pictures, cell = getattr(self, 'pictures', None), 'style="text-align:left;vertical-align:top"'
-        source = lambda name: pictures[int(name[8:])] if pictures is not None and re.fullmatch(r'picture \d+', name) else name
-        rows = [f'<tr><td>{_thumbnail(source(r.image))}</td><td {cell}><b>{escape(r.prompt) or "cannot be read"}</b><br>'
-                f'<small>{escape("; ".join(f"{p} {s:+.2f}" for p, s in r.phrases))}</small></td><td {cell}>{r.similarity:.2f}</td><td {cell}>{escape(Path(r.image).name)}</td></tr>'
-                for r in self[:20].itertuples()]
+        pictures = getattr(self, 'pictures', None)
+        def source(name): return pictures[int(name[8:])] if pictures is not None and re.fullmatch(r'picture \d+', name) else name
+        rows = [(_thumbnail(source(r.image)), r.prompt or 'cannot be read', '; '.join(f'{p} {s:+.2f}' for p, s in r.phrases),
+                 f'{r.similarity:.2f}', Path(r.image).name) for r in self[:20].itertuples()]
         more = f'<p>and {len(self) - 20} more</p>' if len(self) > 20 else ''
-        return f'<table><tr><th></th><th>prompt, and its phrases</th><th>similarity</th><th>picture</th></tr>{"".join(rows)}</table>{more}'
+        names = ['', 'prompt', 'phrases', 'similarity', 'picture']
+        return html_table(names, rows, style='text-align:left;vertical-align:top') + more
 
 def _thumbnail(src, side=64):  # an <img> tag; nothing for what cannot be read
     try: im = read_image(src)
     except ImageError: return ''
     im.thumbnail((side, side)); out = io.BytesIO(); im.save(out, 'JPEG', quality=80)
-    return f'<img alt="" width="{im.width}" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
+    return Html(f'<img alt="" width="{im.width}" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">')
 
 # %% ../nbs/05_interrogator.ipynb #interrogate
 @patch

@@ -17,7 +17,6 @@ __all__ = ['PRESETS', 'STAGES', 'SOURCE_ARGS', 'OUTSIDE', 'ROLES', 'TRAINED_GB',
 # %% ../nbs/08_run.ipynb #imports
 import json, os, platform, sys, time
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from . import __version__
 from .data import (EMB_DIM, bootstrap_interval, hash_items, image_paths, mean_cosine, read_json, row_cosine, save_pairs, sha256, skill, unit, write_json, atomic_path)
 from .encoders import MODEL_PLACES, SAVE_AGAIN, check_model_cfg, check_timm_args, model_folders, right_shape
 from .lock import check_files, folder_lock, read_fields
+from .page import Html, html_page, html_table, markup
 from .sources import fingerprint, load_pairs, note_pictures
 from .split import clean_pairs, split_pairs
 from .tables import read_texts
@@ -178,10 +178,11 @@ def do(self, s, number, of):
     done = self.is_done(s)
     if done and s.changed and (how := s.changed(self)): done = self.say(f'        {how}: it is read again, and what rests on it is done again')
     if done:
-        for f, text in (self.receipt(s.name).get('logs') or {}).items():
-            if _text(self/f) != text:
-                with atomic_path(self/f) as tmp: tmp.write_text(text, encoding='utf-8')
-        return self.say(f'[{number:2}/{of}] {s.title}: done before')
+        logs = self.receipt(s.name).get('logs') or {}
+        damaged = [f for f, text in logs.items() if _text(self/f) != text]
+        for f in damaged:
+            with atomic_path(self/f) as tmp: tmp.write_text(logs[f], encoding='utf-8')
+        return self.say(f'[{number:2}/{of}] {s.title}: done before' + ''.join(f', {f} put back' for f in damaged))
     self._forget(s)
     t, c = time.perf_counter(), cpu_seconds()
     self.say(f'[{number:2}/{of}] {s.title} ...')
@@ -941,11 +942,11 @@ class Prediction:
 
     def _repr_html_(self):
         uri = thumbnail(self.image)
-        line = lambda name, text: f'<dt>{name}</dt><dd>{escape(text)}</dd>' if text else ''
+        line = lambda name, text: f'<dt>{name}</dt><dd>{markup(text)}</dd>' if text else ''
         near = '; '.join(f'{p} ({c:.2f})' for p, c in self.nearest)
         cos = ', '.join(f'{m} {c:.2f}' for m, c in (self.cosines or {}).items())
         expected = f'{self.expected:.2f}' if np.isfinite(self.expected) else ''
-        picture = f'<img alt="{escape(self.truth or self.words)}" src="{uri}" width="128">' if uri else '<p>cannot be read</p>'
+        picture = f'<img alt="{markup(self.truth or self.words)}" src="{uri}" width="128">' if uri else '<p>cannot be read</p>'
         return (f'<div class="prediction" style="display:flex;gap:1em;margin:.5em 0">{picture}<dl style="margin:0">{line("prompt", self.truth)}'
                 f'{line("in words", self.words)}{line("nearest training prompts", near)}{line("expected cosine", expected)}{line("cosine to the truth", cos)}</dl></div>')
 
@@ -997,22 +998,20 @@ figure svg{width:100%;height:auto}figcaption{font-size:.9rem;color:#4b5563}.grid
 p.soft{color:var(--soft)}.facts td:last-child,.facts th:last-child{text-align:left}.prediction{border:1px solid var(--line);border-radius:8px;padding:.8rem}
 .prediction img{flex:none;width:128px;height:128px;object-fit:contain}dt{font-size:.75rem;color:var(--soft)}dd{margin:0 0 .3rem;font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}"""
 
-def _table(headers, rows, kind=''):
-    cells = lambda tag, values: ''.join(f'<{tag}>{escape(str(v))}</{tag}>' for v in values)
-    return f'<div class="wide {kind}"><table><tr>{cells("th", headers)}</tr>' + ''.join(f'<tr>{cells("td", r)}</tr>' for r in rows) + '</table></div>'
-
-def _figure(fig, caption): return f'<figure role="img" aria-label="{escape(caption)}">{_svg(fig)}<figcaption>{escape(caption)}</figcaption></figure>'
+def _figure(fig, caption):
+    text = markup(caption)
+    return Html(f'<figure role="img" aria-label="{text}">{_svg(fig)}<figcaption>{text}</figcaption></figure>')
 
 # %% ../nbs/08_run.ipynb #report-score
 def _score_section(run):
-    s, held_out = read_json(run/'scores.json'), (run.pairs()[0].split == 'test').sum()
+    s, held_out = _scores(run), (run.pairs()[0].split == 'test').sum()
     lo, hi = s['intervals']['ensemble - best single']
     rows = [(r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}', '' if r.cpu is None or np.isnan(r.cpu) else f'{r.cpu:.0f}')
             for r in scoreboard(run).itertuples()]
-    return (f'<h1>{escape(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {held_out} held-out pictures. '
+    return (f'<h1>{markup(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {held_out} held-out pictures. '
             'Skill 0 is the answer of someone who has not looked at the picture, skill 1 a perfect one.</p>'
-            + _table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
-            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({s["best_single"]}), 95 % interval {lo:+.4f} to {hi:+.4f}.'
+            + html_table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
+            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({markup(s["best_single"])}), 95 % interval {lo:+.4f} to {hi:+.4f}.'
             + ' Intervals are by prompt: prompts are drawn again with all their pictures.'*('drawn_again' in s) + '</p>')
 
 def _picture_section(run):
@@ -1032,19 +1031,16 @@ def _cost_section(run):
     rows = []
     for t in STAGES:
         if (r := run.receipt(t.name)): rows.append((t.title, f"{r['seconds']:.0f}", f"{r['cpu']:.0f}", ', '.join(f'{k} {v}' for k, v in r['facts'].items())))
-    return ('<h2>What it cost</h2>' + _table(['stage', 's', 'CPU s', 'facts'], rows, 'facts')
+    return ('<h2>What it cost</h2>' + html_table(['stage', 's', 'CPU s', 'facts'], rows, 'facts')
             + f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs</p>')
 
 # %% ../nbs/08_run.ipynb #write-report
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>sdip: {title}</title><style>{style}</style></head><body>{body}</body></html>"""
-
 def write_report(
     run, # a finished run
 ):       # writes report.html
     "One self-contained page about a run"
     body = ''.join(section(run) for section in (_score_section, _picture_section, _figure_section, _cost_section))
-    page = _PAGE.format(title=escape(run.folder.name), style=_STYLE, body=body)
+    page = html_page(f'sdip: {run.folder.name}', Html(body), _STYLE)
     with atomic_path(run/'report.html') as tmp: Path(tmp).write_text(page, encoding='utf-8')
 
 @stage('Report', needs='scores ensemble clip vit weights interrogator', files='report.html')
