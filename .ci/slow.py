@@ -556,3 +556,299 @@ def test_notebook_launcher():
     one, two = (json.loads(Path(o, 'clip/config.json').read_text())['history'] for o in ('one', 'two'))
     scores = lambda rows: [[r['valid_loss'], r['metric'], r['raw']] for r in rows]      # fastai's train_loss is smoothed part by part
     assert len(one) == 5 and np.allclose(scores(one), scores(two), atol=1e-5), (one, two)
+
+
+# Models from elsewhere: what is old still answers, what is damaged is named, what is foreign is not run
+
+FIXTURES = ROOT/'.ci/fixtures'
+PICTURE_SIZE = 20, 24, 3
+
+def pictures(n=4):
+    import numpy as np
+    from PIL import Image
+    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, PICTURE_SIZE, dtype=np.uint8)) for i in range(n)]
+
+def old_run(version='0.2.0'):
+    "A run folder as that version wrote it, unpacked here, and what it answered"
+    import numpy as np
+    with zipfile.ZipFile(FIXTURES/version/'run.zip') as z: z.extractall('.')
+    return Path('run'), np.load('expected.npz')
+
+def test_models_of_0_2_0():
+    """Each kind of model, the ensemble and the run that 0.2.0 (face224) saved give the answers that they gave there.
+
+    The folder was made there, with PYTHONPATH at that commit, by this script (it also wrote expected.npz and packed both):
+
+        torch.manual_seed(0); rng = np.random.default_rng(0)
+        run = Run('run', dict(preset='tiny', pairs=None, start='shipped', seed=0), quiet=True)
+        pictures = [..]                                  # 40, as `pictures` above makes them
+        things = 'cat dog owl fox hen bee cow pig eel ant'.split()
+        prompts = [f'a {c} {o}' for c in ('red', 'blue', 'green', 'white') for o in things]
+        targ = unit(rng.normal(size=(40, 384)))
+        split = ['train']*10 + ['valid']*20 + ['test']*10
+        save_pairs(pd.DataFrame(dict(id=[f'{i:02}' for i in range(40)], image=[f'{i}.png' for i in range(40)],
+                                     prompt=prompts, source='', split=split, group=range(40), weight=1.)), run.folder)
+        np.save(run/'emb/targets.npy', targ); np.save(run/'emb/weights.npy', np.ones(40, np.float32))
+        cfg = dict(embed_dim=8, vision_cfg=dict(image_size=16, layers=1, width=16, head_width=8, patch_size=8),
+                   text_cfg=dict(context_length=16, vocab_size=49408, width=16, heads=2, layers=1))
+        net, words = open_clip.CLIP(**cfg), ['watercolor', 'oil painting', 'pencil']
+        used = open_clip.SimpleTokenizer(context_length=16)(prompts + words).unique()
+        rows = net.token_embedding.weight[used].clone()  # under torch.no_grad(): zeros pack well
+        net.token_embedding.weight.zero_()[used] = rows
+        clip = ClipEncoder(save_clip(net, cfg, Preprocess(16), run/'base_clip'), device='cpu')
+        ClipRegressor(clip, device='cpu').save(run/'clip')
+        VitRegressor('vit_tiny_patch16_224', 'random', img_size=16, device='cpu', embed_dim=16, depth=1, num_heads=2,
+                     patch_size=8).save(run/'vit')
+        knn = KNNRegressor(clip, k=3, centre=True, mix=dict(text=.5, image=.5))
+        knn.add(clip.encode_texts(prompts[:10]), targ[:10], prompts[:10], 'text')
+        knn.add(clip.encode_images(pictures[:10]), targ[:10], prompts[:10], 'image').save(run/'knn')
+        Interrogator(clip, None, dict(subjects=prompts[:10], media=words), reference=clip.encode_images(pictures),
+                     n_fills=1, margins=dict(media=-1.), answer=(3, 10.)).save(run/'interrogator')
+        models = {m: load_predictor(run/m, 'cpu') for m in ('clip', 'vit', 'knn', 'interrogator')}
+        emb = {m: p.predict(pictures) + rng.normal(size=(40, 384))/20 + .5*targ for m, p in models.items()}
+        fit_ensemble({m: e[10:30] for m, e in emb.items()}, targ[10:30]).save(run/'ensemble.json')
+        for s in STAGES:
+            if s.name in ('pairs', 'base_clip', 'weights', 'ensemble'): run.do(replace(s, do=lambda run: {}), 1, 1)
+    """
+    import numpy as np
+    from sdip.run import load_predictor
+    run, expected = old_run()
+    same = lambda a, b: np.abs(a - b).max() < 1e-4
+    for kind in 'clip', 'vit', 'knn', 'interrogator':
+        p = load_predictor(run/kind, 'cpu')
+        assert same(p.predict(pictures()), expected[kind]), kind
+    assert p.words.prompt.tolist() == expected['words'].tolist(), p.words.prompt.tolist()
+    whole = load_predictor(run, 'cpu')
+    assert len(whole.models) == 4 and same(whole.predict(pictures()), expected['run']) and same(whole.run.mean_vector(), expected['mean'])
+
+def saved_anew(run, to):
+    "The models of a run, saved by the code of today into another run folder, with receipts as `sdip_run` leaves them"
+    from dataclasses import replace
+    from sdip.run import STAGES, Run, load_predictor
+    shutil.copytree(run, to)
+    for m in 'clip', 'vit', 'knn', 'interrogator': load_predictor(to/m, 'cpu').save(to/m)
+    for m in 'clip', 'vit': (to/m/'history.csv').write_text('epoch,score\n0,.5\n')
+    (to/'preds').mkdir()
+    for f in (f'{m}.{s}.npz' for m in ('clip', 'vit', 'knn', 'interrogator') for s in ('valid', 'test')): (to/'preds'/f).write_bytes(b'rows')
+    (to/'interrogator/words.test.json').write_text('[]')
+    made = Run(to, quiet=True)
+    made.stages = [s for s in STAGES if s.name in ('pairs', 'base_clip', 'weights', 'clip', 'vit', 'knn', 'interrogator', 'ensemble')]
+    for s in made.stages: made.do(replace(s, do=lambda run: {}), 1, 1)
+    assert all(map(made.is_done, made.stages))
+    return made
+
+def damage(file, how):
+    "Deleted, cut in the middle, or with one bit changed: of a digit in JSON, else two thirds in"
+    data = bytearray(file.read_bytes())
+    if how == 'delete': return file.unlink()
+    if how == 'cut': del data[len(data)//2:]
+    else:
+        at = len(data)*2//3
+        if file.suffix == '.json': at = next((i for i, c in enumerate(data) if i > at//2 and chr(c).isdigit()), at)
+        data[at] ^= 1                                   # another digit, another letter
+    file.write_bytes(data)
+
+def test_damaged_files_are_named_and_mended():
+    "Each file that a run's predictor reads, damaged in three ways: the predictor names it, `sdip_run` does its stage again; history.csv is put back"
+    from sdip.run import RunPredictor
+    run, _ = old_run()
+    made = saved_anew(run, Path('new'))
+    RunPredictor(made.folder, 'cpu')
+    files = sorted(p for p in made.folder.rglob('*') if p.is_file() and p.parent.name not in ('receipts', 'preds'))
+    unseen, unnamed, n = [], [], 0
+    for file in files:
+        if file.name in ('run.json', 'words.test.json', 'history.csv'): continue
+        good = file.read_bytes()
+        for how in 'flip', 'cut', 'delete':
+            damage(file, how)
+            n += 1
+            if all(map(made.is_done, made.stages)): unseen.append((file, how))
+            try: RunPredictor(made.folder, 'cpu')
+            except ValueError as e:
+                if str(file) not in str(e) and file.parent.name not in str(e): unnamed.append((file, how, str(e)))
+            else: unnamed.append((file, how, 'it loads'))
+            file.write_bytes(good)
+    print(f'{n} damages of {len(files)} files')
+    assert n > 60 and not unseen and not unnamed, (unseen, unnamed)
+    log = made/'clip/history.csv'
+    good = log.read_bytes()
+    for how in 'cut', 'delete':
+        damage(log, how)
+        made.do(next(s for s in made.stages if s.name == 'clip'), 1, 1)
+        assert log.read_bytes() == good
+    for text in '{', '[]', '{"args": 3}', '{"files": 3}':
+        for name in 'ensemble.json', 'run.json', 'clip/config.json', 'knn/config.json', 'interrogator/config.json', 'receipts/pairs.json':
+            good = (made/name).read_bytes()
+            (made/name).write_text(text)
+            try: RunPredictor(made.folder, 'cpu')
+            except ValueError as e: assert Path(name).name in str(e), (name, text, e)
+            else: assert False, (name, text)
+            (made/name).write_bytes(good)
+
+RAN = Path('ran').absolute()    # a line for each time that foreign code ran
+EVIL = "import os\nos.system({!r})\nfrom transformers import BertTokenizer\nclass Evil(BertTokenizer): pass\n"
+
+class Evil:
+    def __reduce__(self): return os.system, (f'echo ran >> {RAN}',)
+
+def evil_files():
+    "Files that run a command when a careless loader opens them"
+    import pickle, torch
+    class Module(torch.nn.Module):
+        def forward(self, x): return x
+    Path('evil').mkdir()
+    torch.save(Evil(), 'evil/zip.pt')
+    torch.save(dict(state_dict=dict(a=torch.zeros(1), x=Evil())), 'evil/state.pt')
+    torch.save(Evil(), 'evil/old.pt', _use_new_zipfile_serialization=False)
+    Path('evil/raw.bin').write_bytes(pickle.dumps(Evil()))
+    torch.jit.script(Module()).save('evil/script.pt')
+    return sorted(Path('evil').iterdir())
+
+def changed(folder, to, remove=(), **files):
+    "A copy of a folder with other files: text, a path to copy, or a function that changes what a JSON says"
+    shutil.copytree(folder, to)
+    for name in remove: (to/name).unlink()
+    for name, new in files.items():
+        file = to/name.replace('__', '/').replace('_dot_', '.')
+        if callable(new):
+            said = json.loads(file.read_text())
+            new(said)
+            file.write_text(json.dumps(said))
+        elif isinstance(new, Path): shutil.copy(new, file)
+        else: file.write_text(new)
+    return to
+
+def hostile_loads():
+    "(what, function that loads it, must it be refused as ValueError?) of more than 60 hostile files and folders"
+    import numpy as np
+    from sdip.encoders import ClipEncoder, TargetEncoder, _minilm_folder, encode
+    from sdip.ensemble import load_preds
+    from sdip.finetune_vit import VitRegressor, make_regressor
+    from sdip.interrogator import BlipCaptioner, CocaCaptioner, Interrogator, make_captioner, make_interrogator
+    from sdip.knn import KNNRegressor
+    from sdip.run import Run, load_outside, load_predictor, random_stand_ins
+    from sdip.training import Checkpoint
+    run, _ = old_run()
+    random_stand_ins('stand', roles=('captioner', 'vit'))
+    new, pickles = (Path('made')/f'{i}' for i in range(999)), evil_files()
+    clip, blip, vit = run/'base_clip', Path('stand/captioner'), Path('stand/vit')
+    for f in pickles: # weights that are code
+        yield f'CLIP by name, {f}', lambda: ClipEncoder('ViT-B-32', f), True
+        yield f'CLIP archive, {f}', lambda: ClipEncoder(f), True
+        no_digest = lambda c: c.pop('weights_sha256')
+        at = changed(clip, next(new), ['open_clip_model.safetensors'], open_clip_pytorch_model_dot_bin=f, open_clip_config_dot_json=no_digest)
+        yield f'CLIP folder, {f}', lambda: ClipEncoder(at), True
+        yield f'captioner coca:, {f}', make_captioner(f'coca:{at}'), True
+        yield f'CoCa by name, {f}', lambda: CocaCaptioner('coca_ViT-B-32', f), True
+        at = changed(blip, next(new), ['model.safetensors'], pytorch_model_dot_bin=f)
+        yield f'captioner blip:, {f}', make_captioner(f'blip:{at}'), True
+        at = changed(vit, next(new), ['model.safetensors'], pytorch_model_dot_bin=f)
+        yield f'timm folder, {f}', lambda: VitRegressor('vit_large_patch16_384', at), False
+        yield f'checkpoint, {f}', lambda: Checkpoint(f, ''), False
+        at = changed(run, next(new), vit__model_dot_safetensors=f)
+        yield f'saved weights, {f}', lambda: load_predictor(at), True
+    def asks(kwargs): # a tokenizer with code of its own
+        def change(c): c['model_cfg']['text_cfg'].update(hf_tokenizer_name='x/y', **kwargs)
+        return dict(evil_dot_py=EVIL.format(f'echo ran >> {RAN}'), vocab_dot_txt='[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na', config_dot_json='{"model_type": "clip"}',
+                    tokenizer_config_dot_json='{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}', open_clip_config_dot_json=change)
+    for kwargs in {}, dict(tokenizer_kwargs=dict(trust_remote_code=True)):
+        at = changed(clip, next(new), **asks(kwargs))
+        whole = changed(run, next(new), **{f'base_clip__{k}': v for k, v in asks(kwargs).items()})
+        shutil.rmtree(whole/'receipts')             # a stranger's run has none, or fitting ones
+        for door, load in {'ClipEncoder': lambda at, whole: ClipEncoder(at), 'local-dir:': lambda at, whole: ClipEncoder(f'local-dir:{at}'),
+                           'sdip_finetune --model': lambda at, whole: make_regressor('clip', model=str(at)),
+                           '--clip': lambda at, whole: make_interrogator(clip=str(at)), '--captioner coca:': lambda at, whole: make_captioner(f'coca:{at}')(),
+                           '--ranker': lambda at, whole: load_outside('ranker', at), 'run': lambda at, whole: load_predictor(whole),
+                           'run/knn': lambda at, whole: load_predictor(whole/'knn'), 'run/interrogator': lambda at, whole: make_interrogator(whole/'interrogator')}.items():
+            yield f'tokenizer {kwargs} by {door}', lambda: load(at, whole), True
+    auto = dict(auto_map=dict(AutoModel='evil.Evil', AutoConfig='evil.Evil', AutoTokenizer=['evil.Evil', None]))
+    for file in 'config.json', 'tokenizer_config.json', 'preprocessor_config.json':
+        at = changed(blip, next(new), evil_dot_py=EVIL.format(f'echo ran >> {RAN}'))
+        said = json.loads((at/file).read_text()) if (at/file).exists() else {}
+        (at/file).write_text(json.dumps(said | auto))
+        yield f'BLIP, auto_map in {file}', lambda: BlipCaptioner(at), True
+    at = changed(blip, next(new), adapter_config_dot_json='{"base_model_name_or_path": "evil"}')
+    yield 'BLIP, adapter', lambda: BlipCaptioner(at), True
+    for key, value in dict(checkpoint_path=str(pickles[0]), pretrained_cfg=dict(file=str(pickles[0])), pretrained_cfg_overlay=dict(file=str(pickles[0]))).items():
+        at = changed(vit, next(new), config_dot_json=lambda c: c['model_args'].update({key: value}))
+        yield f'timm folder, {key}', lambda: VitRegressor('vit_large_patch16_384', at), False
+        yield f'--vit, {key}', lambda: load_outside('vit', at), True
+        at = changed(run/'vit', next(new), config_dot_json=lambda c: c['tower']['kw'].update({key: value}))
+        yield f'saved timm regressor, {key}', lambda: load_predictor(at), True
+    for key in 'timm_model_name', 'hf_model_name':
+        at = changed(run/'clip', next(new), config_dot_json=lambda c: c['tower']['vision_cfg'].update({key: 'hf-hub:evil/evil'}))
+        yield f'saved CLIP regressor, {key}', lambda: load_predictor(at), True
+    objects = np.empty(2, object)
+    objects[:] = Evil(), Evil()
+    np.save('evil/o.npy', objects, allow_pickle=True)
+    np.savez('evil/o.npz', ids=objects, emb=objects, model=objects)
+    yield 'predictions', lambda: load_preds('evil/o.npz'), True
+    for m, load in ('knn', KNNRegressor.load), ('interrogator', Interrogator.load):
+        for file in sorted((run/m).glob('*.npy')):
+            at = changed(run, next(new), **{f'{m}__{file.stem}_dot_npy': Path('evil/o.npy')})
+            yield f'{m}, {file.name}', lambda: load(at/m), True
+    at = changed(run, next(new), emb__targets_dot_npy=Path('evil/o.npy'))
+    yield 'targets', lambda: Run(at).pairs(), False
+    def two(items): return np.zeros((2, 3))
+    encode(['a', 'b'], two, 'cache', key='k')
+    shutil.copy('evil/o.npy', 'cache/emb.npy')
+    yield 'cache', lambda: encode(['a', 'b'], two, 'cache', key='k'), False
+    at = changed(_minilm_folder(), next(new), modules_dot_json='[{"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}]', evil_dot_py=EVIL.format(f'echo ran >> {RAN}'))
+    yield 'MiniLM, its modules', lambda: TargetEncoder(at), False
+
+def test_nothing_foreign_is_run():
+    "Hostile files and folders to every loader: nothing of them runs; what is refused says so in one line without telling how to run it"
+    import warnings
+    warnings.simplefilter('ignore')
+    n, faults = 0, []
+    for what, load, refused in hostile_loads():
+        n += 1
+        try:
+            load()
+            said = 'it loads'
+        except ValueError as e: said = '' if '\n' not in str(e) and 'weights_only' not in str(e) and 'trust_remote_code=True' not in str(e) else str(e)
+        except Exception as e: said = f'{type(e).__name__}: {e}'
+        if RAN.exists(): faults.append((what, 'IT RAN'))
+        if refused and said: faults.append((what, said[:200]))
+        RAN.unlink(missing_ok=True)
+    print(f'{n} hostile loads')
+    assert n >= 60 and not faults, '\n'.join(map(str, faults))
+
+# One run at a time in a folder
+
+TAKERS = '''
+import os, random, sys, time
+from sdip.lock import folder_lock
+won, r = 0, random.Random(os.getpid())
+for i in range(100):
+    time.sleep(r.random()*.01)
+    try:
+        with folder_lock('busy', 'taker'):
+            fd = os.open('busy/inside', os.O_CREAT | os.O_EXCL)     # fails where two are inside
+            os.close(fd); time.sleep(.0005); os.unlink('busy/inside')
+            won += 1
+            if r.random() < .02: os._exit(0)                        # dies with the lock
+    except ValueError as e: assert 'taker, process' in str(e), e
+sys.exit(won == 0)
+'''
+
+def test_one_run_at_a_time():
+    "Six processes that take a folder and die in it are never two inside; a second sdip_run says who runs; after a kill the next goes on"
+    takers = [subprocess.Popen([sys.executable, '-c', TAKERS]) for _ in range(6)]
+    status = [t.wait() for t in takers]
+    assert not any(status), status
+    out = Path('log.txt')
+    with out.open('w') as f: first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    wait_for(lambda: '...' in out.read_text())
+    said = sh(*RUN, status=1)
+    assert f'sdip_run, process {first.pid} on {socket.gethostname()} since' in said and 'Traceback' not in said, said
+    Path('run/clip').mkdir(exist_ok=True)
+    Path('run/clip/.tmp-0123456789ab-half.pt').touch()
+    Path('run/.tmp-precious').touch()
+    first.kill()
+    first.wait()
+    with out.open('w') as f: again = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    wait_for(lambda: '...' in out.read_text())
+    assert not Path('run/clip/.tmp-0123456789ab-half.pt').exists() and Path('run/.tmp-precious').exists()
+    again.kill()
+    again.wait()

@@ -1193,8 +1193,10 @@ def _checked_kind(file): # config.json of a saved model -> its kind; what it say
     remedy = 'train it again, or let sdip_run make it anew'
     kind = read_fields(file, remedy, kind=str)['kind']
     if kind not in ('clip_regressor', 'vit_regressor'): return kind
-    said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str, head=str|None, history=list,
+    said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str, head=str|None, history=list|None,
                        probe_scores=dict|None)
+    weights = file.parent/'model.safetensors'
+    if not weights.is_file(): raise ValueError(f'{weights} is missing: {remedy}')
     if kind == 'clip_regressor': check_model_cfg(said['tower'], file)
     else: check_timm_args(said['tower'].get('kw'), file)
     return kind
