@@ -868,7 +868,7 @@ def _claim(out, plan):
     "Make the folder's manifest, or check that it says the same; the manifest"
     file = out/'manifest.json'  # write_json makes the folder
     if not file.exists(): write_json(plan, file)
-    old = read_json(file)
+    old = read_fields(file, f'delete {out} and encode again')
     other = [f"{k} = {old.get(k)!r}, now it is {new!r}" for k, new in plan.items() if old.get(k) != new]
     if other: raise ValueError(f"{out} was made with {'; with '.join(other)}: choose another folder, or delete this one")
     return old
@@ -917,9 +917,10 @@ def _crc_all(a):
 
 def _good(joined, old, spans, rows):
     "Numbers of the shards whose rows in the joined file are as they were written; whether all rows are"
-    if joined is None or 'crcs' not in old: return set(), False
+    crcs = old.get('crcs')
+    if joined is None or not isinstance(crcs, list) or len(crcs) != len(spans): return set(), False
     if _crc_all(joined) == old.get('crc'): return set(range(len(spans))), True
-    return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == old['crcs'][k]}, False
+    return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == crcs[k]}, False
 
 def _join(out, plan, spans, rows, joined):
     "Write emb.npy from shards, and from the rows of the old one that are still good"
@@ -947,8 +948,10 @@ def _save_report(out, k, lo, encoder):
 
 def _load_report(out, encoder, rows):
     "Hand all reports back to the encoder, one line for each row of the whole"
+    if not hasattr(_owner(encoder), 'report'): return
     lines = [r for p in sorted(out.glob('report-*.json')) for r in read_json(p)]
-    if hasattr(_owner(encoder), 'report'): _owner(encoder).report = [dict(r, row=int(i)) for r in lines for i in rows(r['row'], r['row'] + 1)]
+    with right_shape(f'{out}/report-*.json'):
+        _owner(encoder).report = [dict(r, row=int(i)) for r in lines for i in rows(r['row'], r['row'] + 1)]
 
 # %% ../nbs/00b_encoders.ipynb #encode-amp
 def _amp(encoder, amp):
