@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import fastai.callback.hook                                             # gives a learner its summary()
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastcore.basics import patch
 
@@ -261,6 +263,28 @@ class RegressorLearner(Learner):
         self.prep, self.tables = prep, (train, valid)
         return self
 
+    def add_cb(self, cb):
+        "fastai's, but for callbacks that mix targets"
+        if isinstance(cb, MixHandler):
+            raise ValueError(f"{type(cb).__name__} mixes a batch's targets, which here have weights beside them: "
+                             "Recipe(augment=('shift', 'light', 'flip')) changes pictures only")
+        return super().add_cb(cb)
+
+    def get_preds(self, ds_idx=1, dl=None, *args, **kw):
+        "fastai's, of every row in the table's order; `ValueError` where a picture cannot be read"
+        if any(dl is one for one in self.dls.loaders): dl = dl.new(shuffle=False)
+        broken = [len(one.dataset.report) for one in self.dls.loaders]
+        found = super().get_preds(ds_idx, dl, *args, **kw)
+        if broken != [len(one.dataset.report) for one in self.dls.loaders]:
+            raise ValueError('pictures could not be read, and fastai knows no empty row: '
+                             'ask regressor.predict(paths), which answers NaN for them')
+        return found
+
+    def export(self, *args, **kw):
+        "Refused: a pickle runs code when it is loaded"
+        raise ValueError('export would pickle the pictures and callbacks: call regressor.keep(learn) and regressor.save(folder), '
+                         'which write config.json and model.safetensors, and load them with sdip.run.load_predictor(folder)')
+
     def show_batch(self, max_n:int=6):
         "Pictures and prompts of a training batch"
         ds, rows = self.dls.train.dataset, next(iter(self.dls.train.batch_sampler))[:max_n]
@@ -318,10 +342,12 @@ def learner(self:Regressor,
     if recipe.keep == 'best':
         start = max(self.probe_scores.values()) if recipe.probe else score_of(self.net, dls.valid, self.prep)
         best = [KeepBest(start, recipe.patience)]
+    own = None if checkpoint else tempfile.TemporaryDirectory(prefix='sdip-')   # for what fastai's callbacks write
     cbs = [*best, *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
     learn = make_learner(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema, recipe.clip, timetable,
                          checkpoint, self._key(pairs, targets) if checkpoint else None, recipe.minutes, recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
-                         quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else tempfile.gettempdir(), cls=RegressorLearner)
+                         quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else own.name, cls=RegressorLearner)
+    learn.own_folder = own                                              # goes when the learner goes
     return learn.told(self.prep, rows, watched)
 
 # %% ../nbs/02_finetune_clip.ipynb #regressor-key

@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'PRECISIONS', 'SCHEDULES', 'CLIP_CONFIG', 'CLIP_PREPROCESS', 'CLIP_RECIPE', 'VIT_RECIPE', 'WATCHED',
            'CLIP_TOWERS', 'VIT', 'PairRows', 'GroupSampler', 'world_of_processes', 'share_among', 'start_alike',
            'one_process_only', 'DDP', 'make_loaders', 'cosine_loss', 'cosine', 'OnDevice', 'TellEpoch', 'History',
-           'CsvLog', 'EMA', 'score_of', 'KeepBest', 'Augment', 'augmented', 'Thaw', 'digest', 'Checkpoint',
+           'CsvLog', 'EMA', 'score_of', 'KeepBest', 'LastWord', 'Augment', 'augmented', 'Thaw', 'digest', 'Checkpoint',
            'param_groups', 'half_type', 'half_precision', 'amp_callbacks', 'schedule', 'make_learner', 'run_learner',
            'fit', 'say_what_to_lower', 'predict_images', 'save_weights', 'check_fits', 'load_weights', 'ClipRecipe',
            'contrastive_loss', 'contrastive_accuracy', 'train_clip', 'DrawnRows', 'FreshSampler', 'PretrainRecipe',
@@ -14,7 +14,7 @@ __all__ = ['AUGMENTATIONS', 'PRECISIONS', 'SCHEDULES', 'CLIP_CONFIG', 'CLIP_PREP
            'scene_answers', 'answers_loss', 'subject_accuracy', 'pretrain_vit']
 
 # %% ../nbs/00c_training.ipynb #imports
-import copy, hashlib, math, pickle, random, shutil, time
+import copy, hashlib, math, pickle, random, shutil, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastai.callback.core import CancelFitException, Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.progress import CSVLogger
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedNo, combine_scheds, combined_cos
 from fastai.callback.training import GradientAccumulation, GradientClip, bn_types
 from fastai.data.core import DataLoaders
@@ -192,7 +192,8 @@ class _Loader(DataLoader):
     "A torch `DataLoader` that can be told its device, and says how many arrays of a batch are inputs, as fastai expects"
     device, n_inp = None, 1
     def to(self, device): self.device = device; return self
-    def new(self, **kw): return self                                  # fastai asks for an unshuffled one: validation's is
+    def new(self, shuffle=None, **kw): # fastai asks for an unshuffled one where it predicts
+        return self if shuffle is None or shuffle else _in_order(self)
     def one_batch(self): return next(iter(self))
     def __iter__(self):
         for batch, reported in super().__iter__():
@@ -206,6 +207,17 @@ def _loader(ds, sampler, device, n_inp=1, workers=0):
                   pin_memory=device.type == 'cuda', persistent_workers=w > 0)
     dl.n_inp = n_inp
     return dl
+
+def _in_order(loader):
+    "Every row of its dataset once, as they stand"
+    ok = getattr(loader.dataset, 'ok', np.ones(len(loader.dataset), bool))
+    if not ok.all():
+        raise ValueError(f'{(~ok).sum()} of {len(ok)} pictures cannot be read, and fastai knows no empty row: '
+                         'ask regressor.predict(paths), which answers NaN for them')
+    sampler = loader.batch_sampler
+    bs = sampler.bs if hasattr(sampler, 'bs') else len(sampler[0])
+    batches = [rows.tolist() for rows in np.array_split(np.arange(len(ok)), math.ceil(len(ok) / bs))]
+    return _loader(loader.dataset, batches, loader.device, loader.n_inp, loader.num_workers)
 
 # %% ../nbs/00c_training.ipynb #make-loaders-both
 def make_loaders(
@@ -255,15 +267,18 @@ class TellEpoch(Callback):
 # %% ../nbs/00c_training.ipynb #history
 class History(Callback):
     "A progress bar while it runs, and one row an epoch to keep: `rows` of dict(epoch, train_loss, valid_loss, metric) and what else is measured"
-    order = 55
+    order, _only_train_loop = 55, True                                 # the latter for `Learner.summary`
     def __init__(self, desc='', quiet=False): self.desc, self.quiet, self.rows = desc, quiet, []
     def before_fit(self):
-        self.rows = []
+        self.begun = False
         self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.desc, leave=False,
                         disable=True if self.quiet else None)          # None: only where a person can see it
+    def before_train(self):                                            # not where one only validates or predicts
+        if not self.begun: self.rows, self.begun = [], True
     def after_batch(self):
         if self.training: self.bar.update(1)
     def after_epoch(self):
+        if not self.begun: return
         names = ['train_loss', 'valid_loss', 'metric', *self.recorder.metric_names[4:-1]]
         values = [float(v) for v in self.recorder.log[1:-1]]        # between the epoch's number and its time
         if len(values) < len(names): return                         # an epoch that a resumed run skips
@@ -274,7 +289,7 @@ class History(Callback):
 # %% ../nbs/00c_training.ipynb #log
 class CsvLog(CSVLogger):
     "fastai's `CSVLogger`, whose file goes on where a killed run's ended"
-    order = 71                                                         # after `Checkpoint` has said what is done
+    order, _only_train_loop = 71, True                                 # after `Checkpoint` has said what is done
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
@@ -326,7 +341,7 @@ def score_of(
 # %% ../nbs/00c_training.ipynb #best
 class KeepBest(Callback):
     "Finish with the averaged weights of the epoch that validation liked best, or with those at the start where no epoch was better"
-    order = 58
+    order, _only_train_loop = 58, True
     def __init__(self,
         start=None,    # score of the weights at the start; None: any epoch is better
         patience=None, # epochs without a new best after which the run ends
@@ -342,6 +357,22 @@ class KeepBest(Callback):
         if self.patience and self.epoch - best['epoch'] >= self.patience: raise CancelFitException
     def after_fit(self):
         if self.state: self.model.load_state_dict(self.state)
+
+# %% ../nbs/00c_training.ipynb #last-word
+class LastWord(Callback):
+    "What `EMA` and `KeepBest` have chosen is what a training ends with, whatever another callback loads"
+    order, _only_train_loop = 99, True
+    def before_fit(self): self.trained = False
+    def before_train(self): self.trained = True
+    def after_fit(self):
+        if not self.trained or hasattr(self.learn, 'lr_finder'): return
+        best = getattr(self.learn, 'keep_best', None)
+        kept = best and best.state or self.ema.avg.module.state_dict()
+        now = self.model.state_dict()
+        if all(torch.equal(kept[k].cpu(), v.cpu()) for k, v in now.items()): return
+        warnings.warn("another callback, such as fastai's SaveModelCallback, has loaded weights at the end: "
+                      'the averaged ones that this training chose are put back; keep= says which')
+        self.model.load_state_dict(kept)
 
 # %% ../nbs/00c_training.ipynb #augment
 AUGMENTATIONS = ('shift', 'light', 'flip')
@@ -428,7 +459,7 @@ def _read_state(file):
 
 class Checkpoint(Callback):
     "Save after each epoch and every few minutes; a learner that is fitted with a found checkpoint goes on where it ended"
-    order = 70
+    order, _only_train_loop = 70, True
     def __init__(self, file, key, minutes=None): # minutes: between two saves; None: at the ends of epochs only
         self.file, self.key, self.minutes, self.state = Path(file), key, minutes, None
         for half in self.file.parent.glob(f'.tmp-*-{self.file.name}'): half.unlink(missing_ok=True)     # what a killed run was writing
@@ -489,7 +520,7 @@ def before_fit(self:Checkpoint):
     self.learn.ema.avg.module.load_state_dict(s['ema']); self.learn.ema.steps = s['steps']
     if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
     if s['best']: self.learn.keep_best.state = s['best']
-    self.learn.history.rows = list(s['rows'])
+    self.learn.history.rows, self.learn.history.begun = list(s['rows']), True
     smooth = self.recorder.smooth_loss
     smooth.count, smooth.val = s['smooth'][0], torch.tensor(s['smooth'][1])
     _set_random_state(s['rng'])
@@ -575,7 +606,7 @@ def make_learner(
     "fastai's learner with AdamW and the callbacks above; `peaks` holds the groups' peaks"
     ps, lrs, wds = param_groups(groups, lr, layer_decay, wd)
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
-    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), GradientClip(clip), *amp_callbacks(dls.device, precision), *cbs]
+    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), LastWord(), GradientClip(clip), *amp_callbacks(dls.device, precision), *cbs]
     if parts > 1: cbs.append(GradientAccumulation(dls.train.batch_sampler.bs // world))
     if world > 1: cbs.append(DDP(parts))
     if timetable: cbs.append(Thaw(groups, timetable))
@@ -591,6 +622,9 @@ def make_learner(
 # %% ../nbs/00c_training.ipynb #fit
 def run_learner(learn, epochs:int, name:str='1cycle', pct_start:float=0.25):
     "Train quietly by a schedule, from the checkpoint on where there is one"
+    if any(isinstance(cb, ShowGraphCallback) for cb in learn.cbs):
+        raise ValueError("ShowGraphCallback draws into fastai's progress bar, which a run by the recipe does without: call "
+                         'learn.fit_one_cycle(epochs, learn.peaks) yourself, or plot the history afterwards')
     parts, n = getattr(learn.dls.train.batch_sampler, 'parts', 1), epochs*len(learn.dls.train)
     lr = schedule(name, learn.peaks, pct_start)
     if parts > 1: by_step, lr = lr, lambda pct: by_step(round(pct*n)//parts*parts/n)      # all parts of a step know the same lr
@@ -840,7 +874,7 @@ WATCHED = 512   # pictures to watch
 # %% ../nbs/00c_training.ipynb #say
 class Say(Callback):
     "One line an epoch"
-    order = 56
+    order, _only_train_loop = 56, True
     def before_fit(self): self.start = time.perf_counter()
     def after_epoch(self):
         if not self.history.rows or self.history.rows[-1]['epoch'] != self.epoch: return
