@@ -81,7 +81,7 @@ def bootstrap_interval(
     n:int=1000, # how many times to draw again
     level:float=.95, # how much of the means the interval holds
     seed:int=0, # of the draws
-    groups=None, # (n,) what belongs together, such as the prompt of each picture: drawn whole; None: every number alone
+    groups=None, # (n,) what is drawn as a whole, such as the prompt of each picture; None: every number alone
 ) -> tuple: # (low, high)
     "Percentile bootstrap interval of the mean of `values`"
     values = np.asarray(values, dtype=np.float64)

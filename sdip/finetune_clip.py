@@ -24,9 +24,9 @@ from fastcore.basics import patch
 from . import __version__
 from .data import EMB_DIM, check_emb, image_paths, mean_cosine, read_json, row_cosine, unit
 from .encoders import ClipEncoder, Preprocess, pick_device
-from .training import (Augment, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest, load_weights, make_learner,
-                           make_loaders, predict_images, run_learner, save_weights, say_what_to_lower, score_of, share_among,
-                           start_alike, world_of_processes)
+from .training import (Augment, Checkpoint, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest, load_weights,
+                           make_learner, make_loaders, predict_images, run_learner, save_weights, say_what_to_lower,
+                           score_of, share_among, start_alike, world_of_processes)
 
 # %% ../nbs/02_finetune_clip.ipynb #layer-groups
 def _timm_groups(net):
@@ -267,7 +267,7 @@ class RegressorLearner(Learner):
         "fastai's, but for callbacks that mix targets"
         if isinstance(cb, MixHandler):
             raise ValueError(f"{type(cb).__name__} mixes a batch's targets, which here have weights beside them: "
-                             "Recipe(augment=('shift', 'light', 'flip')) changes pictures only")
+                             "take Recipe(augment=('shift', 'light', 'flip')), which changes pictures only")
         return super().add_cb(cb)
 
     def get_preds(self, ds_idx=1, dl=None, *args, **kw):
@@ -282,8 +282,8 @@ class RegressorLearner(Learner):
 
     def export(self, *args, **kw):
         "Refused: a pickle runs code when it is loaded"
-        raise ValueError('export would pickle the pictures and callbacks: call regressor.keep(learn) and regressor.save(folder), '
-                         'which write config.json and model.safetensors, and load them with sdip.run.load_predictor(folder)')
+        raise ValueError('export would pickle the pictures and callbacks: call regressor.keep(learn) and '
+                         'regressor.save(folder), and read it with sdip.run.load_predictor(folder)')
 
     def show_batch(self, max_n:int=6):
         "Pictures and prompts of a training batch"
@@ -332,8 +332,9 @@ def learner(self:Regressor,
     (train, rows), (valid, watched) = (_rows(pairs, targets, root, self.prep, s) for s in ('train', 'valid'))
     if recipe.keep not in ('best', 'last'): raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
     start_alike(self.net)                                               # a new head is random
-    self._start_head(train, valid, recipe)
     self.recipe, self.net = recipe, self.net.requires_grad_(True)
+    if checkpoint: begun = Checkpoint(checkpoint, self._key(pairs, targets), recipe.minutes)    # refused before any work
+    self._start_head(train, valid, recipe)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
     dls = make_loaders(train, valid, rows.group.to_numpy(), recipe.bs, recipe.seed, device=self.device, parts=recipe.accumulate)
     groups = layer_groups(self.net.body) + [[self.net.head]]
@@ -343,9 +344,11 @@ def learner(self:Regressor,
         start = max(self.probe_scores.values()) if recipe.probe else score_of(self.net, dls.valid, self.prep)
         best = [KeepBest(start, recipe.patience)]
     own = None if checkpoint else tempfile.TemporaryDirectory(prefix='sdip-')   # for what fastai's callbacks write
-    cbs = [*best, *([Augment(recipe.augment, recipe.seed)] if recipe.augment else []), *([CsvLog()] if checkpoint and not rank else []), *cbs]
+    augment = [Augment(recipe.augment, recipe.seed)] if recipe.augment else []
+    log = [CsvLog()] if checkpoint and not rank else []
+    cbs = [*best, *augment, *log, *cbs]
     learn = make_learner(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema, recipe.clip, timetable,
-                         checkpoint, self._key(pairs, targets) if checkpoint else None, recipe.minutes, recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
+                         begun if checkpoint else None, precision=recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
                          quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else own.name, cls=RegressorLearner)
     learn.own_folder = own                                              # goes when the learner goes
     return learn.told(self.prep, rows, watched)
@@ -356,10 +359,11 @@ def _key(self:Regressor, pairs, targets):
     "What a checkpoint of this training depends on, in words that can be told apart"
     recipe = {k: v for k, v in asdict(self.recipe).items() if k != 'minutes'}
     start = self.net if self.recipe.probe is None else self.net.body           # any other head is set anew
-    sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts(sort=False).sort_index().items())
-    rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets, weights=pairs.weight.astype(np.float32))
-    return recipe | dict(tower=repr(self.tower), head=self.net.kind, start=digest(start), preprocessing=self.prep.to_dict(),
-                         split=f'{sizes}: {digest(pairs.split)}') | {k: digest(v) for k, v in rows.items()}
+    sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts().sort_index().items())
+    rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets,
+                weights=pairs.weight.astype(np.float32))
+    made = dict(tower=repr(self.tower), head=self.net.kind, start=digest(start), preprocessing=self.prep.to_dict())
+    return recipe | made | dict(split=f'{sizes}: {digest(pairs.split)}') | {k: digest(v) for k, v in rows.items()}
 
 # %% ../nbs/02_finetune_clip.ipynb #regressor-fit
 @patch

@@ -446,7 +446,8 @@ def _check_key(file, old, new):
     older = isinstance(new, dict) and (not isinstance(old, dict) or new.keys() - old.keys())
     way = ('finish that run with the version of sdip that wrote it' if older else
            'start from the same weights with the same data and settings')
-    raise ValueError(f'{file} belongs to another run ({_differences(old, new)}): {way}, or delete the file to start anew')
+    raise ValueError(f'{file} belongs to another run ({_differences(old, new)}): {way}, '
+                     'or delete the file to start anew')
 
 def _read_state(file):
     "A checkpoint, as plain data"
@@ -454,7 +455,8 @@ def _read_state(file):
         state = torch.load(file, map_location='cpu', weights_only=True)
         state['key'], state['epoch'], state['model']
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as e:
-        raise ValueError(f'{file} is no checkpoint of sdip, or damaged ({type(e).__name__}): delete it to start anew') from e
+        raise ValueError(f'{file} is no checkpoint of sdip, or damaged ({type(e).__name__}): '
+                         'delete it to start anew') from e
     return state
 
 class Checkpoint(Callback):
@@ -536,6 +538,10 @@ def before_train(self:Checkpoint):
 def before_batch(self:Checkpoint):
     if self.training and self.rng is not None: _set_random_state(self.rng); self.rng = None
 
+@patch
+def after_fit(self:Checkpoint):
+    if hasattr(self, 'batch'): self.state = None                        # a later look at the score shall not go back to it
+
 # %% ../nbs/00c_training.ipynb #param-groups
 def param_groups(
     groups,                  # list of lists of modules and parameters, input side first
@@ -596,7 +602,7 @@ def make_learner(
     ema:float=0.995,       # memory of the weights' average
     clip:float=1.,         # longest gradient
     timetable=None,        # for `Thaw`; None: everything trains from the start
-    checkpoint=None,       # file for `Checkpoint`; None: a killed run starts anew
+    checkpoint=None,       # a `Checkpoint`, or the file for one; None: a killed run starts anew
     key='',                # what the run depends on: another key, another run
     minutes=None,          # between two checkpoints; None: after each epoch only
     precision:str='auto',  # on CUDA, see `half_type`
@@ -606,11 +612,12 @@ def make_learner(
     "fastai's learner with AdamW and the callbacks above; `peaks` holds the groups' peaks"
     ps, lrs, wds = param_groups(groups, lr, layer_decay, wd)
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
-    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), LastWord(), GradientClip(clip), *amp_callbacks(dls.device, precision), *cbs]
+    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), LastWord(), GradientClip(clip),
+           *amp_callbacks(dls.device, precision), *cbs]
     if parts > 1: cbs.append(GradientAccumulation(dls.train.batch_sampler.bs // world))
     if world > 1: cbs.append(DDP(parts))
     if timetable: cbs.append(Thaw(groups, timetable))
-    if checkpoint: cbs.append(Checkpoint(checkpoint, key, minutes))
+    if checkpoint: cbs.append(checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint, key, minutes))
     metrics = [metric] + ([ValueMetric(lambda: learn.ema.raw_score, 'raw')] if watch_raw else [])
     learn = cls(dls, model.to(dls.device), loss_func, opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)),
                 splitter=lambda m: ps, metrics=metrics, cbs=cbs, train_bn=False, path=path)
@@ -623,8 +630,8 @@ def make_learner(
 def run_learner(learn, epochs:int, name:str='1cycle', pct_start:float=0.25):
     "Train quietly by a schedule, from the checkpoint on where there is one"
     if any(isinstance(cb, ShowGraphCallback) for cb in learn.cbs):
-        raise ValueError("ShowGraphCallback draws into fastai's progress bar, which a run by the recipe does without: call "
-                         'learn.fit_one_cycle(epochs, learn.peaks) yourself, or plot the history afterwards')
+        raise ValueError("ShowGraphCallback draws into fastai's progress bar, which a run by the recipe does without: "
+                         'call learn.fit_one_cycle(epochs, learn.peaks) yourself, or plot the history afterwards')
     parts, n = getattr(learn.dls.train.batch_sampler, 'parts', 1), epochs*len(learn.dls.train)
     lr = schedule(name, learn.peaks, pct_start)
     if parts > 1: by_step, lr = lr, lambda pct: by_step(round(pct*n)//parts*parts/n)      # all parts of a step know the same lr
@@ -762,7 +769,8 @@ def train_clip(
     valid = PairRows(valid_images, prep, tokenize(list(valid_prompts)), np.arange(len(valid_images)))
     groups = np.unique(np.asarray(prompts), return_inverse=True)[1] if groups is None else groups
     dls = make_loaders(train, valid, groups, recipe.bs, recipe.seed, n_inp=2, device=device)
-    rows = dict(pictures=images, prompts=prompts, groups=groups) | {'valid pictures': valid_images, 'valid prompts': valid_prompts}
+    rows = dict(pictures=images, prompts=prompts, groups=groups)
+    rows |= {'valid pictures': valid_images, 'valid prompts': valid_prompts}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = CLIP(**copy.deepcopy(config))
@@ -1047,11 +1055,12 @@ def pretrain_vit(
     train = DrawnRows(scenes, prep, answers, seed=recipe.seed, shift=recipe.shift)
     valid = DrawnRows(watched_scenes, prep, scene_answers(watched_scenes), seed=recipe.seed + 1)
     folder.mkdir(parents=True, exist_ok=True)
+    key = dict(config=tower, size=size, prompts=digest(prompts + watched))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         net = timm.create_model(tower['name'], img_size=size, num_classes=answers.shape[1], **tower['kw'])
         learn = _pretrain(net, train, valid, prep, lambda p, a, numbers: answers_loss(p, a), lambda p, a, numbers: subject_accuracy(p, a), recipe, 1,
-                          folder, dict(config=tower, size=size, prompts=digest(prompts + watched)), device, quiet, 'ViT')
+                          folder, key, device, quiet, 'ViT')
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows), folder/'history.json')
     net = learn.model.cpu().eval(); net.reset_classifier(0)
     save_weights(net.half(), dict(kind='backbone', tower=tower, preprocess=prep.to_dict(), made=_made(recipe, learn.history.rows)), folder)
