@@ -20,11 +20,13 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .data import EMB_DIM, ImageError, atomic_path, hash_items, read_image, read_json, row_cosine, unit, write_json
+from .data import (EMB_DIM, OPEN_CHOICE, ImageError, atomic_path, hash_items, plain_prompt, read_image, read_json, row_cosine, unit,
+                       write_json)
 from .encoders import ClipEncoder, TargetEncoder, encode, image_batches
 from .knn import clip_reference, load_clip_reference
 from .page import Html, html_table
 from .playground import MEDIA, SETTINGS, grammar_phrases
+from .tables import read_texts
 
 # %% ../nbs/05_interrogator.ipynb #fill-templates
 APPENDED = ('{fill}, {phrase}', '{phrase}, {fill}')       # for phrases that follow a caption
@@ -343,13 +345,15 @@ def clean_phrases(
     names=(),       # people: a phrase that is one, or holds one of two words or more, goes; None: leave all names where they are
     unsafe=UNSAFE,  # words that a phrase must not hold; () to let all pass
     sites=SITES,    # pattern that a phrase must not hold; None to let all pass
+    syntax:bool=True, # take weights and network tags off, and drop open choices (the rule of `clean_prompts`)
 ) -> tuple:         # list of str, trimmed, cut before names, in their order; Counter of what was dropped
     "Phrases without artists' names, sites, unsafe words and repeats."
     cut, names, out, dropped = names is not None, {n.casefold() for n in names or ()}, {}, Counter()
     for raw in phrases:
-        p = ' '.join(str(raw).split())
+        p = ' '.join((plain_prompt(str(raw)) if syntax else str(raw)).split())
         p = (_BY.sub('', p) if cut else p).strip(' .,;:-')
-        if not p: dropped['artist' if str(raw).strip() else 'blank'] += 1
+        if syntax and OPEN_CHOICE.search(p): dropped['syntax'] += 1
+        elif not p: dropped['artist' if str(raw).strip() else 'blank'] += 1
         elif names and _has_name(p, names): dropped['artist'] += 1
         elif sites and sites.search(p): dropped['site'] += 1
         elif unsafe and not unsafe.isdisjoint(re.findall(r'\w+', p.casefold())): dropped['unsafe'] += 1
@@ -379,6 +383,8 @@ class Phrases(dict):
     def __init__(self, lists, dropped=None): super().__init__(lists); self.dropped = Counter(dropped or {})
 
 # %% ../nbs/05_interrogator.ipynb #mine-phrases-2
+_CHOICE = '\ue010'      # stands where a prompt had {red|blue}
+
 def mine_phrases(
     prompts,            # list of str
     top:int=2000,       # phrases a list, the most frequent ones
@@ -388,12 +394,13 @@ def mine_phrases(
     min_count:int=1,    # how often a piece must be there
 ) -> Phrases:           # subjects, media, styles, modifiers, each most frequent first
     "Split prompts at commas, count the pieces, sort them by simple rules."
-    prompts = [str(p) for p in prompts]
+    prompts = [plain_prompt(OPEN_CHOICE.sub(_CHOICE, str(p))) for p in prompts]
     names, dropped = named_people(prompts) | {n.casefold() for n in names}, Counter()
     spelled, first, later = {}, Counter(), Counter()
     for prompt in prompts:
         pieces = [' '.join(s.split()) for s in prompt.split(',') if s.strip()]
         for i, piece in enumerate(pieces):
+            if _CHOICE in piece: dropped['syntax'] += 1; continue
             if len(piece.split()) > max_words: dropped['long'] += 1; continue
             kept, lost = clean_phrases([piece], names, unsafe)
             dropped += lost
@@ -410,17 +417,16 @@ def mine_phrases(
 
 # %% ../nbs/05_interrogator.ipynb #read-phrases
 def read_phrases(
-    files,            # files of one phrase a line; each becomes a list under its name without ending
+    files,            # files of one phrase a line, or tables with a column of phrases; each becomes a list under its name without ending
     names=(),         # people to keep out, or a file of them, one a line
     clean:bool=True,  # drop names, sites, unsafe words; blank lines and repeats go in any case
 ) -> Phrases:         # file's name -> phrases
     "Phrases from text files."
-    lines = lambda f: Path(f).read_text(encoding='utf-8-sig').splitlines()
-    names = [n.strip() for n in (lines(names) if isinstance(names, (str, Path)) else names) if n.strip()]
+    names = [n.strip() for n in (read_texts(names, kind='phrase') if isinstance(names, (str, Path)) else names) if n.strip()]
     out, dropped = {}, Counter()
     for f in map(Path, [files] if isinstance(files, (str, Path)) else files):
-        raw = lines(f)
-        kept, lost = clean_phrases(raw, names) if clean else clean_phrases(raw, None, (), None)
+        raw = read_texts(f, kind='phrase')
+        kept, lost = clean_phrases(raw, names) if clean else clean_phrases(raw, None, (), None, syntax=False)
         if not kept: raise ValueError(f"{f} holds no phrase ({len(raw)} lines, dropped: {dict(lost)}): put one on each line, or leave the file out")
         if f.stem in out: raise ValueError(f"two files are named {f.stem!r}: rename one, each list goes by its file's name")
         out[f.stem], dropped = kept, dropped + lost
