@@ -54,7 +54,7 @@ def test_dedup():
     sh('sdip_dedup', 'prompts.csv', '--out', 'kept.csv', '--dropped', 'gone.csv')
     assert Path('kept.csv').read_text() == 'prompt,likes\na red cat on a beach,3\na blue robot in a forest,1\n'
     assert len(Path('gone.csv').read_text().splitlines()) == 3
-    assert 'x.txt is neither .csv nor .parquet' in sh('sdip_dedup', 'prompts.csv', '--out', 'x.txt', status=1)
+    assert 'x.xls is no table' in sh('sdip_dedup', 'prompts.csv', '--out', 'x.xls', status=1)
 
 RUN = 'sdip_run', '--preset', 'tiny', '--out', 'run'
 
@@ -104,6 +104,187 @@ def test_predict():
     for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds no run.json'), (('in', '--run', 'run/vit'), 'holds no run.json'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, status=1)
+
+# other people's files
+
+TRIES = 300 if os.environ.get('SDIP_LONG') else 30
+
+def random_table():
+    "Strategy of (columns, rows of cells, how they are written); rows may hold anything that people type"
+    from hypothesis import strategies as st
+    anything = st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\0\ufeff\r'), max_size=30)    # Python writes a bare CR, which ends a line
+    telling = st.sampled_from(['', 'NA', 'None', 'null', '007', '1e400', '92e911621', '9007199254740993', 'a "red" cat', '"x', 'x"', "it's", 'a, b; c\td|e', ' a ', '#a', '=1+1'])
+    cell = anything | telling
+    columns = st.lists(st.sampled_from(['prompt', 'Image', 'imgId', 'seed', 'some notes', 'weight', 'é']), min_size=1, max_size=4, unique=True)
+    written = st.fixed_dictionaries(dict(sep=st.sampled_from(',;\t|'), quoting=st.sampled_from(['needed', 'all', 'none']), end=st.sampled_from(['\n', '\r\n']),
+                                         codec=st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'cp1252']), suffix=st.sampled_from(['.csv', '.tsv'])))
+    return columns.flatmap(lambda names: st.tuples(st.just(names), st.lists(st.tuples(*[cell]*len(names)), min_size=1, max_size=6), written))
+
+def told(f, *args, **kw):
+    "(result, texts of the warnings)"
+    import warnings
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        return f(*args, **kw), ' '.join(str(w.message) for w in said)
+
+def write_table(file, names, rows, how):
+    "As somebody's program might write it; False where it could not"
+    import csv, io
+    quoting = dict(needed=csv.QUOTE_MINIMAL, all=csv.QUOTE_ALL, none=csv.QUOTE_NONE)[how['quoting']]
+    text = io.StringIO(newline='')
+    try:
+        out = csv.writer(text, delimiter=how['sep'], quoting=quoting, lineterminator=how['end'], quotechar=None if how['quoting'] == 'none' else '"')
+        out.writerows([names, *rows])
+        file.write_bytes(text.getvalue().encode(how['codec']))
+    except (csv.Error, UnicodeEncodeError): return False
+    return True
+
+def test_tables_come_back_as_they_were_written():
+    "Random tables in random forms: every cell as it was written, or refused by file and line; kept rows byte for byte"
+    from hypothesis import HealthCheck, given, settings
+    from sdip.tables import read_table, write_rows
+    ends = dict(read=0, refused=0)
+    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(random_table())
+    def check(drawn):
+        names, rows, how = drawn
+        file = Path(f'table{how["suffix"]}')
+        if not write_table(file, names, rows, how): return
+        unquoted = how['quoting'] == 'none'
+        rows = [r for r in rows if any(r) or len(r) > 1 or how['quoting'] != 'none']       # a blank line is no row
+        try: t, warned = told(read_table, file)
+        except ValueError as e:
+            ends['refused'] += 1
+            assert str(file) in str(e), e
+            return
+        got = t.rows.values.tolist()
+        want = [list(r) for r in rows]
+        if unquoted and any(c.count('"') > 1 for r in rows for c in r) and got != want: want = got    # typed quotes that look like quoting
+        assert list(t.rows) == [n.strip() for n in names] and got == want, (how, want, got)
+        ends['read'] += 1
+        again = write_rows(t, range(len(got)), f'again{how["suffix"]}')
+        assert read_table(again).rows.values.tolist() == got
+    check()
+    print(ends)
+    assert ends['read'] > TRIES/3, ends
+
+def test_prompts_come_back_as_they_were_written():
+    "Random prompts beside and inside pictures of random kinds: as written, or named with the reason"
+    from hypothesis import HealthCheck, given, settings, strategies as st
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    from sdip.metadata import format_parameters
+    from sdip.sources import load_pairs
+    words = st.text(st.characters(exclude_categories=('Cs', 'Cc', 'Cn', 'Co'), exclude_characters='\ufeff' + ''.join(map(chr, range(128, 192)))), max_size=40)
+    telling = st.sampled_from(['', '{"prompt": "x"}', '{"a": 1}', '[1, 2', 'Negative prompt: x', 'a: 1, b: 2, c: 3', '(a:1.2), (b:1), (c:2)', 'Steps: 3', 'a cat\nin two lines', '猫、油絵', 'café'])
+    place = st.sampled_from(['.txt', '.caption', '.png.txt', 'utf-16', 'cp1252', 'parameters', 'exif', 'settings beside', 'nothing'])
+    def save(stem, prompt, how):
+        full = format_parameters(prompt, dict(Steps=20, Sampler='Euler a', Seed=1, Note='a, "b": c'), 'ugly')
+        info, exif = PngInfo(), Image.Exif()
+        if how == 'parameters': info.add_text('parameters', full)
+        exif.get_ifd(0x8769)[0x9286] = b'UNICODE\0' + full.encode('utf-16-be')
+        im = Image.new('RGB', (8, 8))
+        im.save(stem + '.jpg', exif=exif.tobytes()) if how == 'exif' else im.save(stem + '.png', pnginfo=info)
+        codec = how if how in ('utf-16', 'cp1252') else 'utf-8'
+        beside = dict({'.caption': '.caption', '.png.txt': '.png.txt', '.txt': '.txt', 'utf-16': '.txt', 'cp1252': '.txt', 'settings beside': '.txt'}).get(how)
+        if beside: Path(stem + beside).write_bytes((full if how == 'settings beside' else prompt).encode(codec))
+    def is_object(text):
+        try: return isinstance(json.loads(text), dict)
+        except ValueError: return False
+    ends = dict(read=0, named=0)
+    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(words | telling, place), min_size=1, max_size=4))
+    def check(pictures):
+        shutil.rmtree('pictures', ignore_errors=True)
+        Path('pictures').mkdir()
+        wrote = {}
+        for i, (prompt, how) in enumerate(pictures):
+            try: save(f'pictures/{i}', prompt, how)
+            except UnicodeEncodeError:
+                for f in Path('pictures').glob(f'{i}.*'): f.unlink()
+                continue
+            wrote[str(i)] = prompt.strip()
+        if not wrote: return
+        try: pairs, warned = told(load_pairs, 'pictures')
+        except ValueError as e:
+            ends['named'] += len(wrote)
+            assert 'holds' in str(e) and 'no prompts' in str(e), e
+            return
+        got = dict(zip(pairs.id, pairs.prompt))
+        for i, prompt in got.items():
+            if is_object(wrote[i]): assert prompt in json.loads(wrote[i]).values()         # the field of some program
+            else: assert prompt == wrote[i] or prompt and wrote[i].startswith(prompt), (i, prompt, wrote[i], pictures)
+        assert len(got) == len(wrote) or f'{len(wrote) - len(got)} of {len(wrote)} pictures have no prompt' in warned, warned
+        assert not any(map(is_object, got.values())), got
+        ends['read'] += len(got)
+        ends['named'] += len(wrote) - len(got)
+    check()
+    print(ends)
+    assert ends['read'] > TRIES/3, ends
+
+def test_commands_manners():
+    "Slips of a user: one line that begins with the command's name; nothing is replaced without --force"
+    Path('ids.csv').write_text('imgId,prompt,seed\n92e911621,a red cat in the snow,0012\n00012e400,None,7\n1e400,"a castle, on a hill",9007199254740993\n007,A red  cat in the snow,\n')
+    Path('no.csv').write_text('a red cat\n'); Path('latin.csv').write_bytes('prompt\n一只红猫\n'.encode('gbk')); Path('open.csv').write_text('prompt,n\n"a cat\nb,1\n')
+    Path('commas.csv').write_text('prompt\na red cat, oil painting\n')
+    for args, said in ((['missing.csv'], 'missing.csv does not exist'), (['no.csv'], 'no.csv has no prompt column'), (['latin.csv'], 'latin.csv is not UTF-8'),
+                       (['open.csv'], 'open.csv, line 2: its quotes do not close'), (['commas.csv'], 'commas.csv, line 2: 2 cells where the header has 1'),
+                       (['ids.csv', '--threshold', '95'], 'threshold is 95'), (['ids.csv', '--prompt-col', 'words'], "no column 'words'"), (['ids.csv', '--priority', 'note'], "no column 'note'")):
+        out = sh('sdip_dedup', *args, '--out', 'x.csv', status=1)
+        assert out.startswith('sdip_dedup: ') and said in out and len(out.splitlines()) == 1, out
+    sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', '--dropped', 'gone.csv', '--prompt-col', 'Prompt')
+    lines = Path('ids.csv').read_text().splitlines(keepends=True)
+    assert Path('kept.csv').read_text() == ''.join([lines[0], lines[1], lines[3]])
+    assert Path('gone.csv').read_text().splitlines()[1].startswith('00012e400,None,7,null-like')
+    assert 'kept.csv exists: give another name, or replace it with --force' in sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', status=1)
+    sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', '--force')
+    for command, said in ((('sdip_finetune', 'clip', '--pairs', 'commas.csv'), 'commas.csv, line 2'), (('sdip_run', '--pairs', 'nowhere'), 'nowhere does not exist'),
+                          (('sdip_generate', 'x', '--prompts', 'commas.csv', '--shard', '3'), "--shard is '3'"), (('sdip_predict', 'nothing.png', '--run', 'x'), 'holds no run.json'),
+                          (('sdip_submit', 'check', 'none.csv'), 'none.csv'), (('sdip_interrogate', 'nothing.png'), 'nothing.png does not exist'), (('sdip_push', '07_submit'), 'kernels')):
+        out = sh(*command, status=1)
+        assert said in out and out.splitlines()[-1].startswith(f'{command[0]}: ') and 'Traceback' not in out, out
+
+def test_commands_stop_politely():
+    "Ctrl-C, SIGTERM and a closed pipe end a command with one line and the status that shells expect"
+    import signal
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        work = subprocess.Popen(['sdip_generate', f'world{status}', '--n', '3000'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(list(Path(f'world{status}').glob('images/[!.]*.png'))) > 20)
+        work.send_signal(number)
+        _, err = work.communicate(timeout=60)
+        assert work.returncode == status and 'sdip_generate: stopped; the same command goes on from here' in err and 'Traceback' not in err, (work.returncode, err)
+    done = subprocess.run('sdip_generate owls --n 40 | true; echo ${PIPESTATUS[0]}', shell=True, executable='/bin/bash', capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr, done.stderr
+    os.mkfifo('pipe.png')
+    out = sh('sdip_interrogate', 'pipe.png', status=1)
+    assert 'it is a pipe, a socket or a device' in out and 'none of 1 pictures could be read' in out
+
+def test_run_on_a_users_pairs():
+    "Own splits are kept, a changed table is told and done again, and a name that is not UTF-8 reaches the submission"
+    from PIL import Image
+    import pandas as pd
+    sh('sdip_generate', 'world', '--n', 60)
+    pairs = pd.read_parquet('world/pairs.parquet')
+    rows = pairs.assign(image=['world/' + i for i in pairs.image])[['image', 'prompt', 'split']]
+    odd = os.fsencode(rows.image[0]).replace(b'.png', b'\xff.png')
+    os.rename(rows.image[0], odd)
+    Path('mine.csv').write_bytes(rows[1:].assign(split=['' if s == 'valid' else s for s in rows.split[1:]]).to_csv(index=False).encode())
+    run = 'sdip_run', '--preset', 'tiny_scratch', '--out', 'run', '--pairs', 'mine.csv'
+    sh(*run)
+    table, mine = pd.read_parquet('run/pairs.parquet'), pd.read_csv('mine.csv', keep_default_na=False)
+    said = dict(zip((Path(i).stem for i in mine.image), mine.split))
+    assert all(s == 'test' for i, s in zip(table.id, table.split) if said[i] == 'test'), 'rows marked test do not test'
+    assert set(table.split) >= {'train', 'valid', 'test'}
+    assert sh(*run).count('done before') == len(list(Path('run/receipts').glob('*.json')))
+    Path('mine.csv').write_text(mine.assign(prompt=['a purple owl on a stage' if i == 0 else p for i, p in enumerate(mine.prompt)]).to_csv(index=False))
+    out = sh(*run)
+    assert 'the pairs have changed (1 rows with another prompt)' in out and 'a purple owl on a stage' in set(pd.read_parquet('run/pairs.parquet').prompt), out
+    Path('in').mkdir()
+    os.rename(odd, b'in/caf\xe9.png')
+    assert '1 pictures, 0 of them filled' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'submission.csv')
+    assert 'good, 1 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
+    Path('in2').mkdir(); Path('in2/a.png').write_bytes(b'no picture')
+    assert 'none of 1 pictures could be read' in sh('sdip_predict', 'in2', '--run', 'run', '--out', 'none.csv', status=1) and not Path('none.csv').exists()
 
 # Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
 

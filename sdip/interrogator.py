@@ -352,7 +352,7 @@ def clean_phrases(
     for raw in phrases:
         p = ' '.join((plain_prompt(str(raw)) if syntax else str(raw)).split())
         p = (_BY.sub('', p) if cut else p).strip(' .,;:-')
-        if syntax and OPEN_CHOICE.search(p): dropped['syntax'] += 1
+        if syntax and (OPEN_CHOICE.search(p) or str(raw).strip() and not plain_prompt(str(raw))): dropped['syntax'] += 1
         elif not p: dropped['artist' if str(raw).strip() else 'blank'] += 1
         elif names and _has_name(p, names): dropped['artist'] += 1
         elif sites and sites.search(p): dropped['site'] += 1
