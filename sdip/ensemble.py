@@ -55,7 +55,8 @@ def load_preds(
     except Exception as e:                          # a damaged zip fails in many ways
         raise ValueError(f"{path} is no file of predictions ({type(e).__name__}): write it with save_preds") from None
     emb = check_emb(emb, model, finite=False)
-    if ids.shape != emb.shape[:1]: raise ValueError(f"{path} holds ids {ids.shape} for rows {emb.shape}: write it with save_preds")
+    if ids.shape != emb.shape[:1]:
+        raise ValueError(f"{path} holds ids {ids.shape} for rows {emb.shape}: write it with save_preds")
     return Preds(ids.astype(str), emb, model)
 
 # %% ../nbs/06_ensemble.ipynb #match-ids
@@ -568,17 +569,18 @@ def load(
 ) -> Ensemble:
     "Read an ensemble. ValueError where the file is another thing."
     remedy = 'write it with Ensemble.save, or let sdip_run make it anew'
-    kinds = {f.name: int|float if f.type is float else f.type for f in fields(cls)}
-    later = {f: kind|None for f, kind in kinds.items() if f in ('steps', 'curves', 'errors', 'groups', 'trust')}   # have defaults
     d = read_fields(path, remedy)
     if d.pop('kind', None) != 'ensemble': raise ValueError(f"{path} does not hold an ensemble: {remedy}")
-    read_fields(path, remedy, **kinds | later | dict(score=int|float|None, held_out=int|float|None))       # None is NaN
-    if odd := d.keys() - kinds.keys(): raise ValueError(f"{path} says {', '.join(sorted(odd))}, which no ensemble has: {remedy}")
-    models = list(d['ratios'])
-    if not models or not all(isinstance(r, (int, float)) for r in d['ratios'].values()):
-        raise ValueError(f"{path}: ratios are {d['ratios']}, expected a number for each model: {remedy}")
+    kinds = {f.name: f.type for f in fields(cls)} | dict(score=int|float|None, held_out=int|float|None)    # None is NaN
+    for name in 'steps', 'curves', 'errors', 'groups', 'trust': kinds[name] = kinds[name]|None             # may be missing
+    read_fields(path, remedy, **kinds)
+    odd, ratios = sorted(d.keys() - kinds.keys()), d['ratios']
+    if odd: raise ValueError(f"{path} says {', '.join(odd)}, which no ensemble has: {remedy}")
+    if not ratios or not all(isinstance(r, (int, float)) for r in ratios.values()):
+        raise ValueError(f"{path}: ratios are {ratios}, expected a number for each model: {remedy}")
     for k in 'singles', 'norms', 'missing', 'gain':
-        if d[k].keys() != d['ratios'].keys(): raise ValueError(f"{path}: {k} is of {list(d[k])}, ratios of {models}: {remedy}")
+        if d[k].keys() != ratios.keys():
+            raise ValueError(f"{path}: {k} is of {list(d[k])}, ratios of {list(ratios)}: {remedy}")
     try:
         d = _swap(d, None, float('nan'))
         tuples = {k: {m: tuple(v) for m, v in d[k].items()} for k in ('norms', 'gain')}

@@ -221,8 +221,8 @@ def decode(self:CocaCaptioner,
 # %% ../nbs/05_interrogator.ipynb #blip-imports
 import torch, warnings
 from .data import sha256
-from .encoders import (SAVE_AGAIN, Preprocess, cached_snapshot, hub_folder, image_batches, pick_device, read_tensors,
-                           refuse_code, right_shape)
+from .encoders import (SAVE_AGAIN, Preprocess, cached_snapshot, hub_folder, image_batches, pick_device,
+                           read_tensors, refuse_code, right_shape)
 from .lock import check_files, file_digests, read_fields
 
 # %% ../nbs/05_interrogator.ipynb #blip-load
@@ -260,9 +260,9 @@ def _load_blip(folder, file, dtype):
     logging.disable_progress_bar(); logging.set_verbosity_error()              # what is wrong is said below
     try:
         with right_shape(folder):
-            model, info = BlipForConditionalGeneration.from_pretrained(str(folder), config=config, dtype=dtype, weights_only=True,
-                use_safetensors=file.suffix == '.safetensors', local_files_only=True, output_loading_info=True,
-                ignore_mismatched_sizes=True)
+            model, info = BlipForConditionalGeneration.from_pretrained(
+                str(folder), config=config, dtype=dtype, weights_only=True, use_safetensors=file.suffix == '.safetensors',
+                local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     finally:
         logging.set_verbosity(level)
         if shown: logging.enable_progress_bar()
@@ -649,9 +649,12 @@ class Words(pd.DataFrame):
     def _repr_html_(self):
         if 'prompt' not in self or 'phrases' not in self: return super()._repr_html_()
         pictures = getattr(self, 'pictures', None)
-        def source(name): return pictures[int(name[8:])] if pictures is not None and re.fullmatch(r'picture \d+', name) else name
-        rows = [(_thumbnail(source(r.image)), r.prompt or 'cannot be read', '; '.join(f'{p} {s:+.2f}' for p, s in r.phrases),
-                 f'{r.similarity:.2f}', Path(r.image).name) for r in self[:20].itertuples()]
+        def source(name):
+            number = re.fullmatch(r'picture (\d+)', name) if pictures is not None else None
+            return pictures[int(number[1])] if number else name
+        def phrases(r): return '; '.join(f'{p} {s:+.2f}' for p, s in r.phrases)
+        rows = [(_thumbnail(source(r.image)), r.prompt or 'cannot be read', phrases(r), f'{r.similarity:.2f}',
+                 Path(r.image).name) for r in self[:20].itertuples()]
         more = f'<p>and {len(self) - 20} more</p>' if len(self) > 20 else ''
         names = ['', 'prompt', 'phrases', 'similarity', 'picture']
         return html_table(names, rows, style='text-align:left;vertical-align:top') + more
@@ -659,8 +662,11 @@ class Words(pd.DataFrame):
 def _thumbnail(src, side=64):  # an <img> tag; nothing for what cannot be read
     try: im = read_image(src)
     except ImageError: return ''
-    im.thumbnail((side, side)); out = io.BytesIO(); im.save(out, 'JPEG', quality=80)
-    return Html(f'<img alt="" width="{im.width}" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">')
+    im.thumbnail((side, side))
+    out = io.BytesIO()
+    im.save(out, 'JPEG', quality=80)
+    data = base64.b64encode(out.getvalue()).decode()
+    return Html(f'<img alt="" width="{im.width}" src="data:image/jpeg;base64,{data}">')
 
 # %% ../nbs/05_interrogator.ipynb #interrogate
 @patch
@@ -809,10 +815,11 @@ def save(self:Interrogator,
     for name, a in arrays.items():
         with atomic_path(folder/f'{name}.npy') as tmp: np.save(tmp, a.astype(np.float16 if a.ndim == 2 else np.float32), allow_pickle=False)
     write_json(dict(phrases={k: t.phrases for k, t in self.tables.items()}, captions=self.captioner.table.phrases if scene else None), folder/'phrases.json')
-    captioner, clip = 'scene' if scene else 'none' if self.captioner is None else 'custom', clip_reference(self.clip, folder)
+    captioner = 'scene' if scene else 'none' if self.captioner is None else 'custom'
+    settings = dict(mode=self.mode, n_fills=self.n_fills, margins=self.margins, answer=self.answer, captioner=captioner)
     files = file_digests(folder, ['phrases.json', *(f'{name}.npy' for name in arrays)])
-    write_json(dict(kind='interrogator', version=__version__, mode=self.mode, n_fills=self.n_fills, captioner=captioner, tables=list(self.tables),
-                    margins=self.margins, answer=self.answer, has_reference=self.reference is not None, clip=clip, files=files), folder/'config.json')
+    write_json(dict(kind='interrogator', version=__version__, **settings, tables=list(self.tables), files=files,
+                    has_reference=self.reference is not None, clip=clip_reference(self.clip, folder)), folder/'config.json')
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-load
 _AGAIN = 'save the interrogator again, or let sdip_run make it anew'
@@ -820,15 +827,17 @@ _AGAIN = 'save the interrogator again, or let sdip_run make it anew'
 def _read_saved(folder): # -> config, phrases, function that reads an array; all of it as it was saved, else ValueError
     file = folder/'config.json'
     cfg = read_fields(file, _AGAIN)
-    if cfg.get('kind') != 'interrogator': raise ValueError(f"{folder} holds a model of kind {cfg.get('kind')!r}, expected 'interrogator'")
-    read_fields(file, _AGAIN, captioner=str, mode=str, n_fills=int, tables=list, has_reference=bool, clip=dict|None, margins=dict|None,
-                answer=list|None, files=dict|None)
+    kind = cfg.get('kind')
+    if kind != 'interrogator': raise ValueError(f"{folder} holds a model of kind {kind!r}, expected 'interrogator'")
+    read_fields(file, _AGAIN, captioner=str, mode=str, n_fills=int, tables=list, has_reference=bool, clip=dict|None,
+                margins=dict|None, answer=list|None, files=dict|None)
     check_files(folder, cfg.get('files') or {}, _AGAIN)
     words = read_fields(folder/'phrases.json', _AGAIN, phrases=dict, captions=list|None)
     def array(name, ndim=2):
         file = folder/f'{name}.npy'
         try: a = np.load(file, allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
+        except (ValueError, EOFError, OSError) as e:
+            raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
         if a.ndim != ndim: raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")
         return a
     return cfg, words, array
@@ -844,14 +853,16 @@ def load(cls:Interrogator,
     "Read an interrogator and the CLIP it refers to. ValueError: damaged, changed, or another's."
     folder = Path(folder)
     cfg, words, array = _read_saved(folder)
-    if cfg['captioner'] == 'custom' and captioner is None: raise ValueError(f"{folder} was saved with a captioner of your own: pass load(captioner=...)")
+    if cfg['captioner'] == 'custom' and captioner is None:
+        raise ValueError(f"{folder} was saved with a captioner of your own: pass load(captioner=...)")
     clip = load_clip_reference(cfg['clip'], folder, clip, device)
     with right_shape(folder/'config.json'):
         if cfg['captioner'] == 'scene' and captioner is None:
             captioner = SceneCaptioner(clip, captions=words['captions'], matrix=array('captions'))
-        matrices, reference = {k: array(f'table_{k}') for k in cfg['tables']}, array('reference', 1) if cfg['has_reference'] else None
-        return cls(clip, captioner, words['phrases'], targets, reference, cfg['mode'], cfg['n_fills'], clean=False, matrices=matrices,
-                   margins=cfg.get('margins'), answer=cfg.get('answer') or (1, 0.))
+        matrices = {k: array(f'table_{k}') for k in cfg['tables']}
+        reference = array('reference', 1) if cfg['has_reference'] else None
+        return cls(clip, captioner, words['phrases'], targets, reference, cfg['mode'], cfg['n_fills'], clean=False,
+                   matrices=matrices, margins=cfg.get('margins'), answer=cfg.get('answer') or (1, 0.))
 
 # %% ../nbs/05_interrogator.ipynb #blip-writeup
 class WriteupInterrogator(Interrogator):
@@ -912,7 +923,8 @@ def interrogate_folder(
         return dict(rows=found.astype(object).where(found.notna(), None).to_dict('records'), report=[r | dict(row=r['row'] + i*block) for r in model.report])
     done = [read_fields(f, 'delete it and repeat the call', rows=list, report=list) for f in passed('words', ask, words)]
     with right_shape(out):
-        table = Words([r | dict(phrases=[tuple(p) for p in r['phrases']]) for d in done for r in d['rows']]).astype(dict(similarity=float))
+        rows = [r | dict(phrases=[tuple(p) for p in r['phrases']]) for d in done for r in d['rows']]
+    table = Words(rows).astype(dict(similarity=float))
     table.attrs['report'] = [r for d in done for r in d['report']]
     return table
 

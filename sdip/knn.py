@@ -611,19 +611,26 @@ def clip_reference(
                 pretrained=None if is_file or clip.pretrained is None else str(clip.pretrained), sha256=clip.sha256, fingerprint=clip.fingerprint)
 
 # %% ../nbs/04_knn.ipynb #load-clip-reference
-def _clip_places(ref, folder): # yields paths: as it was saved, seen from the folder itself and through links; then known places
+def _clip_places(ref, folder): # yields paths: as it was saved, by real path and through links; then known places
     path, here = Path(ref['folder'] or ref['file']), Path(folder)
     for base in (here.resolve(), Path(os.path.abspath(here))): yield Path(os.path.normpath(base/path))
     for up in here.resolve().parents[:3]: yield up/path.name
     for place in MODEL_PLACES: yield from model_folders(place)
 
-def _find_clip(ref, folder): # -> path of the CLIP with the SHA-256 that is wanted, else the first that is there, else None
-    first = None
-    for at in _clip_places(ref, folder):
-        if not at.exists(): continue
-        if clip_digest(at) == ref['sha256']: return at
+def _find_clip(ref, folder, device): # -> ClipEncoder: the one that is meant, or the first that is there
+    first, want = None, ref['sha256']
+    for at in filter(Path.exists, _clip_places(ref, folder)):
+        if clip_digest(at) == want: break
         first = first or at
-    return first
+    else:
+        with shipped('base_clip') as own:
+            if clip_digest(own) == want: return ClipEncoder(own, device=device)
+        at = first
+    if at is None:
+        places = ', '.join(MODEL_PLACES)
+        raise ValueError(f"{folder} refers to a CLIP at {ref['folder'] or ref['file']} (SHA-256 {want}), which is neither "
+                         f"there nor in {places}: move it back, or pass clip=")
+    return ClipEncoder(at, device=device) if ref['folder'] else ClipEncoder(ref['name'], str(at), device)
 
 def load_clip_reference(
     ref:dict,                # what `clip_reference` gave
@@ -634,19 +641,14 @@ def load_clip_reference(
     "The CLIP that a saved model was made with, wherever it lies. ValueError if there is none, or another."
     if ref is None: return clip
     with right_shape(Path(folder)/'config.json'):
-        path, want = ref['folder'] or ref['file'], ref['sha256'] or ref['fingerprint']
-        at = _find_clip(ref, folder) if path and clip is None else None
-        if clip is None and path and at is None: clip = _shipped_clip(want, device)
-        if clip is None and path and at is None:
-            raise ValueError(f"{folder} refers to a CLIP at {path} (SHA-256 {want}), which is neither there nor in "
-                             f"{', '.join(MODEL_PLACES)}: move it back, or pass clip=")
-        if clip is None: clip = ClipEncoder(at if ref['folder'] else ref['name'], str(at) if ref['file'] else ref['pretrained'], device=device)
+        want = ref['sha256'] or ref['fingerprint']
+        if clip is None and (ref['folder'] or ref['file']): clip = _find_clip(ref, folder, device)
+        elif clip is None: clip = ClipEncoder(ref['name'], ref['pretrained'], device)
     have = clip.sha256 if ref['sha256'] else clip.fingerprint
-    if have != want: raise ValueError(f"{folder} was made with a CLIP of SHA-256 {want}, {clip.name} has {have}: use that one, or fit again")
+    if have != want:
+        raise ValueError(f"{folder} was made with a CLIP of SHA-256 {want}, {clip.name} has {have}: use that one, "
+                         "or fit again")
     return clip
-
-def _shipped_clip(digest, device): # -> ClipEncoder, None where the package's own is another
-    with shipped('base_clip') as folder: return ClipEncoder(folder, device=device) if clip_digest(folder) == digest else None
 
 # %% ../nbs/04_knn.ipynb #rows-digest
 CHECKED_MB = 2000
@@ -710,19 +712,23 @@ def _check(self:Shelf, digests, names): # are these columns what their config sa
     for name in names:
         file, n = self.folder/f'{name}.npy', self.n_bytes if name == 'texts' else self.n
         try: a = self.rows(name)
-        except (ValueError, EOFError, OSError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
-        if len(a) < n: raise ValueError(f"{file} holds {len(a)} rows, its config says {n}: the folder was mixed up, {_AGAIN}")
-        if a.shape[1:] != shapes[name]: raise ValueError(f"{file} has rows of {a.shape[1:]}, expected {shapes[name]}: {_AGAIN}")
-        got, want = rows_digest(a), digests.get(name)
-        if want and got != want: raise ValueError(f"{file} has rows of SHA-256 {got}, expected {want}: damaged or changed, {_AGAIN}")
+        except (ValueError, EOFError, OSError) as e:
+            raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
+        got, shape, want = rows_digest(a), a.shape[1:], digests.get(name)
+        if len(a) < n: raise ValueError(f"{file} holds {len(a)} rows, its config says {n}: {_AGAIN}")
+        if shape != shapes[name]: raise ValueError(f"{file} has rows of {shape}, expected {shapes[name]}: {_AGAIN}")
+        if want and got != want:
+            raise ValueError(f"{file} has rows of SHA-256 {got}, expected {want}: damaged or changed, {_AGAIN}")
 
 def _open_bank(folder): # a saved bank -> its config, a shelf over its files
     folder = Path(folder); file = folder/'config.json'
     cfg = read_fields(file, _AGAIN)
     if cfg.get('kind') != 'knn': raise ValueError(f"{folder} holds a model of kind {cfg.get('kind')!r}, expected 'knn'")
-    if 'spans' not in cfg: raise ValueError(f"{folder} was saved by sdip {cfg.get('version')}, which kept its bank in another way: fit again")
-    read_fields(file, _AGAIN, n=int, d=int, spans=list, has_query_mean=bool, clip=dict|None, columns=dict|None, files=dict|None,
-                k=int, power=int|float, centre=bool, weights=str, temperature=int|float, once=bool, mix=dict|None)
+    if 'spans' not in cfg:
+        raise ValueError(f"{folder} was saved by sdip {cfg.get('version')}, which kept its bank in another way: fit again")
+    read_fields(file, _AGAIN, n=int, d=int, spans=list, has_query_mean=bool, clip=dict|None, columns=dict|None,
+                files=dict|None, k=int, power=int|float, centre=bool, weights=str, temperature=int|float, once=bool,
+                mix=dict|None)
     shelf = Shelf(folder)
     with right_shape(file):
         shelf.spans = [dict(s, root=os.path.normpath(folder.resolve()/s['root'])) for s in cfg['spans']]
@@ -745,7 +751,8 @@ def load(cls:KNNRegressor,
     "Read a bank and the CLIP it refers to."
     cfg, shelf = _open_bank(folder)
     clip = load_clip_reference(cfg['clip'], folder, clip, device)
-    with right_shape(Path(folder)/'config.json'): self = cls(clip, device=device, **{name: cfg[name] for name in SETTINGS})
+    with right_shape(Path(folder)/'config.json'):
+        self = cls(clip, device=device, **{name: cfg[name] for name in SETTINGS})
     self.shelves, shelf.grows, self.folder = [shelf], grow, folder if grow else None
     if cfg['has_query_mean']: self.query_mean = np.load(Path(folder)/'query_mean.npy', allow_pickle=False)
     return self
