@@ -15,7 +15,7 @@ __all__ = ['PRESETS', 'STAGES', 'SOURCE_ARGS', 'OUTSIDE', 'ROLES', 'TRAINED_GB',
            'load_predictor', 'predict_to_csv', 'predict_text']
 
 # %% ../nbs/08_run.ipynb #imports
-import json, os, platform, sys, time
+import json, os, platform, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -74,14 +74,15 @@ class Stage:
     args:tuple = ()    # arguments it reads
     files:tuple = ()   # files it leaves, relative to the run folder; one with a * may stand for any number
     logs:tuple = ()    # small texts it leaves for people; damaged ones are put back from the receipt
+    halves:tuple = ()  # files and folders of half-done work that it can go on with
     changed:object = None # function of the run: '' or how its source is no longer what it was
 
 STAGES = []
 
-def stage(title, needs='', args='', files='', logs='', changed=None):
+def stage(title, needs='', args='', files='', logs='', halves='', changed=None):
     "Add a function to the walk, in the order of the chapters"
     def add(f):
-        names = (tuple(words.split()) for words in (needs, args, files, logs))
+        names = (tuple(words.split()) for words in (needs, args, files, logs, halves))
         STAGES.append(Stage(f.__name__.removeprefix('stage_'), title, f, *names, changed))
         return f
     return add
@@ -173,6 +174,17 @@ def _forget(self, s):
     except ValueError: damaged = []
     for f in (f'receipts/{s.name}.json', *damaged): (self/f).unlink(missing_ok=True)
 
+def _begin(self, s):
+    "Note what stage `s` begins with; half-done work that began with something else is removed"
+    file, now = self/f'receipts/{s.name}.begun', json.dumps(self._wanted(s), sort_keys=True)
+    try: r = self.receipt(s.name)
+    except ValueError: r = None
+    other = any(r.get(k) != v for k, v in self._wanted(s).items()) if r else file.exists() and _text(file) != now
+    for half in (self/f for f in s.halves if other):
+        if half.is_dir() and not half.is_symlink(): shutil.rmtree(half)
+        else: half.unlink(missing_ok=True)
+    with atomic_path(file) as tmp: tmp.write_text(now, encoding='utf-8')
+
 def do(self, s, number, of):
     "Do one stage, unless it is done"
     done = self.is_done(s)
@@ -183,6 +195,7 @@ def do(self, s, number, of):
         for f in damaged:
             with atomic_path(self/f) as tmp: tmp.write_text(logs[f], encoding='utf-8')
         return self.say(f'[{number:2}/{of}] {s.title}: done before' + ''.join(f', {f} put back' for f in damaged))
+    self._begin(s)
     self._forget(s)
     t, c = time.perf_counter(), cpu_seconds()
     self.say(f'[{number:2}/{of}] {s.title} ...')
@@ -203,7 +216,7 @@ def check_stages(self, names, but=()): # names of stages; but: endings of files 
         files = {f: digest for f, digest in r['files'].items() if not f.endswith(but)} if r else {}
         check_files(self.folder, files, f'the same sdip_run as before makes it anew (stage {s.title!r})')
 
-Run._forget, Run.do, Run.check_stages = _forget, do, check_stages
+Run._forget, Run._begin, Run.do, Run.check_stages = _forget, _begin, do, check_stages
 
 # %% ../nbs/08_run.ipynb #outside
 @dataclass
@@ -538,7 +551,7 @@ def stage_data(run):
     return dict(pictures=pairs.image.nunique(), prompts=pairs.prompt.nunique()) | read
 
 # %% ../nbs/08_run.ipynb #stage-targets
-@stage('MiniLM embeddings of the prompts', needs='data', files='emb/prompts/emb.npy emb/prompts/manifest.json emb/prompts.json')
+@stage('MiniLM embeddings of the prompts', needs='data', files='emb/prompts/emb.npy emb/prompts/manifest.json emb/prompts.json', halves='emb/prompts')
 def stage_targets(run):
     "Each distinct clean prompt is encoded once"
     from sdip.encoders import TargetEncoder, encode
@@ -584,7 +597,7 @@ def _train_clip(run, table, valid, folder, epochs, desc):
     return train_clip(image_paths(table, run.folder), table.prompt.tolist(), image_paths(valid, run.folder), valid.prompt.tolist(), run/folder,
                       groups=table.group.to_numpy(), recipe=recipe, quiet=run.quiet, desc=desc)
 
-@stage('Base CLIP', needs='pairs', args='start clip_from base_epochs base_lr seed', files='base_clip/open_clip_model.safetensors base_clip/open_clip_config.json')
+@stage('Base CLIP', needs='data pairs', args='start clip_from base_epochs base_lr seed', files='base_clip/open_clip_model.safetensors base_clip/open_clip_config.json', halves='base_clip/checkpoint.pt base_clip/texts')
 def stage_base_clip(run):
     "The shipped CLIP, the real one, or one trained on all training prompts"
     from sdip.encoders import ClipEncoder, shipped
@@ -615,7 +628,8 @@ def _out_of_fold(run, table, valid):
         sims[f, fold != f] = _similarity(clip, table[fold != f], run.folder)
     return np.where(fold == 2, sims.mean(0), sims.sum(0))                     # a training row has one judge
 
-@stage('Text-image similarity', needs='pairs base_clip', args='start fold_epochs base_lr seed', files='emb/similarity.npy')
+@stage('Text-image similarity', needs='data pairs base_clip', args='start fold_epochs base_lr seed', files='emb/similarity.npy',
+       halves='base_clip/fold0/checkpoint.pt base_clip/fold0/texts base_clip/fold1/checkpoint.pt base_clip/fold1/texts')
 def stage_similarity(run):
     "How near each picture is to its own prompt, in the eyes of a CLIP that has not seen the pair"
     from sdip.encoders import ClipEncoder
@@ -653,7 +667,7 @@ def save_predictions(run, model, name):
 # %% ../nbs/08_run.ipynb #stage-clip
 _PREDS = lambda name: f'preds/{name}.valid.npz preds/{name}.test.npz'
 
-@stage('CLIP regressor', needs='pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}', logs='clip/history.csv')
+@stage('CLIP regressor', needs='data pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}', logs='clip/history.csv', halves='clip/checkpoint.pt')
 def stage_clip(run):
     "Base CLIP's image tower with a 384-d head: ridge probe, then layers unfrozen step by step"
     from sdip.finetune_clip import ClipRegressor, Recipe
@@ -665,7 +679,7 @@ def stage_clip(run):
     model.save(run/'clip')
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | save_predictions(run, model, 'clip')
 
-@stage('timm regressor', needs='pairs weights', args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}', logs='vit/history.csv')
+@stage('timm regressor', needs='data pairs weights', args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}', logs='vit/history.csv', halves='vit/checkpoint.pt')
 def stage_vit(run):
     "A timm backbone: the shipped small ViT, which learned what is in a picture, a real one, or any other from random weights"
     from sdip.encoders import shipped
@@ -686,7 +700,7 @@ def stage_vit(run):
 # %% ../nbs/08_run.ipynb #stage-knn
 _BANK = ' '.join(f'knn/{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts', '*'))
 
-@stage('kNN regression', needs='pairs base_clip', args='bank', files=f'knn/config.json {_BANK} {_PREDS("knn")}')
+@stage('kNN regression', needs='data pairs base_clip', args='bank', files=f'knn/config.json {_BANK} {_PREDS("knn")}')
 def stage_knn(run):
     "A bank of the training prompts' texts and of their pictures; k, weights and the share of each are what validation pictures prefer"
     from sdip.encoders import ClipEncoder
@@ -736,7 +750,7 @@ def _real_interrogator(run, pictures, prompts):
     write_json(dict(words=a['words'], counts=a['phrases'], captioner=run.sources()['captioner']), run/'interrogator/outside.json')
     return model
 
-@stage('Interrogator', needs='pairs base_clip', args='own start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/phrases.json interrogator/words.test.json interrogator/*.json interrogator/*.npy ranker/* {_PREDS("interrogator")}')
+@stage('Interrogator', needs='data pairs base_clip', args='own start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/phrases.json interrogator/words.test.json interrogator/*.json interrogator/*.npy ranker/* {_PREDS("interrogator")}')
 def stage_interrogator(run):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts; when a thing is named is learned on validation"
     from sdip.encoders import ClipEncoder
