@@ -86,11 +86,14 @@ def bootstrap_interval(
     "Percentile bootstrap interval of the mean of `values`"
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"values has shape {values.shape} and {(~np.isfinite(values)).sum()} non-finite numbers, "
+        odd = (~np.isfinite(values)).sum()
+        raise ValueError(f"values has shape {values.shape} and {odd} non-finite numbers, "
                          "expected a non-empty list of finite ones, one a picture")
-    group = np.arange(len(values)) if groups is None else pd.factorize(np.asarray(groups), use_na_sentinel=False)[0]
+    group = np.arange(len(values))
+    if groups is not None: group = pd.factorize(np.asarray(groups), use_na_sentinel=False)[0]
     if group.shape != values.shape:
-        raise ValueError(f"groups has shape {group.shape} for {len(values)} values: say of each to which group it belongs")
+        raise ValueError(f"groups has shape {group.shape} for {len(values)} values: "
+                         "say of each to which group it belongs")
     total, count = np.bincount(group, values), np.bincount(group)     # (g,) of each group: sum and number
     rng, g, means = np.random.default_rng(seed), len(count), []
     for _ in range(n):

@@ -573,7 +573,8 @@ def sample_weights(
 )->np.ndarray: # (n,) float32, mean 1; 1 where sim is NaN
     "Weights under which the rows' similarities are distributed as the reference's"
     if method not in METHODS: raise ValueError(f"method is {method!r}; known are {sorted(METHODS)}")
-    if not clip >= 1: raise ValueError(f"clip is {clip}, expected at least 1: it is the largest weight beside the mean")
+    if not clip >= 1:
+        raise ValueError(f"clip is {clip}, expected at least 1: it is the largest weight beside the mean")
     sim, ref = np.asarray(sim, np.float64), np.asarray([] if reference is None else reference, np.float64)
     known, ref = np.isfinite(sim), ref[np.isfinite(ref)]
     if sim.ndim != 1 or not known.any() or (len(ref) < 5 and method != 'writeup'):

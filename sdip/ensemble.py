@@ -362,10 +362,11 @@ def _gains(w, held, dots, gram, group, method, min_gain):  # held (n,): cross-fi
     return np.column_stack([gain.mean(0), *group_intervals(gain, group)])
 
 # %% ../nbs/06_ensemble.ipynb #fit-trust
-def rank_correlation(a, b) -> float: # (n,), (n,): Spearman's, for values without ties
-    "1: both order the rows alike; 0: neither knows of the other"
-    rank = lambda v: np.argsort(np.argsort(v))
-    return float(np.corrcoef(rank(a), rank(b))[0, 1])
+def rank_correlation(a, b) -> float: # (n,), (n,): Spearman's; ties share their ranks
+    "1: both order the rows alike; 0: neither knows of the other, or one of them is constant"
+    from scipy.stats import spearmanr
+    if np.ptp(a) == 0 or np.ptp(b) == 0: return 0.
+    return float(spearmanr(a, b).statistic)
 
 def _clues(models, centre):  # [(units (n, 384), here (n,), norms (n,))], (384,) -> (n, c); NaN where a model has no row
     lengths = [np.log(np.where(here, norm, 1)) for _, here, norm in models]

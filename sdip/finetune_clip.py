@@ -24,9 +24,10 @@ from fastcore.basics import patch
 from . import __version__
 from .data import EMB_DIM, check_emb, image_paths, mean_cosine, read_json, row_cosine, unit
 from .encoders import ClipEncoder, Preprocess, pick_device
-from .training import (Augment, Checkpoint, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest, load_weights,
-                           make_learner, make_loaders, predict_images, run_learner, save_weights, say_what_to_lower,
-                           score_of, share_among, start_alike, world_of_processes)
+from .training import (Augment, Checkpoint, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest,
+                           load_weights, make_learner, make_loaders, predict_images, run_learner,
+                           save_weights, say_what_to_lower, score_of, share_among, start_alike,
+                           world_of_processes)
 
 # %% ../nbs/02_finetune_clip.ipynb #layer-groups
 def _timm_groups(net):
@@ -266,7 +267,7 @@ class RegressorLearner(Learner):
     def add_cb(self, cb):
         "fastai's, but for callbacks that mix targets"
         if isinstance(cb, MixHandler):
-            raise ValueError(f"{type(cb).__name__} mixes a batch's targets, which here have weights beside them: "
+            raise ValueError(f"{type(cb).__name__} mixes a batch's targets, but these have weights beside: "
                              "take Recipe(augment=('shift', 'light', 'flip')), which changes pictures only")
         return super().add_cb(cb)
 
@@ -333,7 +334,7 @@ def learner(self:Regressor,
     if recipe.keep not in ('best', 'last'): raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
     start_alike(self.net)                                               # a new head is random
     self.recipe, self.net = recipe, self.net.requires_grad_(True)
-    if checkpoint: begun = Checkpoint(checkpoint, self._key(pairs, targets), recipe.minutes)    # refused before any work
+    begun = checkpoint and Checkpoint(checkpoint, self._key(pairs, targets), recipe.minutes)  # or refused
     self._start_head(train, valid, recipe)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
     dls = make_loaders(train, valid, rows.group.to_numpy(), recipe.bs, recipe.seed, device=self.device, parts=recipe.accumulate)
@@ -343,13 +344,14 @@ def learner(self:Regressor,
     if recipe.keep == 'best':
         start = max(self.probe_scores.values()) if recipe.probe else score_of(self.net, dls.valid, self.prep)
         best = [KeepBest(start, recipe.patience)]
-    own = None if checkpoint else tempfile.TemporaryDirectory(prefix='sdip-')   # for what fastai's callbacks write
+    own = None if checkpoint else tempfile.TemporaryDirectory(prefix='sdip-')      # for fastai's callbacks
     augment = [Augment(recipe.augment, recipe.seed)] if recipe.augment else []
     log = [CsvLog()] if checkpoint and not rank else []
     cbs = [*best, *augment, *log, *cbs]
     learn = make_learner(self.net, dls, self.prep, cosine_loss, cosine, groups, recipe.lr, recipe.layer_decay, recipe.wd, recipe.ema, recipe.clip, timetable,
-                         begun if checkpoint else None, precision=recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
-                         quiet=quiet or rank > 0, path=Path(checkpoint).parent if checkpoint else own.name, cls=RegressorLearner)
+                         begun, precision=recipe.precision, watch_raw=True, cbs=cbs, desc=self.kind,
+                         quiet=quiet or rank > 0,
+                         path=Path(checkpoint).parent if checkpoint else own.name, cls=RegressorLearner)
     learn.own_folder = own                                              # goes when the learner goes
     return learn.told(self.prep, rows, watched)
 
@@ -362,8 +364,9 @@ def _key(self:Regressor, pairs, targets):
     sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts().sort_index().items())
     rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets,
                 weights=pairs.weight.astype(np.float32))
-    made = dict(tower=repr(self.tower), head=self.net.kind, start=digest(start), preprocessing=self.prep.to_dict())
-    return recipe | made | dict(split=f'{sizes}: {digest(pairs.split)}') | {k: digest(v) for k, v in rows.items()}
+    made = dict(tower=repr(self.tower), head=self.net.kind, start=digest(start),
+                preprocessing=self.prep.to_dict(), split=f'{sizes}: {digest(pairs.split)}')
+    return recipe | made | {k: digest(v) for k, v in rows.items()}
 
 # %% ../nbs/02_finetune_clip.ipynb #regressor-fit
 @patch

@@ -820,7 +820,7 @@ Run.mean_vector = mean_vector
 # %% ../nbs/08_run.ipynb #stage-scores
 @stage('Scores', needs='pairs submission ensemble', files='scores.json')
 def stage_scores(run):
-    "Mean cosine on validation and test rows as they would be submitted; bootstrap intervals by prompt on test"
+    "Mean cosine on validation and test rows as they would be submitted; bootstrap intervals by prompt"
     from sdip.ensemble import Ensemble, load_preds
     from sdip.submit import fill_missing
     found, out = Ensemble.load(run/'ensemble.json'), dict(test={}, valid={}, intervals={})
@@ -1020,13 +1020,14 @@ def _figure(fig, caption):
 def _score_section(run):
     s, held_out = _scores(run), (run.pairs()[0].split == 'test').sum()
     lo, hi = s['intervals']['ensemble - best single']
+    unit = ' Intervals are by prompt: prompts are drawn again with all their pictures.'*('drawn_again' in s)
     rows = [(r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}', '' if r.cpu is None or np.isnan(r.cpu) else f'{r.cpu:.0f}')
             for r in scoreboard(run).itertuples()]
     return (f'<h1>{markup(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings on {held_out} held-out pictures. '
             'Skill 0 is the answer of someone who has not looked at the picture, skill 1 a perfect one.</p>'
             + html_table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
-            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({markup(s["best_single"])}), 95 % interval {lo:+.4f} to {hi:+.4f}.'
-            + ' Intervals are by prompt: prompts are drawn again with all their pictures.'*('drawn_again' in s) + '</p>')
+            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model ({markup(s["best_single"])}), '
+            + f'95 % interval {lo:+.4f} to {hi:+.4f}.{unit}</p>')
 
 def _picture_section(run):
     some, worst = (''.join(p._repr_html_() for p in ps) for ps in gallery(run))

@@ -46,8 +46,8 @@ def _check_ids(ids):
     ids = list(ids)
     odd = [i for i in ids if not isinstance(i, str) or not i or '\0' in i or not _is_utf8(i)]
     if odd:
-        raise ValueError(f"ids has {len(odd)} of {len(ids)} that are no names ({_some(odd)}), expected non-empty strings "
-                         "that UTF-8 can hold: convert them with str(), or rename the pictures")
+        raise ValueError(f"ids has {len(odd)} of {len(ids)} that are no names ({_some(odd)}), expected non-"
+                         "empty strings that UTF-8 can hold: convert them with str() or rename the pictures")
     if len(set(ids)) < len(ids):
         seen = set(); twice = {i: 0 for i in ids if i in seen or seen.add(i)}
         raise ValueError(f"ids has {len(twice)} that occur more than once ({_some(twice)}), expected each picture once")
@@ -74,8 +74,9 @@ def write_submission(
             gap = ~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1)
             if gap.any():
                 first = int(gap.argmax())
-                raise ValueError(f"emb has rows that are NaN, infinite or zero in single precision, first for "
-                                 f"{names[first]!r} (row {start + first}): fill them with fill_missing(emb, mean)")
+                raise ValueError("emb has rows that are NaN, infinite or zero in single precision, first for "
+                                 f"{names[first]!r} (row {start + first}): fill them with "
+                                 "fill_missing(emb, mean)")
             for id, row in zip(names, rows.tolist()): f.write(_lines(id, row))
     return Path(path)
 
@@ -125,13 +126,14 @@ def _structure(path):
     except (OSError, UnicodeDecodeError, csv.Error) as e: return [], None, None, [f"{path} cannot be read ({type(e).__name__}: {e}): expected a plain CSV in UTF-8"]
     faults = odd[:5] + ([f"{len(odd) - 5} more lines like these"] if len(odd) > 5 else [])
     if not ids: return [], cells, values, faults + [f"there are no rows, expected {EMB_DIM} an image"]
-    once, count = np.unique(cells, return_counts=True)     # a strange file may name millions of images, a row each
+    once, count = np.unique(cells, return_counts=True)    # a strange file may name millions of images
     rows = np.bincount(once // EMB_DIM)                    # (n,): 384 everywhere in a good file
     few, twice = np.flatnonzero(rows < EMB_DIM), once[count > 1]
     many = twice[np.unique(twice // EMB_DIM, return_index=True)[1]]
     if len(few):
         some = _some(f'{ids[i]}: {rows[i]}' for i in few)
-        faults.append(f"{len(few)} images lack some of their {EMB_DIM} rows: {some}; each needs 0 to {EMB_DIM-1}")
+        faults.append(f"{len(few)} images lack some of their {EMB_DIM} rows: {some}; "
+                      f"each needs 0 to {EMB_DIM-1}")
     if len(many):
         some = _some(f'{ids[c // EMB_DIM]}_{c % EMB_DIM}' for c in many)
         faults.append(f"{len(many)} images have rows that occur more than once: {some}; drop the repeats")
@@ -176,12 +178,13 @@ def check_submission(
     if len(bad): faults.append(f"{len(bad)} images have NaN or infinite values: {_some(found[i] for i in bad)}; fill them with fill_missing")
     if len(huge):
         some = _some(found[i] for i in huge)
-        faults.append(f"{len(huge)} images have values beyond single precision (3.4e38): {some}; make their rows shorter")
+        faults.append(f"{len(huge)} images have values beyond single precision (3.4e38): {some}; "
+                      "make their rows shorter")
     zero = np.setdiff1d(np.arange(len(found)), cells[single != 0] // EMB_DIM)
     if len(zero):
         some = _some(found[i] for i in zero)
-        faults.append(f"{len(zero)} images are all zeros in single precision: {some}; such a row scores nothing, "
-                      "fill it with fill_missing")
+        faults.append(f"{len(zero)} images are all zeros in single precision: {some}; "
+                      "such a row scores nothing, fill it with fill_missing")
     if expected is None: return faults
     there, wanted = set(found), set(expected)
     lack, extra = [i for i in expected if i not in there], [i for i in found if i not in wanted]

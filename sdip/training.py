@@ -212,7 +212,8 @@ def _in_order(loader):
     "Every row of its dataset once, as they stand"
     ok = getattr(loader.dataset, 'ok', np.ones(len(loader.dataset), bool))
     if not ok.all():
-        raise ValueError(f'{(~ok).sum()} of {len(ok)} pictures cannot be read, and fastai knows no empty row: '
+        n = (~ok).sum()
+        raise ValueError(f'{n} of {len(ok)} pictures cannot be read, and fastai knows no empty row: '
                          'ask regressor.predict(paths), which answers NaN for them')
     sampler = loader.batch_sampler
     bs = sampler.bs if hasattr(sampler, 'bs') else len(sampler[0])
@@ -273,7 +274,7 @@ class History(Callback):
         self.begun = False
         self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.desc, leave=False,
                         disable=True if self.quiet else None)          # None: only where a person can see it
-    def before_train(self):                                            # not where one only validates or predicts
+    def before_train(self): # not where one only validates or predicts
         if not self.begun: self.rows, self.begun = [], True
     def after_batch(self):
         if self.training: self.bar.update(1)
@@ -289,7 +290,7 @@ class History(Callback):
 # %% ../nbs/00c_training.ipynb #log
 class CsvLog(CSVLogger):
     "fastai's `CSVLogger`, whose file goes on where a killed run's ended"
-    order, _only_train_loop = 71, True                                 # after `Checkpoint` has said what is done
+    order, _only_train_loop = 71, True                           # after `Checkpoint` has said what is done
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
@@ -540,7 +541,7 @@ def before_batch(self:Checkpoint):
 
 @patch
 def after_fit(self:Checkpoint):
-    if hasattr(self, 'batch'): self.state = None                        # a later look at the score shall not go back to it
+    if hasattr(self, 'batch'): self.state = None          # a later look at the score shall not go back to it
 
 # %% ../nbs/00c_training.ipynb #param-groups
 def param_groups(
@@ -612,12 +613,13 @@ def make_learner(
     "fastai's learner with AdamW and the callbacks above; `peaks` holds the groups' peaks"
     ps, lrs, wds = param_groups(groups, lr, layer_decay, wd)
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
-    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), LastWord(), GradientClip(clip),
-           *amp_callbacks(dls.device, precision), *cbs]
+    cbs = [OnDevice(prep), TellEpoch(), EMA(ema, watch_raw), History(desc, quiet), LastWord(),
+           GradientClip(clip), *amp_callbacks(dls.device, precision), *cbs]
     if parts > 1: cbs.append(GradientAccumulation(dls.train.batch_sampler.bs // world))
     if world > 1: cbs.append(DDP(parts))
     if timetable: cbs.append(Thaw(groups, timetable))
-    if checkpoint: cbs.append(checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint, key, minutes))
+    if isinstance(checkpoint, Checkpoint): cbs.append(checkpoint)
+    elif checkpoint: cbs.append(Checkpoint(checkpoint, key, minutes))
     metrics = [metric] + ([ValueMetric(lambda: learn.ema.raw_score, 'raw')] if watch_raw else [])
     learn = cls(dls, model.to(dls.device), loss_func, opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)),
                 splitter=lambda m: ps, metrics=metrics, cbs=cbs, train_bn=False, path=path)
@@ -630,8 +632,8 @@ def make_learner(
 def run_learner(learn, epochs:int, name:str='1cycle', pct_start:float=0.25):
     "Train quietly by a schedule, from the checkpoint on where there is one"
     if any(isinstance(cb, ShowGraphCallback) for cb in learn.cbs):
-        raise ValueError("ShowGraphCallback draws into fastai's progress bar, which a run by the recipe does without: "
-                         'call learn.fit_one_cycle(epochs, learn.peaks) yourself, or plot the history afterwards')
+        raise ValueError("ShowGraphCallback draws into fastai's progress bar, off in a run by the recipe: "
+                         'call learn.fit_one_cycle(epochs, learn.peaks), or plot the history afterwards')
     parts, n = getattr(learn.dls.train.batch_sampler, 'parts', 1), epochs*len(learn.dls.train)
     lr = schedule(name, learn.peaks, pct_start)
     if parts > 1: by_step, lr = lr, lambda pct: by_step(round(pct*n)//parts*parts/n)      # all parts of a step know the same lr
@@ -774,7 +776,8 @@ def train_clip(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = CLIP(**copy.deepcopy(config))
-        key = asdict(recipe) | dict(config=config, start=digest(model)) | {k: digest(v) for k, v in rows.items()}
+        rows = {k: digest(v) for k, v in rows.items()}
+        key = asdict(recipe) | rows | dict(config=config, start=digest(model))
         folder.mkdir(parents=True, exist_ok=True)
         learn = fit(model, dls, prep, contrastive_loss, contrastive_accuracy, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema,
                     checkpoint=folder/'checkpoint.pt', key=key, quiet=quiet, desc=desc)
@@ -891,7 +894,8 @@ class Say(Callback):
               f'{time.perf_counter() - self.start:.0f} s', flush=True)
 
 # %% ../nbs/00c_training.ipynb #pretrain-fit
-def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, key, device=None, quiet=False, desc=''):
+def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, key, device=None, quiet=False,
+              desc=''):
     "The run that both towers share -> Learner"
     one_process_only('Pretraining')
     sampler = FreshSampler(train, recipe.n, recipe.bs, recipe.repeats, recipe.seed, recipe.alike_from)
@@ -900,7 +904,7 @@ def _pretrain(model, train, valid, prep, loss, metric, recipe, n_inp, folder, ke
     dls = DataLoaders(_loader(train, sampler, device, n_inp), _loader(valid, watched, device, n_inp), device=device)
     key = asdict(recipe) | key | dict(start=digest(model), preprocessing=prep.to_dict(), renderer=RENDERER)
     return fit(model, dls, prep, loss, metric, [[model]], recipe.epochs, recipe.lr, wd=recipe.wd, ema=recipe.ema, pct_start=recipe.pct_start,
-               checkpoint=folder/'checkpoint.pt', key=key, cbs=[] if quiet else [Say()], quiet=True, desc=desc)
+               checkpoint=folder/'checkpoint.pt', key=key, cbs=[Say()][quiet:], quiet=True, desc=desc)
 
 def _train_prompts(recipe):
     "Prompts to draw, prompts to watch, the scenes of both: training split only"
@@ -996,7 +1000,8 @@ def pretrain_clip(
     beside = (emb[m:], tokenize(texts))
     train = DrawnRows(scenes, prep, emb[:n], tokenize(prompts), beside=beside, seed=recipe.seed, shift=recipe.shift)
     valid = DrawnRows(watched_scenes, prep, emb[n:m], tokenize(watched), beside=beside, seed=recipe.seed + 1)
-    key = dict(config=config, reader=reader.fingerprint, prompts=digest(prompts + watched), texts=digest(texts))
+    key = dict(config=config, reader=reader.fingerprint, prompts=digest(prompts + watched),
+               texts=digest(texts))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         learn = _pretrain(TaughtClip(CLIP(**copy.deepcopy(config)), config['embed_dim']), train, valid, prep, taught_loss, taught_accuracy, recipe, 5,
