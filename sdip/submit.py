@@ -157,8 +157,10 @@ def read_submission(
 def _expected(ids):
     "(ids that must be there, is their order binding?)"
     if not isinstance(ids, (str, os.PathLike)): return _check_ids(ids), True
-    if Path(ids).is_dir(): return [path_text(f.stem) for f in find_images(ids, stems=True)], False
-    if not Path(ids).is_file(): raise ValueError(f"ids is {str(ids)!r}, which is neither a folder of pictures nor a sample submission: give one of them, or a list of ids")
+    if os.path.isdir(ids): return [path_text(f.stem) for f in find_images(ids, stems=True)], False
+    if not os.path.isfile(ids):
+        raise ValueError(f"ids is {str(ids)!r:.200}, which is neither a folder of pictures nor a sample submission: "
+                         "give one of them, or a list of ids")
     return read_submission(ids)[0], True
 
 # %% ../nbs/07_submit.ipynb #check-submission
