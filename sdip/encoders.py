@@ -26,7 +26,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 
-from .data import EMB_DIM, ImageError, atomic_path, hash_items, read_image, read_json, sha256, unit, write_json
+from .data import EMB_DIM, ImageError, atomic_path, hash_items, path_text, read_image, read_json, sha256, unit, write_json
 from .lock import read_fields
 
 # %% ../nbs/00b_encoders.ipynb #preprocess
@@ -118,7 +118,7 @@ def _try_pixels(img, prep):
     try: return prep.pixels(img), None
     except ImageError as e: return None, str(e)
 
-def _label(img): return str(img) if isinstance(img, (str, Path)) else type(img).__name__
+def _label(img): return path_text(img) if isinstance(img, (str, Path)) else type(img).__name__
 
 def image_batches(
     images, # list of what `read_image` takes, or uint8 (n, S, S, 3) that is already prepared

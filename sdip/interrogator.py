@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .data import (EMB_DIM, OPEN_CHOICE, ImageError, atomic_path, hash_items, plain_prompt, read_image, read_json, row_cosine, unit,
+from .data import (EMB_DIM, OPEN_CHOICE, ImageError, atomic_path, hash_items, path_text, plain_prompt, read_image, read_json, row_cosine, unit,
                        write_json)
 from .encoders import ClipEncoder, TargetEncoder, encode, image_batches
 from .knn import clip_reference, load_clip_reference
@@ -696,7 +696,7 @@ def interrogate(self:Interrogator,
     if captions is not None and len(captions) != len(images): raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one each")
     emb = self.clip.encode_images(images)                                                # (n, d)
     self.report, good = list(self.clip.report), np.flatnonzero(np.isfinite(emb).all(1))
-    names = [str(im) if isinstance(im, (str, Path)) else f'picture {i}' for i, im in enumerate(images)]
+    names = [path_text(im) if isinstance(im, (str, Path)) else f'picture {i}' for i, im in enumerate(images)]
     rows = [dict(image=name, caption='', prompt='', similarity=np.nan, phrases=[]) for name in names]
     self.tried = [[] for _ in images]                                                    # (prompt, nearness) of the 20 nearest that were tried, the answer first
     for part in (good[lo:lo+64] for lo in range(0, len(good), 64)): self._words(images, part, emb[part], mode, captions, rows)
@@ -883,7 +883,7 @@ class WriteupInterrogator(Interrogator):
             for row, s in zip(found, sims): row += [self.tables[name].phrases[j] for j in np.argsort(-s, kind='stable')[:k]]
         prompts = [', '.join(filter(None, [c, *f])) for c, f in zip(captions, found)]
         near = (emb*self.clip.encode_texts(prompts)).sum(1) if prompts else []
-        rows = [dict(image=str(im) if isinstance(im, (str, Path)) else f'picture {i}', caption='', prompt='', similarity=np.nan, phrases=[]) for i, im in enumerate(images)]
+        rows = [dict(image=path_text(im) if isinstance(im, (str, Path)) else f'picture {i}', caption='', prompt='', similarity=np.nan, phrases=[]) for i, im in enumerate(images)]
         for i, *row in zip(good, captions, prompts, near, found): rows[i].update(zip(('caption', 'prompt', 'similarity', 'phrases'), row))
         return pd.DataFrame(rows, columns=['image', 'caption', 'prompt', 'similarity', 'phrases'])
 
