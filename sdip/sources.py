@@ -6,17 +6,11 @@
 __all__ = ['SPLIT_NAMES', 'load_pairs', 'note_pictures', 'fingerprint']
 
 # %% ../nbs/00a_sources.ipynb #imports
-import json
 import os
 import re
-import shutil
-import tarfile
 import time
 import unicodedata
-import uuid
 import warnings
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +18,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from .data import (IMAGE_EXTS, PAIR_COLUMNS, _some, atomic_path, check_pairs, find_images, hash_items, image_paths,
-                       path_text, read_json, relative_path, sha256, text_path, write_json)
-from .metadata import _text_prompt, prompts_report, read_prompt
-from .tables import COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix, to_numbers
+                       path_text, read_json, relative_path, sha256, text_path)
+from .metadata import prompts_report, read_prompt
+from .shards import TAR_EXTS, tar_rows
+from .tables import COLUMN_NAMES, TABLE_EXTS, find_column, read_table, table_suffix, to_numbers
 
 # %% ../nbs/00a_sources.ipynb #assemble
 def _has(values):
@@ -323,135 +318,6 @@ def _picture_folder(folder):
     pairs.attrs['read'] = report
     return pairs
 
-# %% ../nbs/00a_sources.ipynb #tar-names
-_TAR = ('.tar', '.tar.gz', '.tgz')
-_LARGEST = dict(image=1 << 28, text=1 << 24) # bytes of one member
-
-def _tar_stem(tar):
-    "A tar's name without its ending"
-    return next(tar.name[:-len(e)] for e in sorted(_TAR, key=len, reverse=True) if tar.name.lower().endswith(e))
-
-def _member_key(name):
-    "(key, ending) of a member: webdataset's first dot, or the last one where that makes no known ending"
-    parts = [p for p in name.split('/') if p not in ('', '.', '..')]
-    if not parts or parts[-1][0] == '.': return None, ''
-    known = (*IMAGE_EXTS, '.txt', '.caption', '.json')
-    stem, _, ext = parts[-1].partition('.')
-    if f'.{ext.lower()}' not in known: stem, _, ext = parts[-1].rpartition('.')
-    ext = f'.{ext.lower()}'
-    return ('/'.join([*parts[:-1], stem]), ext) if stem and ext in known else (None, '')
-
-# %% ../nbs/00a_sources.ipynb #read-tar
-class _CutShort(Exception): "The tar ends before its end"
-
-def _tar_members(tar, passed):
-    "(key, ending, file object) of each picture and text; names that are passed over go into `passed`"
-    try:
-        with tarfile.open(tar, 'r:*') as t:
-            for m in t:
-                key, ext = _member_key(m.name)
-                if key is None or not (m.isfile() or m.issparse()): continue
-                if m.issparse() or m.size > _LARGEST['image' if ext in IMAGE_EXTS else 'text']: passed.append(f'{m.name} ({m.size:,} bytes)')
-                else: yield key, ext, t.extractfile(m)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as e: raise _CutShort(e) from e
-    if tar.suffix == '.tar':
-        with open(tar, 'rb') as f:
-            f.seek(-min(1024, tar.stat().st_size), 2)
-            if f.read().strip(b'\0'): raise _CutShort('it lacks the end mark')
-
-def _caption(data):
-    "The caption in a sample's JSON, or None"
-    try: d = json.loads(data)
-    except (ValueError, RecursionError): return None
-    return next((d[k] for k in ('caption', 'prompt', 'text') if isinstance(d.get(k), str)), None) if isinstance(d, dict) else None
-
-def _read_members(tar, tmp):
-    "Pictures into `tmp`; {key: {image, txt, caption}}, what cut it short, what was passed over"
-    rows, passed = {}, []
-    try:
-        for key, ext, file in _tar_members(tar, passed):
-            row = rows.setdefault(key, {})
-            if ext in IMAGE_EXTS and 'image' in row: passed.append(f'{key}{ext} (a second picture of {key})')
-            elif ext in IMAGE_EXTS:
-                (tmp/key).parent.mkdir(parents=True, exist_ok=True)
-                with open(tmp/f'{key}{ext}', 'wb') as f: shutil.copyfileobj(file, f)
-                row['image'] = f'{key}{ext}'
-            elif ext == '.json': row['caption'] = _caption(file.read())
-            else: row['txt'] = _member_text(file.read(), f'{tar}: {key}{ext}')
-    except _CutShort as e: return rows, str(e), passed
-    return rows, '', passed
-
-def _member_text(data, name):
-    try: return _text_prompt(decode_text(data, name)[0].lstrip('\ufeff').strip(), 'tar').text
-    except ValueError: return ''
-
-# %% ../nbs/00a_sources.ipynb #tar-note
-def _tar_note(folder):
-    "Our note in a folder, None where it is not ours or no longer whole"
-    if not (folder/'_tar.json').is_file(): return None
-    try: note = read_json(folder/'_tar.json')
-    except ValueError: return None
-    rows = note.get('rows') if isinstance(note, dict) else None
-    if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()): return None
-    inside = os.path.realpath(folder) + os.sep
-    images = [r['image'] for r in rows.values() if 'image' in r]
-    ours = all(isinstance(i, str) and os.path.realpath(folder/i).startswith(inside) for i in images)
-    return note if ours else None
-
-def _only_ours(folder, note):
-    "Does a folder hold nothing but what its note lists?"
-    listed = {r['image'] for r in note['rows'].values() if 'image' in r} | {'_tar.json'}
-    there = {f.relative_to(folder).as_posix() for f in folder.rglob('*') if not f.is_dir()}
-    return there <= listed
-
-# %% ../nbs/00a_sources.ipynb #unpack-tar
-def _unpacked(tar, home):
-    "(folder, note) of a tar's pictures, unpacked now if they were not before"
-    stem, at = _tar_stem(tar), os.path.relpath(os.path.realpath(tar), os.path.realpath(home))
-    found = tar.stat()
-    here = dict(tar=path_text(at), size=found.st_size, mtime=found.st_mtime_ns)
-    folder = home/f'{stem}.unpacked'
-    note = _tar_note(folder)
-    whole = note and all((folder/r['image']).is_file() for r in note['rows'].values() if 'image' in r)
-    if whole and {k: note.get(k) for k in here} == here: return folder, note
-    digest = sha256(tar)
-    if whole and note.get('sha256') == digest: return folder, note
-    if os.path.lexists(folder) and not (note and note.get('tar', here['tar']) == here['tar'] and _only_ours(folder, note)):
-        folder = home/f'{stem}-{digest[:8]}.unpacked'           # somebody else's, or of another tar of that name
-        note = _tar_note(folder)
-        if note and note.get('sha256') == digest: return folder, note
-        if os.path.lexists(folder): raise ValueError(f"{folder} is in the way, and this program did not make it: move it, or name another folder with unpack=")
-    return folder, _unpack_into(folder, tar, here | dict(sha256=digest))
-
-def _unpack_into(folder, tar, note):
-    "Unpack beside the folder, then move in"
-    tmp = folder.parent/f'.tmp-{uuid.uuid4().hex[:12]}-{folder.name}'
-    try: tmp.mkdir(parents=True)
-    except OSError as e: raise type(e)(e.errno, f"cannot unpack {tar} into {folder.parent} ({e.strerror}): name a folder that can be written with unpack=") from e
-    try:
-        rows, cut, passed = _read_members(tar, tmp)
-        write_json(note := note | dict(cut=cut, passed=passed, rows=rows), tmp/'_tar.json')
-        if folder.exists(): shutil.rmtree(folder)                # ours, of the same tar before it changed
-        os.replace(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return note
-
-# %% ../nbs/00a_sources.ipynb #webdataset
-def _webdataset(tars, home):
-    "Pairs of many tars"
-    ids, image, prompt = [], [], []
-    for tar in tqdm(tars, desc='tars', disable=None if len(tars) > 20 else True):
-        folder, note = _unpacked(tar, home)
-        if note['cut']: warnings.warn(f"{tar} is cut short ({note['cut']}): {len(note['rows'])} samples were read; download it again for the others", stacklevel=4)
-        if note['passed']: warnings.warn(f"{tar}: {len(note['passed'])} members are sparse, too large or repeated and are left out: {_some(note['passed'])}", stacklevel=4)
-        stem = _tar_stem(tar)
-        for key, row in note['rows'].items():
-            ids.append(path_text(key if key.startswith(stem) else f'{stem}_{key}'))
-            image.append(path_text(f"{folder.name}/{row['image']}") if 'image' in row else None)
-            prompt.append(row.get('txt') or row.get('caption'))
-    if not ids: raise ValueError(f"{_some(map(str, tars))} hold no samples, expected members such as 000000000.jpg and 000000000.txt")
-    return _assemble(tars[0].parent, dict(id=ids, image=image, prompt=prompt, source=tars[0].parent.name or 'tars'))
-
 # %% ../nbs/00a_sources.ipynb #known-tables
 _TABLES = ('pairs.parquet', 'prompts.csv', 'metadata.csv', 'metadata.jsonl', 'captions.txt', 'captions.csv', 'results.csv')
 
@@ -479,7 +345,9 @@ def _folder_table(folder):
     return found[0] if found else None
 
 # %% ../nbs/00a_sources.ipynb #kinds
-def _tars(path): return sorted(f for f in path.iterdir() if f.name.lower().endswith(_TAR) and f.name[0] != '.')
+def _webdataset(tars, home): return _assemble(tars[0].parent, tar_rows(tars, home))
+
+def _tars(path): return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
 
 def _split_folders(path):
     "{split: folder} of an imagefolder with a table in each of train/, test/, .."
@@ -497,7 +365,7 @@ def _in_dir(path):
 def _kind(path):
     "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'coco' | 'tars' | 'pictures')"
     if path.is_dir(): return _in_dir(path)
-    if path.name.lower().endswith(_TAR): return path, 'tars'
+    if path.name.lower().endswith(TAR_EXTS): return path, 'tars'
     if path.suffix == '.json': return path, 'coco'
     return path, 'diffusiondb' if path.name.startswith('metadata') and path.suffix == '.parquet' and _parts(path.parent) else 'table'
 
