@@ -709,8 +709,8 @@ def dedup_rows(
     return dedup_table(rows, encoder, column, threshold, priority=priority, mode=mode)
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup-html
-_STYLE = ('body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}'
-          'td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}'
+_STYLE = ('body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}'
+          'table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}'
           'i{display:inline-block;background:#47a;height:.8em}')
 
 def _bar(share): return Html(f'<i style="width:{300*share:.0f}px"></i>')      # of the longest
@@ -731,8 +731,10 @@ def dedup_html(
     family = near.groupby('near', sort=False)[column].agg(['size', lambda p: '; '.join(map(str, p[:5]))]).sort_values('size', ascending=False, kind='stable').head(n)
     families = [(k, int(r.iloc[0]) + 1, r.iloc[1]) for k, r in family.iterrows()]
     rows = [('kept', len(kept)), *((k, int(v)) for k, v in why.value_counts().items())]
-    parts = [('Rows', html_table(['', 'rows'], rows)), ('How alike', html_table(['cosine', 'rows', ''], bars)),
+    parts = [('Rows', html_table(['', 'rows'], rows)),
+             ('How alike', html_table(['cosine', 'rows', ''], bars)),
              ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs)),
              ('Largest families', html_table(['kept', 'rows', 'dropped, the first five'], families))]
     body = ''.join(f'<h2>{h}</h2>{t}' for h, t in (parts if len(near) else parts[:1]))
-    return html_page('Near-duplicates', Html(f'<h1>Near-duplicates</h1><pre>{markup(text)}</pre>{body}'), _STYLE)
+    top = f'<h1>Near-duplicates</h1><pre>{markup(text)}</pre>'
+    return html_page('Near-duplicates', Html(top + body), _STYLE)

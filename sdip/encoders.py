@@ -320,8 +320,8 @@ def read_tensors(
         return torch.load(file, map_location='cpu', weights_only=True)
     except (MemoryError, OSError): raise
     except Exception as e:               # torch's own words would tell how to run it all the same
-        raise ValueError(f"{file} is no file of plain tensors ({type(e).__name__}): it is damaged, or holds code, "
-                         "which is never run; take the same weights as safetensors") from None
+        what = f"{file} is no file of plain tensors ({type(e).__name__})"
+        raise ValueError(f"{what}: damaged, or code, which is never run; take safetensors") from None
 
 def _read_tensors(file, digest, vouched=None):
     "The same, and OpenAI's archives"
@@ -340,7 +340,8 @@ def _clip_state(file, digest, vouched=None):
     "(tensors under open_clip's names, whether they are OpenAI's own) of a weights file, checkpoints unwrapped"
     state = _read_tensors(file, digest, vouched)
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, expected tensors by name: give a state dict")
+        kind = type(state).__name__
+        raise ValueError(f"{file} holds a {kind}, expected tensors by name: give a state dict")
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state.get(key), dict): state = state[key]; break
     state = {str(k): v for k, v in state.items()}
@@ -413,7 +414,8 @@ def from_folder(cls:Preprocess, folder): # folder in transformers' format -> Pre
     "The settings in preprocessor_config.json, or in the processor_config.json of newer folders"
     file, newer = (Path(folder)/f'{name}_config.json' for name in ('preprocessor', 'processor'))
     if file.is_file(): said = read_fields(file, SAVE_AGAIN)
-    elif newer.is_file(): said = read_fields(newer, SAVE_AGAIN, image_processor=dict|None).get('image_processor')
+    elif newer.is_file():
+        said = read_fields(newer, SAVE_AGAIN, image_processor=dict|None).get('image_processor')
     else: said = None
     with right_shape(folder): return said and cls.from_transformers(said)
 
@@ -456,8 +458,8 @@ def _clip_folder(name):
     if not folder.is_dir(): raise ValueError(f"CLIP folder {folder} does not exist: give a folder with {CLIP_CONFIG} or transformers' config.json, and weights")
     folder = cached_snapshot(folder)
     there = sorted(f.name for f in folder.iterdir())
-    config = read_fields(folder/'config.json', SAVE_AGAIN, model_type=str|None) if 'config.json' in there else {}
-    kind = config.get('model_type')
+    config = folder/'config.json'
+    kind = read_fields(config, SAVE_AGAIN, model_type=str|None).get('model_type') if config.is_file() else None
     if CLIP_CONFIG not in there and kind != 'clip':
         raise ValueError(f"CLIP folder {folder} has no {CLIP_CONFIG}" + (f" and its config.json is of a {kind!r}, not a 'clip'" if kind else '')
                          + f" (there: {there[:8]}): save it with save_clip, open_clip or transformers")
@@ -531,12 +533,13 @@ def _assumed_prep(name, size):
         + (f"; these weights of {name} use another: {', '.join(others)}" if others else '') + '; prep= overrules')
 
 # %% ../nbs/00b_encoders.ipynb #clip-data
-_TOP = ('embed_dim', 'quick_gelu', 'custom_text', 'init_logit_scale', 'init_logit_bias', 'nonscalar_logit_scale',
-        'output_dict')
+_TOP = ('embed_dim', 'quick_gelu', 'custom_text', 'init_logit_scale', 'init_logit_bias',
+        'nonscalar_logit_scale', 'output_dict')
 _TOWERS = dict(vision_cfg='CLIPVisionCfg', text_cfg='CLIPTextCfg', multimodal_cfg='MultimodalCfg')
 _WORDS = ('pos_embed_type', 'pool_type', 'block_type', 'proj_type', 'tokenizer_mode', 'hf_tokenizer_name',
           'hf_model_name', 'hf_proj_type', 'hf_pooler_type', 'timm_model_name', 'timm_pool', 'timm_proj')
-_SETTINGS = dict(norm_kwargs=('eps',), act_kwargs=('approximate',), tokenizer_kwargs=('clean', 'strip_sep_token'))
+_SETTINGS = dict(norm_kwargs={'eps'}, act_kwargs={'approximate'},
+                 tokenizer_kwargs={'clean', 'strip_sep_token'})
 
 def _is_plain(v): return v is None or isinstance(v, (bool, int, float))
 
@@ -544,7 +547,8 @@ def _odd_fields(cfg, known, where=''):
     "Names of what a config says beyond how a network is built"
     for k, v in cfg.items():
         if isinstance(v, dict):
-            fine = set(v) <= set(_SETTINGS.get(k, ())) and all(_is_plain(o) or isinstance(o, str) for o in v.values())
+            words = all(_is_plain(o) or isinstance(o, str) for o in v.values())
+            fine = words and v.keys() <= _SETTINGS.get(k, set())
         elif isinstance(v, list): fine = all(map(_is_plain, v))
         else: fine = _is_plain(v) or k in _WORDS
         if not (fine and k in known): yield where + k
@@ -573,8 +577,8 @@ def check_model_cfg(
         odd += _odd_fields(towers[name], {f.name for f in fields(getattr(module, cls))}, f'{name}.')
     odd = odd or list(_odd_names(towers['vision_cfg'], towers['text_cfg']))
     if odd:
-        raise ValueError(f"{file} says {', '.join(odd)}, expected numbers and names of how a network is built: nothing "
-                         "else goes to open_clip or transformers; remove it, or take a folder without it")
+        raise ValueError(f"{file} says {', '.join(odd)}, expected numbers and names of how a network is built: "
+                         "nothing else goes to open_clip or transformers; remove it, or take another folder")
 
 # %% ../nbs/00b_encoders.ipynb #clip-data-read
 def read_clip_config(
@@ -593,11 +597,11 @@ def refuse_code(
 ):
     "ValueError where a folder's configs name code of their own, or other weights"
     adapter = Path(folder)/'adapter_config.json'
-    if adapter.exists(): raise ValueError(f"{adapter} makes transformers load other weights: take a folder without it")
+    if adapter.exists(): raise ValueError(f"{adapter} names other weights to load: take a folder without it")
     for file in (Path(folder)/name for name in CONFIGS if name.endswith('config.json')):
         if file.is_file() and 'auto_map' in read_fields(file, SAVE_AGAIN):
-            raise ValueError(f"{file} says auto_map, which names code to run, expected settings only: remove it if the "
-                             "folder works without, or take another")
+            raise ValueError(f"{file} says auto_map, which names code to run, expected settings only: remove it "
+                             "if the folder works without, or take another")
 
 def _tokenizer(folder, text_cfg):
     "CLIP's own tokenizer, or the one whose files lie in the folder"
@@ -606,7 +610,8 @@ def _tokenizer(folder, text_cfg):
     with right_shape(folder):
         if not text_cfg.get('hf_tokenizer_name'): return SimpleTokenizer(**kw)
         refuse_code(folder)
-        try: return HFTokenizer(str(folder), tokenizer_mode=text_cfg.get('tokenizer_mode'), trust_remote_code=False, **kw)
+        kw['tokenizer_mode'] = text_cfg.get('tokenizer_mode')
+        try: return HFTokenizer(str(folder), trust_remote_code=False, **kw)
         except (OSError, ImportError) as e:
             what = ' '.join(str(e).split())[:120]
             raise ValueError(f"{folder} holds no tokenizer that can be read ({what}): {SAVE_AGAIN}") from e
@@ -634,8 +639,8 @@ def check_timm_args(
     own = inspect.signature(timm.create_model).parameters
     def fine(v): return _is_plain(v) or isinstance(v, str) or (isinstance(v, list) and all(map(fine, v)))
     if odd := [k for k, v in args.items() if k in own or 'pretrained' in k or not fine(v)]:
-        raise ValueError(f"{file} says {', '.join(odd)} in the model's arguments, expected its sizes only: remove it, or "
-                         "take another folder")
+        raise ValueError(f"{file} says {', '.join(odd)} in the model's arguments, expected its sizes only: "
+                         "remove it, or take another folder")
 
 # %% ../nbs/00b_encoders.ipynb #clip-encoder
 class ClipEncoder:

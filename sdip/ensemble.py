@@ -53,7 +53,8 @@ def load_preds(
         with np.load(path, allow_pickle=False) as z: ids, emb, model = z['ids'], z['emb'], str(z['model'])
     except (MemoryError, OSError): raise
     except Exception as e:                          # a damaged zip fails in many ways
-        raise ValueError(f"{path} is no file of predictions ({type(e).__name__}): write it with save_preds") from None
+        what = type(e).__name__
+        raise ValueError(f"{path} is no file of predictions ({what}): write it with save_preds") from None
     emb = check_emb(emb, model, finite=False)
     if ids.shape != emb.shape[:1]:
         raise ValueError(f"{path} holds ids {ids.shape} for rows {emb.shape}: write it with save_preds")
@@ -572,8 +573,8 @@ def load(
     remedy = 'write it with Ensemble.save, or let sdip_run make it anew'
     d = read_fields(path, remedy)
     if d.pop('kind', None) != 'ensemble': raise ValueError(f"{path} does not hold an ensemble: {remedy}")
-    kinds = {f.name: f.type for f in fields(cls)} | dict(score=int|float|None, held_out=int|float|None)    # None is NaN
-    for name in 'steps', 'curves', 'errors', 'groups', 'trust': kinds[name] = kinds[name]|None             # may be missing
+    kinds = {f.name: f.type for f in fields(cls)} | dict.fromkeys(('score', 'held_out'), int|float|None)
+    for name in 'steps', 'curves', 'errors', 'groups', 'trust': kinds[name] = kinds[name]|None     # may be missing
     read_fields(path, remedy, **kinds)
     odd, ratios = sorted(d.keys() - kinds.keys()), d['ratios']
     if odd: raise ValueError(f"{path} says {', '.join(odd)}, which no ensemble has: {remedy}")
@@ -586,4 +587,5 @@ def load(
         d = _swap(d, None, float('nan'))
         tuples = {k: {m: tuple(v) for m, v in d[k].items()} for k in ('norms', 'gain')}
         return cls(**d | tuples | dict(steps=[tuple(s) for s in d['steps']]))
-    except (TypeError, KeyError) as e: raise ValueError(f"{path} does not hold an ensemble ({e}): {remedy}") from e
+    except (TypeError, KeyError) as e:
+        raise ValueError(f"{path} does not hold an ensemble ({e}): {remedy}") from e

@@ -235,7 +235,7 @@ def _blip_folder(source):
     kind = read_fields(config, SAVE_AGAIN).get('model_type') if config.is_file() else None
     if kind != 'blip':
         but = f', but of a {kind!r}' if config.is_file() else ''
-        raise ValueError(f"{folder} holds no config.json of a 'blip'{but}: give a BLIP captioner saved by transformers")
+        raise ValueError(f"{folder} holds no config.json of a 'blip'{but}: give a BLIP saved by transformers")
     file = next((folder/f for f in BLIP_WEIGHTS if (folder/f).is_file()), None)
     if file is None: raise ValueError(f"{folder} has a config and none of {', '.join(BLIP_WEIGHTS)}: copy the weights beside it; random ones are never used")
     return folder, file
@@ -253,7 +253,7 @@ def _blip_config(folder):
 def _load_blip(folder, file, dtype):
     "The network, when every tensor has its place"
     config = _blip_config(folder)
-    if file.suffix == '.bin': read_tensors(file)                               # refused in our words, before transformers'
+    if file.suffix == '.bin': read_tensors(file)           # refused in our words, before transformers'
     from transformers import BlipForConditionalGeneration
     from transformers.utils import logging
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -261,8 +261,9 @@ def _load_blip(folder, file, dtype):
     try:
         with right_shape(folder):
             model, info = BlipForConditionalGeneration.from_pretrained(
-                str(folder), config=config, dtype=dtype, weights_only=True, use_safetensors=file.suffix == '.safetensors',
-                local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+                str(folder), config=config, dtype=dtype, weights_only=True, local_files_only=True,
+                use_safetensors=file.suffix == '.safetensors', output_loading_info=True,
+                ignore_mismatched_sizes=True)
     finally:
         logging.set_verbosity(level)
         if shown: logging.enable_progress_bar()
@@ -816,21 +817,23 @@ def save(self:Interrogator,
         with atomic_path(folder/f'{name}.npy') as tmp: np.save(tmp, a.astype(np.float16 if a.ndim == 2 else np.float32), allow_pickle=False)
     write_json(dict(phrases={k: t.phrases for k, t in self.tables.items()}, captions=self.captioner.table.phrases if scene else None), folder/'phrases.json')
     captioner = 'scene' if scene else 'none' if self.captioner is None else 'custom'
-    settings = dict(mode=self.mode, n_fills=self.n_fills, margins=self.margins, answer=self.answer, captioner=captioner)
+    settings = {name: getattr(self, name) for name in ('mode', 'n_fills', 'margins', 'answer')}
     files = file_digests(folder, ['phrases.json', *(f'{name}.npy' for name in arrays)])
-    write_json(dict(kind='interrogator', version=__version__, **settings, tables=list(self.tables), files=files,
-                    has_reference=self.reference is not None, clip=clip_reference(self.clip, folder)), folder/'config.json')
+    has_reference, clip = self.reference is not None, clip_reference(self.clip, folder)
+    write_json(dict(kind='interrogator', version=__version__, **settings, captioner=captioner, clip=clip,
+                    files=files, tables=list(self.tables), has_reference=has_reference), folder/'config.json')
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-load
 _AGAIN = 'save the interrogator again, or let sdip_run make it anew'
 
-def _read_saved(folder): # -> config, phrases, function that reads an array; all of it as it was saved, else ValueError
+def _read_saved(folder): # -> config, phrases, function that reads an array; ValueError: not as it was saved
     file = folder/'config.json'
     cfg = read_fields(file, _AGAIN)
     kind = cfg.get('kind')
-    if kind != 'interrogator': raise ValueError(f"{folder} holds a model of kind {kind!r}, expected 'interrogator'")
-    read_fields(file, _AGAIN, captioner=str, mode=str, n_fills=int, tables=list, has_reference=bool, clip=dict|None,
-                margins=dict|None, answer=list|None, files=dict|None)
+    if kind != 'interrogator':
+        raise ValueError(f"{folder} holds a model of kind {kind!r}, expected 'interrogator'")
+    read_fields(file, _AGAIN, captioner=str, mode=str, n_fills=int, tables=list, has_reference=bool,
+                clip=dict|None, margins=dict|None, answer=list|None, files=dict|None)
     check_files(folder, cfg.get('files') or {}, _AGAIN)
     words = read_fields(folder/'phrases.json', _AGAIN, phrases=dict, captions=list|None)
     def array(name, ndim=2):
@@ -838,7 +841,8 @@ def _read_saved(folder): # -> config, phrases, function that reads an array; all
         try: a = np.load(file, allow_pickle=False).astype(np.float32)
         except (ValueError, EOFError, OSError) as e:
             raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
-        if a.ndim != ndim: raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")
+        if a.ndim != ndim:
+            raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")
         return a
     return cfg, words, array
 
@@ -861,8 +865,8 @@ def load(cls:Interrogator,
             captioner = SceneCaptioner(clip, captions=words['captions'], matrix=array('captions'))
         matrices = {k: array(f'table_{k}') for k in cfg['tables']}
         reference = array('reference', 1) if cfg['has_reference'] else None
-        return cls(clip, captioner, words['phrases'], targets, reference, cfg['mode'], cfg['n_fills'], clean=False,
-                   matrices=matrices, margins=cfg.get('margins'), answer=cfg.get('answer') or (1, 0.))
+        return cls(clip, captioner, words['phrases'], targets, reference, cfg['mode'], cfg['n_fills'],
+                   clean=False, matrices=matrices, margins=cfg.get('margins'), answer=cfg.get('answer') or (1, 0.))
 
 # %% ../nbs/05_interrogator.ipynb #blip-writeup
 class WriteupInterrogator(Interrogator):
@@ -921,7 +925,8 @@ def interrogate_folder(
     def words(model, part, i):
         found = model.interrogate(part, mode, read_json(told[i]) if told else None)
         return dict(rows=found.astype(object).where(found.notna(), None).to_dict('records'), report=[r | dict(row=r['row'] + i*block) for r in model.report])
-    done = [read_fields(f, 'delete it and repeat the call', rows=list, report=list) for f in passed('words', ask, words)]
+    remedy, files = 'delete it and repeat the call', passed('words', ask, words)
+    done = [read_fields(f, remedy, rows=list, report=list) for f in files]
     with right_shape(out):
         rows = [r | dict(phrases=[tuple(p) for p in r['phrases']]) for d in done for r in d['rows']]
     table = Words(rows).astype(dict(similarity=float))

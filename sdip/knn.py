@@ -611,7 +611,7 @@ def clip_reference(
                 pretrained=None if is_file or clip.pretrained is None else str(clip.pretrained), sha256=clip.sha256, fingerprint=clip.fingerprint)
 
 # %% ../nbs/04_knn.ipynb #load-clip-reference
-def _clip_places(ref, folder): # yields paths: as it was saved, by real path and through links; then known places
+def _clip_places(ref, folder): # yields paths: as saved, by real path and through links; then known places
     path, here = Path(ref['folder'] or ref['file']), Path(folder)
     for base in (here.resolve(), Path(os.path.abspath(here))): yield Path(os.path.normpath(base/path))
     for up in here.resolve().parents[:3]: yield up/path.name
@@ -628,8 +628,8 @@ def _find_clip(ref, folder, device): # -> ClipEncoder: the one that is meant, or
         at = first
     if at is None:
         places = ', '.join(MODEL_PLACES)
-        raise ValueError(f"{folder} refers to a CLIP at {ref['folder'] or ref['file']} (SHA-256 {want}), which is neither "
-                         f"there nor in {places}: move it back, or pass clip=")
+        raise ValueError(f"{folder} refers to a CLIP at {ref['folder'] or ref['file']} (SHA-256 {want}), which is "
+                         f"neither there nor in {places}: move it back, or pass clip=")
     return ClipEncoder(at, device=device) if ref['folder'] else ClipEncoder(ref['name'], str(at), device)
 
 def load_clip_reference(
@@ -646,8 +646,8 @@ def load_clip_reference(
         elif clip is None: clip = ClipEncoder(ref['name'], ref['pretrained'], device)
     have = clip.sha256 if ref['sha256'] else clip.fingerprint
     if have != want:
-        raise ValueError(f"{folder} was made with a CLIP of SHA-256 {want}, {clip.name} has {have}: use that one, "
-                         "or fit again")
+        raise ValueError(f"{folder} was made with a CLIP of SHA-256 {want}, {clip.name} has {have}: use that "
+                         "one, or fit again")
     return clip
 
 # %% ../nbs/04_knn.ipynb #rows-digest
@@ -667,13 +667,16 @@ def rows_digest(
 def _write_config(self:KNNRegressor, folder): # last of all: only what it counts is there
     from sdip import __version__
     here, shelf = Path(folder).resolve(), Shelf(folder)
-    spans = [dict(s, root=Path(os.path.relpath(s['root'], here)).as_posix()) for own in self.shelves for s in own.spans]
+    def relative(root): return Path(os.path.relpath(root, here)).as_posix()
+    spans = [dict(s, root=relative(s['root'])) for own in self.shelves for s in own.spans]
     shelf.n, shelf.n_bytes = len(self), sum(s.n_bytes for s in self.shelves)
     settings = {name: getattr(self, name) for name in SETTINGS}
+    has_mean = self.query_mean is not None
+    columns = {name: rows_digest(shelf.rows(name)) for name in COLUMNS}
+    files = file_digests(folder, ['query_mean.npy'] if has_mean else [])
     write_json(dict(kind='knn', version=__version__, n=len(self), d=self.shelves[0].d, spans=spans, **settings,
-                    has_query_mean=self.query_mean is not None, clip=clip_reference(self.clip, folder),
-                    columns={name: rows_digest(shelf.rows(name)) for name in COLUMNS},
-                    files=file_digests(folder, ['query_mean.npy']*(self.query_mean is not None))), here/'config.json')
+                    has_query_mean=has_mean, clip=clip_reference(self.clip, folder), columns=columns, files=files),
+               here/'config.json')
 
 @patch
 def _write_column(self:KNNRegressor, name, file, step=50_000): # of all shelves, one after the other
@@ -716,19 +719,21 @@ def _check(self:Shelf, digests, names): # are these columns what their config sa
             raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
         got, shape, want = rows_digest(a), a.shape[1:], digests.get(name)
         if len(a) < n: raise ValueError(f"{file} holds {len(a)} rows, its config says {n}: {_AGAIN}")
-        if shape != shapes[name]: raise ValueError(f"{file} has rows of {shape}, expected {shapes[name]}: {_AGAIN}")
+        if shape != shapes[name]:
+            raise ValueError(f"{file} has rows of {shape}, expected {shapes[name]}: {_AGAIN}")
         if want and got != want:
-            raise ValueError(f"{file} has rows of SHA-256 {got}, expected {want}: damaged or changed, {_AGAIN}")
+            raise ValueError(f"{file} has rows of SHA-256 {got}, expected {want}: it was changed, {_AGAIN}")
 
 def _open_bank(folder): # a saved bank -> its config, a shelf over its files
     folder = Path(folder); file = folder/'config.json'
     cfg = read_fields(file, _AGAIN)
     if cfg.get('kind') != 'knn': raise ValueError(f"{folder} holds a model of kind {cfg.get('kind')!r}, expected 'knn'")
     if 'spans' not in cfg:
-        raise ValueError(f"{folder} was saved by sdip {cfg.get('version')}, which kept its bank in another way: fit again")
-    read_fields(file, _AGAIN, n=int, d=int, spans=list, has_query_mean=bool, clip=dict|None, columns=dict|None,
-                files=dict|None, k=int, power=int|float, centre=bool, weights=str, temperature=int|float, once=bool,
-                mix=dict|None)
+        version = cfg.get('version')
+        raise ValueError(f"{folder} was saved by sdip {version}, which kept its bank in another way: fit again")
+    read_fields(file, _AGAIN, n=int, d=int, spans=list, k=int, power=int|float, centre=bool, weights=str,
+                temperature=int|float, once=bool, mix=dict|None, has_query_mean=bool, clip=dict|None,
+                columns=dict|None, files=dict|None)
     shelf = Shelf(folder)
     with right_shape(file):
         shelf.spans = [dict(s, root=os.path.normpath(folder.resolve()/s['root'])) for s in cfg['spans']]

@@ -44,8 +44,9 @@ def html_page(
             f'<style>{style}</style></head><body>{markup(body)}</body></html>')
 
 # %% ../nbs/00_page.ipynb #foreign-markup
-HOSTILE = ('<i x><img src=x onerror=alert(1)></i><script>alert(2)</script> a cat', '"><svg onload=alert(3)> a dog',
-           "' onmouseover='alert(4) an owl", '</td></table></style></title><iframe src=javascript:alert(5)> a fox',
+HOSTILE = ('<i x><img src=x onerror=alert(1)></i><script>alert(2)</script> a cat',
+           '"><svg onload=alert(3)> a dog', "' onmouseover='alert(4) an owl",
+           '</td></table></style></title><iframe src=javascript:alert(5)> a fox',
            '&lt;script&gt;alert(6)&lt;/script&gt; <a href=javascript:alert(7)>a hen</a>')
 
 def foreign_markup(
@@ -55,8 +56,8 @@ def foreign_markup(
     found = []
     class Parser(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            if tag in ('script', 'iframe', 'object', 'embed', 'form', 'a', 'link', 'base', 'video'): found.append((tag, ''))
-            found.extend((tag, k) for k, v in attrs if k.startswith('on') or k == 'href' or (k == 'src' and v == 'x'))
+            if tag in 'script iframe object embed form a link base video'.split(): found.append((tag, ''))
+            found.extend((tag, k) for k, v in attrs if k[:2] == 'on' or k == 'href' or (k, v) == ('src', 'x'))
             if tag == 'svg' and not dict(attrs).get('viewbox'): found.append((tag, ''))
     Parser().feed(page)
     return found

@@ -107,7 +107,8 @@ class Run:
         file = self.folder/'run.json'
         if args is None and not file.exists(): raise ValueError(f'{self.folder} holds no run.json: it is no run folder; make one with sdip_run --out {self.folder}')
         if not file.exists(): write_json(dict(args=_plain(args), sdip=__version__), file)
-        self.args = read_fields(file, f'repeat sdip_run with another --out, or delete {self.folder}', args=dict)['args']
+        remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
+        self.args = read_fields(file, remedy, args=dict)['args']
         if args is not None: self._refuse_other(self.args, _plain(args))
 
     def __truediv__(self, name): return self.folder/name
@@ -131,7 +132,8 @@ SOURCE_ARGS = ('pairs', 'images', 'image_col', 'prompt_col') # where the user's 
 def receipt(self, name): # the receipt of a stage, or None
     file = self/f'receipts/{name}.json'
     if not file.exists(): return None
-    return read_fields(file, 'delete it: sdip_run does that stage again', files=dict, facts=dict, seconds=int|float, cpu=int|float)
+    remedy = 'delete it: sdip_run does that stage again'
+    return read_fields(file, remedy, files=dict, facts=dict, seconds=int|float, cpu=int|float)
 
 def _wanted(self, s):
     "What a fitting receipt of stage `s` must say"
@@ -157,7 +159,7 @@ def _damaged(self, r):
 def is_done(self, s):
     "Does the receipt of stage `s` fit, and are its files whole?"
     try: r, wanted = self.receipt(s.name), self._wanted(s)
-    except ValueError: return False                                       # a receipt that cannot be read is none
+    except ValueError: return False                       # a receipt that cannot be read is none
     if r is None or any(r.get(k) != v for k, v in wanted.items()): return False
     return {f for f in s.files if '*' not in f} <= r['files'].keys() and not self._damaged(r)
 
@@ -194,7 +196,8 @@ def do(self, s, number, of):
         damaged = [f for f, text in logs.items() if _text(self/f) != text]
         for f in damaged:
             with atomic_path(self/f) as tmp: tmp.write_text(logs[f], encoding='utf-8')
-        return self.say(f'[{number:2}/{of}] {s.title}: done before' + ''.join(f', {f} put back' for f in damaged))
+        back = ''.join(f', {f} put back' for f in damaged)
+        return self.say(f'[{number:2}/{of}] {s.title}: done before{back}')
     self._begin(s)
     self._forget(s)
     t, c = time.perf_counter(), cpu_seconds()
@@ -205,14 +208,15 @@ def do(self, s, number, of):
     logs = {f: _text(self/f) for f in s.logs}
     files = self._left(s)
     says = {f: _says(self/f, digest) for f, digest in files.items()}
-    write_json(self._wanted(s) | dict(files=files, says=says, logs=logs, facts=facts) | cost, self/f'receipts/{s.name}.json')
+    said = self._wanted(s) | dict(files=files, says=says, logs=logs, facts=facts) | cost
+    write_json(said, self/f'receipts/{s.name}.json')
     said = ', '.join(f'{k} {v}' for k, v in facts.items())
     self.say(f'        {said}{"; " if facts else ""}{seconds:.0f} s, {cpu:.0f} CPU s')
 
 def check_stages(self, names, but=()): # names of stages; but: endings of files that are checked elsewhere
     "ValueError that names the first damaged file of these stages, and the stage that makes it anew"
     for s in STAGES:
-        r = self.receipt(s.name) if s.name in names else None             # a run of old, or a copy, may have none
+        r = self.receipt(s.name) if s.name in names else None       # a run of old, or a copy, may have none
         files = {f: digest for f, digest in r['files'].items() if not f.endswith(but)} if r else {}
         check_files(self.folder, files, f'the same sdip_run as before makes it anew (stage {s.title!r})')
 
@@ -395,11 +399,12 @@ def _sources(self):
     file = self/'sources.json'
     if not file.exists(): return {}
     said = read_fields(file, 'delete it and repeat sdip_run')
-    with right_shape(file): return {role: o for role, o in said.items() if o['path'] and o['origin']['sha256']}
+    with right_shape(file):
+        return {role: o for role, o in said.items() if o['path'] and o['origin']['sha256']}
 
 def load_source(self, role): # -> the network, if it is still the one that this run began with
-    if role not in self.sources(): raise ValueError(f"{self/'sources.json'} names no {role}: repeat the same sdip_run")
-    said = self.sources()[role]
+    said = self.sources().get(role)
+    if said is None: raise ValueError(f"{self/'sources.json'} names no {role}: repeat the same sdip_run")
     return load_outside(role, said['path'], said['origin']['sha256'])
 
 def check_sources(
@@ -551,7 +556,8 @@ def stage_data(run):
     return dict(pictures=pairs.image.nunique(), prompts=pairs.prompt.nunique()) | read
 
 # %% ../nbs/08_run.ipynb #stage-targets
-@stage('MiniLM embeddings of the prompts', needs='data', files='emb/prompts/emb.npy emb/prompts/manifest.json emb/prompts.json', halves='emb/prompts')
+@stage('MiniLM embeddings of the prompts', needs='data', halves='emb/prompts',
+       files='emb/prompts/emb.npy emb/prompts/manifest.json emb/prompts.json')
 def stage_targets(run):
     "Each distinct clean prompt is encoded once"
     from sdip.encoders import TargetEncoder, encode
@@ -667,7 +673,8 @@ def save_predictions(run, model, name):
 # %% ../nbs/08_run.ipynb #stage-clip
 _PREDS = lambda name: f'preds/{name}.valid.npz preds/{name}.test.npz'
 
-@stage('CLIP regressor', needs='data pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed', files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}', logs='clip/history.csv', halves='clip/checkpoint.pt')
+@stage('CLIP regressor', needs='data pairs weights base_clip', args='clip_lr clip_timetable clip_recipe seed',
+       files=f'clip/model.safetensors clip/config.json {_PREDS("clip")}', logs='clip/history.csv', halves='clip/checkpoint.pt')
 def stage_clip(run):
     "Base CLIP's image tower with a 384-d head: ridge probe, then layers unfrozen step by step"
     from sdip.finetune_clip import ClipRegressor, Recipe
@@ -679,7 +686,9 @@ def stage_clip(run):
     model.save(run/'clip')
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | save_predictions(run, model, 'clip')
 
-@stage('timm regressor', needs='data pairs weights', args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed', files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}', logs='vit/history.csv', halves='vit/checkpoint.pt')
+@stage('timm regressor', needs='data pairs weights', halves='vit/checkpoint.pt',
+       args='start vit_from vit vit_kw vit_lr vit_timetable vit_recipe size seed',
+       files=f'vit/model.safetensors vit/config.json {_PREDS("vit")}', logs='vit/history.csv')
 def stage_vit(run):
     "A timm backbone: the shipped small ViT, which learned what is in a picture, a real one, or any other from random weights"
     from sdip.encoders import shipped
@@ -750,7 +759,11 @@ def _real_interrogator(run, pictures, prompts):
     write_json(dict(words=a['words'], counts=a['phrases'], captioner=run.sources()['captioner']), run/'interrogator/outside.json')
     return model
 
-@stage('Interrogator', needs='data pairs base_clip', args='own start captioner_from ranker_from words phrases phrases_from favourites', files=f'interrogator/config.json interrogator/phrases.json interrogator/words.test.json interrogator/*.json interrogator/*.npy ranker/* {_PREDS("interrogator")}')
+_WORDS = ' '.join(f'interrogator/{o}' for o in ('config.json', 'phrases.json', 'words.test.json', '*.json', '*.npy'))
+
+@stage('Interrogator', needs='data pairs base_clip',
+       args='own start captioner_from ranker_from words phrases phrases_from favourites',
+       files=f'{_WORDS} ranker/* {_PREDS("interrogator")}')
 def stage_interrogator(run):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts; when a thing is named is learned on validation"
     from sdip.encoders import ClipEncoder
@@ -844,7 +857,8 @@ def stage_scores(run):
 
 # %% ../nbs/08_run.ipynb #scoreboard
 def _scores(run): # what stage_scores wrote
-    return read_fields(run/'scores.json', 'repeat the same sdip_run', test=dict, valid=dict, intervals=dict, seconds=dict, cpu=dict)
+    kinds = dict.fromkeys(('test', 'valid', 'intervals', 'seconds', 'cpu'), dict)
+    return read_fields(run/'scores.json', 'repeat the same sdip_run', **kinds)
 
 def scoreboard(run) -> pd.DataFrame: # one row a model, best last: score, skill, lo, hi, cpu seconds
     "Test scores of a finished run"
@@ -1125,8 +1139,8 @@ def _before_work(args, out, models, download): # -> what `survey` found; ValueEr
     return found
 
 # %% ../nbs/08_run.ipynb #run-predictor
-_PREDICTING = 'pairs', 'weights', 'base_clip', 'ensemble'                  # stages whose files every prediction reads
-_CHECKED_BY_MODELS = '.safetensors', '.npz', 'words.test.json'             # by the SHA-256 in their configs; or not read
+_PREDICTING = 'pairs', 'weights', 'base_clip', 'ensemble'        # stages whose files every prediction reads
+_CHECKED_BY_MODELS = '.safetensors', '.npz', 'words.test.json'   # by the SHA-256 in their configs; or not read
 
 class RunPredictor:
     "A whole run as one predictor: its models with a ratio above 0, blended"
@@ -1175,7 +1189,8 @@ def load_outside_interrogator(
 ):               # Interrogator
     "The saved interrogator with its captioner, which lies where it lay, or where `sdip_run` would look for it; its SHA-256 must be the same"
     file = Path(folder)/'outside.json'
-    said = read_fields(file, 'the same sdip_run as before makes it anew', words=str, counts=dict|None, captioner=dict)
+    remedy = 'the same sdip_run as before makes it anew'
+    said = read_fields(file, remedy, words=str, counts=dict|None, captioner=dict)
     with right_shape(file): path, digest = said['captioner']['path'], said['captioner']['origin']['sha256']
     if not Path(path).exists() and not str(path).startswith('hf-hub:'):
         found = find_outside('captioner')
@@ -1204,12 +1219,12 @@ def load_predictor(
     else: raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, knn and interrogator')
     with right_shape(folder): return Model.load(folder, device=device)
 
-def _checked_kind(file): # config.json of a saved model -> its kind; what it says of a network is checked before that is built
+def _checked_kind(file): # config.json of a saved model -> its kind; checked before a network is built by it
     remedy = 'train it again, or let sdip_run make it anew'
     kind = read_fields(file, remedy, kind=str)['kind']
     if kind not in ('clip_regressor', 'vit_regressor'): return kind
-    said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str, head=str|None, history=list|None,
-                       probe_scores=dict|None)
+    said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str, head=str|None,
+                       history=list|None, probe_scores=dict|None)
     weights = file.parent/'model.safetensors'
     if not weights.is_file(): raise ValueError(f'{weights} is missing: {remedy}')
     if kind == 'clip_regressor': check_model_cfg(said['tower'], file)
