@@ -955,7 +955,8 @@ def hostile_tokenizers(run, new):
         doors = {'ClipEncoder': lambda: ClipEncoder(at), 'local-dir:': lambda: ClipEncoder(f'local-dir:{at}'),
                  '--model': lambda: make_regressor('clip', model=str(at)),
                  '--clip': lambda: make_interrogator(clip=str(at)),
-                 '--ranker': lambda: load_outside('ranker', at), '--captioner coca:': make_captioner(f'coca:{at}'),
+                 '--captioner coca:': make_captioner(f'coca:{at}'),
+                 '--ranker': lambda: load_outside('ranker', at),
                  'run': lambda: load_predictor(whole), 'run/knn': lambda: load_predictor(whole/'knn'),
                  'run/interrogator': lambda: make_interrogator(whole/'interrogator')}
         for door, load in doors.items(): yield f'tokenizer {kwargs} by {door}', load, True
