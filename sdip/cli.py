@@ -97,7 +97,9 @@ def sdip_generate(
 ):
     "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
     from sdip.playground import draw, make_pairs, read
+    from contextlib import nullcontext
     from sdip.data import atomic_path
+    from sdip.lock import folder_lock
     if prompts is None and (model or shard or prompt_col): raise ValueError('--model, --shard and --prompt_col go with --prompts FILE, and there is none')
     if prompts is not None:
         from sdip.generate import SD2, StableDiffusion, generate
@@ -105,10 +107,11 @@ def sdip_generate(
         i, _, m = (shard or '0/1').partition('/')
         if not (i.isdigit() and m.isdigit()): raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
         said, painter = read_texts(prompts, prompt_col), StableDiffusion(model or SD2, steps=steps, made=made, saved=size or 512)
-        pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
+        alone = folder_lock(out, 'sdip_generate') if shard is None else nullcontext()        # shards share a folder
+        with alone: pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
         return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}" if pairs is not None else f'part {shard} is in {out}')
     if prompt is None:
-        pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
+        with folder_lock(out, 'sdip_generate'): pairs = make_pairs(out, n, max(n//10, 1), max(n//5, 1), per_prompt, loose, size or 64, seed)
         return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
     _free(force, out)
     scene, ignored = read(prompt)
@@ -128,6 +131,7 @@ def sdip_pretrain(
     "Train one of the playground's towers on drawn pictures"
     import time, torch
     from dataclasses import replace
+    from sdip.lock import folder_lock
     from sdip.training import CLIP_RECIPE, VIT_RECIPE, pretrain_clip, pretrain_vit
     if what not in ('clip', 'vit'): raise ValueError(f'--what {what!r} is unknown, known are clip and vit')
     if threads: torch.set_num_threads(threads)
@@ -135,7 +139,7 @@ def sdip_pretrain(
     if steps: recipe = replace(recipe, epochs=max(1, round(steps / (recipe.steps / recipe.epochs))))
     print(f'{what}: {recipe.steps} steps of {recipe.bs} pictures, {recipe.epochs*recipe.n:,} drawn; '
           f'what is done stands in {out}/checkpoint.pt after each of {recipe.epochs} epochs', flush=True)
-    (pretrain_clip if what == 'clip' else pretrain_vit)(out, recipe)
+    with folder_lock(out, 'sdip_pretrain'): (pretrain_clip if what == 'clip' else pretrain_vit)(out, recipe)
     print(f'{time.perf_counter() - start:.0f} s; weights in {out}')
 
 # %% ../nbs/01_dedup_weighting.ipynb #cli-dedup
@@ -224,6 +228,7 @@ def sdip_interrogate(
     from pathlib import Path
     from tempfile import TemporaryDirectory
     from sdip.data import find_images, hash_items
+    from sdip.lock import folder_lock
     from sdip.interrogator import interrogate_folder, make_captioner, make_interrogator, words_to_csv
     _free(force, csv)
     default = Path('runs/playground/interrogator')
@@ -233,7 +238,7 @@ def sdip_interrogate(
         teller = make_captioner(captioner)
         ask = lambda: make_interrogator(model, phrases or (), names or (), (lambda images: ['']*len(images)) if teller else None, clip, cache)
         files = find_images([images] if isinstance(images, str) else images)
-        table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
+        with folder_lock(work or tmp, 'sdip_interrogate'): table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
     for line in table.attrs['report']: print(line['error'], file=sys.stderr)
     if len(table.attrs['report']) == len(table): raise ValueError(f'none of {len(table)} pictures could be read: there are no words to write')
     if csv:

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from . import __version__
 from .data import EMB_DIM, check_emb, image_paths, mean_cosine, read_json, row_cosine, unit
-from .encoders import ClipEncoder, Preprocess, pick_device
+from .encoders import ClipEncoder, Preprocess, pick_device, right_shape
 from .training import (Augment, Checkpoint, CsvLog, KeepBest, PairRows, cosine, cosine_loss, digest,
                            load_weights, make_learner, make_loaders, predict_images, run_learner,
                            save_weights, say_what_to_lower, score_of, share_among, start_alike,
@@ -428,12 +428,13 @@ class ClipRegressor(Regressor):
     @classmethod
     def load(cls, folder, device=None):
         "A saved regressor, ready to predict"
-        config = read_json(Path(folder)/'config.json')
-        self = cls.__new__(cls)
-        self.tower = config['tower']
-        net = load_weights(ImageRegressor(build_tower(self.tower), config['width'], head=config.get('head', 'linear')), folder)
-        Regressor.__init__(self, net, Preprocess.from_dict(config['preprocess']), device)
-        self.history, self.probe_scores = config['history'], config['probe_scores']
+        file = Path(folder)/'config.json'
+        config, self = read_json(file), cls.__new__(cls)
+        with right_shape(file):
+            self.tower = config['tower']
+            net = ImageRegressor(build_tower(self.tower), config['width'], head=config.get('head', 'linear'))
+            Regressor.__init__(self, load_weights(net, folder), Preprocess.from_dict(config['preprocess']), device)
+            self.history, self.probe_scores = config['history'], config['probe_scores']
         return self
 
 # %% ../nbs/02_finetune_clip.ipynb #text-start
@@ -455,9 +456,12 @@ def start_from_texts(self:ClipRegressor,
     return self
 
 # %% ../nbs/02_finetune_clip.ipynb #finetune-imports
+from contextlib import nullcontext
+
 import pandas as pd
 from .data import write_json
 from .encoders import TargetEncoder, encode
+from .lock import folder_lock
 from .split import clean_pairs, split_pairs
 from .training import Say
 
@@ -488,8 +492,11 @@ def finetune(
     "Train a regressor on a table of pairs and leave a folder that `load` reads"
     out, rank = Path(out), world_of_processes()[0]
     if (out/'config.json').exists(): raise ValueError(f'{out} holds a finished model: choose another folder, or delete this one')
+    with folder_lock(out, 'sdip_finetune') if rank == 0 else nullcontext(): return _finetune(reg, pairs, out, recipe, cbs, quiet)
+
+def _finetune(reg, pairs, out, recipe, cbs, quiet):
+    rank, root = world_of_processes()[0], pairs.attrs.get('root', '.')
     table, targets = prepare_pairs(pairs, out/'targets', reg.device)
-    root = pairs.attrs.get('root', '.')
     cbs = [*cbs, *([] if quiet or rank else [Say()])]
     reg.fit(table, targets, root, recipe, out/'checkpoint.pt', cbs, quiet)
     train = (table.split == 'train').to_numpy()

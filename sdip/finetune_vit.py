@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import read_json, sha256
-from .encoders import Preprocess, cached_snapshot, hub_folder
+from .encoders import Preprocess, cached_snapshot, check_timm_args, hub_folder, read_tensors, right_shape
 from .finetune_clip import ImageRegressor, Recipe, Regressor
 from .training import load_weights
 
@@ -29,6 +29,7 @@ def _timm_folder(folder):
     if 'architecture' not in config: raise ValueError(f"{folder/'config.json'} names no timm architecture: give a folder from timm's hub, or a file with the architecture's name")
     file = next((folder/f for f in TIMM_WEIGHTS if (folder/f).is_file()), None)
     if file is None: raise ValueError(f"{folder} has a config and none of {', '.join(TIMM_WEIGHTS)}: copy the weights beside it; random ones are never used")
+    check_timm_args(config.get('model_args') or {}, folder/'config.json')
     return config['architecture'], config.get('model_args') or {}, {k: cfg[k] for k in _SAID if cfg.get(k) is not None}, file
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-source
@@ -64,6 +65,7 @@ def build_backbone(
     args, said, file, notes = ({}, {}, None, []) if weights in ('pretrained', 'random') else _timm_source(name, weights)
     known, kw = timm.models.get_pretrained_cfg(name), args | kw
     if img_size and known and known.fixed_input_size: kw['img_size'] = img_size         # a ViT is built for one size
+    if file and file.suffix != '.safetensors': read_tensors(file)              # refused in our words
     if file: said = said | dict(state_dict=_without_classifier(timm.models.load_state_dict(str(file), weights_only=True), known), num_classes=0)
     whole = {} if weights == 'pretrained' else dict(num_classes=0)
     try: net = timm.create_model(name, pretrained=weights != 'random', pretrained_cfg_overlay=said or None, **whole, **kw)
@@ -117,13 +119,15 @@ class VitRegressor(Regressor):
     @classmethod
     def load(cls, folder, device=None):
         "A saved regressor, ready to predict"
-        config = read_json(Path(folder)/'config.json')
-        self = cls.__new__(cls)
-        self.tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
-        body, _ = build_backbone(self.tower['name'], 'random', prep.size, **self.tower['kw'])     # the file's weights follow
-        net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
-        Regressor.__init__(self, load_weights(net, folder), prep, device)
-        self.history, self.probe_scores = config['history'], config['probe_scores']
+        file = Path(folder)/'config.json'
+        config, self = read_json(file), cls.__new__(cls)
+        with right_shape(file):
+            self.tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
+            check_timm_args(self.tower['kw'], file)
+            body, _ = build_backbone(self.tower['name'], 'random', prep.size, **self.tower['kw'])     # the file's weights follow
+            net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
+            Regressor.__init__(self, load_weights(net, folder), prep, device)
+            self.history, self.probe_scores = config['history'], config['probe_scores']
         return self
 
 # %% ../nbs/03_finetune_vit.ipynb #scratch-recipe

@@ -349,7 +349,7 @@ def _copy_in(path, folder): # a file or a folder, under its own name
     folder.mkdir(exist_ok=True)
     (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, folder/Path(path).name)
 
-_NOT_READ = ('data', 'images', 'preds', 'receipts', 'prompts', 'report.html', 'submission.csv', '.*')    # of a run folder, by prediction
+_NOT_READ = ('data', 'images', 'preds', 'prompts', 'report.html', 'submission.csv', '.*')    # of a run folder, by prediction
 
 def build_assets(
     out, # folder, made anew

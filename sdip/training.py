@@ -465,7 +465,6 @@ class Checkpoint(Callback):
     order, _only_train_loop = 70, True
     def __init__(self, file, key, minutes=None): # minutes: between two saves; None: at the ends of epochs only
         self.file, self.key, self.minutes, self.state = Path(file), key, minutes, None
-        for half in self.file.parent.glob(f'.tmp-*-{self.file.name}'): half.unlink(missing_ok=True)     # what a killed run was writing
         if self.file.exists():
             state = _read_state(self.file)
             _check_key(self.file, state['key'], key)
