@@ -374,4 +374,6 @@ def sdip_bench(
     from sdip.bench import bench_text, growth_plot, run_benches
     found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
     print(bench_text(found, threads))
-    if plot: growth_plot(found).savefig(plot)
+    if not plot: return
+    growth_plot(found).savefig(plot)
+    print(f'plot in {plot}')

@@ -942,7 +942,7 @@ def _join(out, plan, spans, rows, joined):
         crc = _crc_all(emb); emb.flush()
         del emb
     write_json(dict(plan, d=width.pop(), crc=crc, crcs=crcs), out/'manifest.json')
-    for p in out.glob('shard-*.npy'): p.unlink(missing_ok=True)
+    for p in out.glob(f'shard-*.{_tag(plan)}.*.npy'): p.unlink(missing_ok=True)
 
 # %% ../nbs/00b_encoders.ipynb #encode-reports
 def _save_report(out, k, lo, encoder):

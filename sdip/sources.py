@@ -80,7 +80,7 @@ class _Finder:
         self.root, self.given = Path(root), [Path(images)] if images else []
         self.bases = [self.root, self.root/'images', *self.given]
         if not images: self.bases += _only_picture_folder(self.root)
-        self.listed, self.guessed = {}, {}
+        self.listed, self.guessed, self.deep = {}, {}, None
 
     def child(self, folder, name):
         "The one entry of a folder that differs from a name in case or Unicode form at most"
@@ -112,7 +112,15 @@ class _Finder:
         places = self.given or self.bases
         for k in range(len(parts)):
             if p := next(filter(None, (self.loose(b, parts[k:]) for b in places)), None): return p
-        return None
+        return self.anywhere(parts[-1]) if self.given and parts else None
+
+    def anywhere(self, name):
+        "The one picture of a name in the folder that the user named, however deep"
+        if self.deep is None:
+            self.deep = {}
+            for f in find_images(self.given): self.deep.setdefault(_same_name(f.name), []).append(f)
+        found = self.deep.get(_same_name(name), [])
+        return found[0] if len(found) == 1 else None
 
     def __call__(self, name):
         "The file, or None"

@@ -1008,7 +1008,8 @@ def pretrain_clip(
     write_json(dict(recipe=asdict(recipe), history=learn.history.rows), folder/'history.json')
     save_clip(learn.model.clip.cpu(), config, prep, folder, torch.float16)
     write_json(read_json(folder/CLIP_FILE) | dict(made=_made(recipe, learn.history.rows) | dict(reader=reader.fingerprint)), folder/CLIP_FILE)
-    (folder/'checkpoint.pt').unlink(); shutil.rmtree(folder/'texts')
+    for made in 'checkpoint.pt', 'texts/emb.npy', 'texts/manifest.json': (folder/made).unlink()
+    (folder/'texts').rmdir()
     return ClipEncoder(folder, device=device)
 
 # %% ../nbs/00c_training.ipynb #attributes
