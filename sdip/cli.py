@@ -38,6 +38,11 @@ def _end(name, status, line):
     except OSError: pass
     raise SystemExit(status) from None
 
+def _sentence(e):
+    "What an OSError says, without the number and the name twice"
+    said = e.strerror or str(e)
+    return said if e.filename is None or str(e.filename) in said else f'{e.filename}: {said}'
+
 def _polite(left='nothing half-written was left'):
     "Decorator of a command: one line for a slip, a warning or a stop; `left` is said of stopped work"
     def decorate(func):
@@ -56,7 +61,8 @@ def _polite(left='nothing half-written was left'):
                     _end(name, 141, f'nobody reads its output any more: stopped; {left}')
                 except KeyboardInterrupt as e: _end(name, 128 + (e.args[0] if e.args else signal.SIGINT), f'stopped; {left}')
                 except MemoryError as e: raise SystemExit(f'{name}: out of memory ({e}): give it less at a time, or a larger machine')
-                except (ValueError, OSError, ImportError) as e: raise SystemExit(f'{name}: {e}')
+                except OSError as e: raise SystemExit(f'{name}: {_sentence(e)}')
+                except (ValueError, ImportError) as e: raise SystemExit(f'{name}: {e}')
         return run
     return decorate
 

@@ -113,6 +113,13 @@ def _tell_full(path, tmp, e):
     return OSError(errno.ENOSPC, f"the disk is full: {path} needs more than {need/1e6:.1f} MB and {free/1e6:.1f} MB are free: "
                                  f"make room, then the same call goes on", str(path))
 
+def _open_special(path):
+    "A device or a pipe, for writing; a pipe that nobody reads is an error, not a wait"
+    try: fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as e: raise type(e)(e.errno, f'cannot write {path} ({e.strerror}): a pipe needs a reader, a device one that may be written', str(path)) from e
+    os.set_blocking(fd, True)
+    return open(fd, 'wb', buffering=0)
+
 @contextmanager
 def atomic_path(
     path, # where the file shall stand; missing parent folders are made; a link's target is replaced, a device is written to
@@ -135,7 +142,7 @@ def atomic_path(
     try:
         yield tmp
         if special:
-            with open(tmp, 'rb') as src, open(at, 'wb', buffering=0) as to: shutil.copyfileobj(src, to)
+            with open(tmp, 'rb') as src, _open_special(at) as to: shutil.copyfileobj(src, to)
         else:
             os.chmod(tmp, mode)
             os.replace(tmp, at)
