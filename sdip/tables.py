@@ -219,18 +219,24 @@ def table_suffix(
 # %% ../nbs/00_tables.ipynb #read-bytes
 def _file_bytes(path):
     "A file's bytes, unpacked where its name says that it is packed"
-    try:
-        data = path.read_bytes()
-        if path.suffix.lower() in _UNPACK: return _UNPACK[path.suffix.lower()](data)
-        if path.suffix.lower() != '.zip': return data
-        with zipfile.ZipFile(io.BytesIO(data)) as z:
-            inside = [n for n in z.namelist() if not n.endswith('/')]
-            if len(inside) != 1:
-                raise ValueError(f"{path} holds {len(inside)} files, expected one table: unpack it and name the table")
-            return z.read(inside[0])
+    try: data = path.read_bytes()
     except FileNotFoundError as e: raise ValueError(f"{path} does not exist: check the path, it starts at the working directory") from e
     except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror or e}): it must be a file that this user may read") from e
-    except (EOFError, lzma.LZMAError, zipfile.BadZipFile) as e: raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
+    ending = path.suffix.lower()
+    if ending not in (*_UNPACK, '.zip'): return data
+    try: inside = [_UNPACK[ending](data)] if ending in _UNPACK else _zipped(data)
+    except MemoryError: raise
+    except Exception as e:                          # a damaged archive fails in many ways
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): damaged, or packed in another way; "
+                         f"fetch it again, or unpack it and name the table") from e
+    if len(inside) == 1: return inside[0]
+    raise ValueError(f"{path} holds {len(inside)} files, expected one table: unpack it and name the table")
+
+def _zipped(data):
+    "Bytes of each file in a zip, read if there is one only"
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        names = [n for n in z.namelist() if not n.endswith('/')]
+        return [z.read(n) for n in names] if len(names) == 1 else names
 
 def _unique_names(names, path):
     "Column names without blanks around them; each may occur once"
@@ -254,7 +260,16 @@ def _json_row(line, path, number):
     try: row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
     except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {number}: not JSON ({e}): expected one object a line") from e
     if not isinstance(row, dict): raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is no object, expected {{\"file_name\": .., \"text\": ..}}")
+    if '\\u' in line: _no_halves(row, path, number)
     return {k: _cell(v) for k, v in row.items()}
+
+def _no_halves(row, path, number):
+    "JSON can write half of a character, as a program does that cuts an emoji in two"
+    try: json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start]
+        raise ValueError(f"{path}, line {number}: {half!r} is half of a character, "
+                         f"which no file can hold: take it out") from e
 
 def _json_lines(text, path):
     "As `_parse`, of one object a line"
@@ -346,7 +361,7 @@ def to_numbers(
     "A column as numbers; `ValueError` names the first cell that is none"
     cells = table.rows[column]
     out = pd.to_numeric(cells.replace('', np.nan), errors='coerce').to_numpy(np.float64, na_value=np.nan)
-    bad = np.isnan(out) & np.array([not pd.isna(c) and str(c).strip().lower() not in ('', 'nan') for c in cells], bool)
+    bad = np.isnan(out) & np.array([not (pd.api.types.is_scalar(c) and pd.isna(c)) and str(c).strip().lower() not in ('', 'nan') for c in cells], bool)
     if bad.any():
         i = int(bad.argmax())
         raise ValueError(f"{table.where(i)}: {column} is {cells.iloc[i]!r}, expected a number: correct it, or leave it empty")
@@ -400,4 +415,6 @@ def read_texts(
     table = read_table(path)
     if table.kind == 'txt': return table.rows.prompt.tolist()
     name = find_column(table, kind, column, needed=kind == 'prompt') or find_column(table, 'prompt')
+    odd = [v for v in table.rows[name] if isinstance(v, bytes) or not pd.api.types.is_scalar(v)]
+    if odd: raise ValueError(f"{path}: {name} holds a {type(odd[0]).__name__}, expected texts: name another column")
     return ['' if pd.isna(v) else str(v) for v in table.rows[name]]
