@@ -6,7 +6,10 @@
 __all__ = ['TAR_EXTS', 'tar_rows']
 
 # %% ../nbs/00a_shards.ipynb #imports
+import errno
+import gzip
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -42,6 +45,9 @@ def _member_key(name):
 # %% ../nbs/00a_shards.ipynb #read-tar
 class _CutShort(Exception): "The tar ends before its end"
 
+_BROKEN = tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile
+_NO_NAME = errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST    # not here, or not beside the others
+
 def _tar_members(tar, passed):
     "(key, ending, file object) of each picture and text; names that are passed over go into `passed`"
     try:
@@ -51,7 +57,7 @@ def _tar_members(tar, passed):
                 if key is None or not (m.isfile() or m.issparse()): continue
                 if m.issparse() or m.size > _LARGEST['image' if ext in IMAGE_EXTS else 'text']: passed.append(f'{m.name} ({m.size:,} bytes)')
                 else: yield key, ext, t.extractfile(m)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as e: raise _CutShort(e) from e
+    except (*_BROKEN, OSError) as e: raise _CutShort(e) from e
     if tar.suffix == '.tar':
         with open(tar, 'rb') as f:
             f.seek(-min(1024, tar.stat().st_size), 2)
@@ -71,13 +77,23 @@ def _read_members(tar, tmp):
             row = rows.setdefault(key, {})
             if ext in IMAGE_EXTS and 'image' in row: passed.append(f'{key}{ext} (a second picture of {key})')
             elif ext in IMAGE_EXTS:
-                (tmp/key).parent.mkdir(parents=True, exist_ok=True)
-                with open(tmp/f'{key}{ext}', 'wb') as f: shutil.copyfileobj(file, f)
-                row['image'] = f'{key}{ext}'
+                if why := _write_member(file, tmp/f'{key}{ext}'): passed.append(f'{key[:99]}{ext} ({why})')
+                else: row['image'] = f'{key}{ext}'
             elif ext == '.json': row['caption'] = _caption(file.read())
             else: row['txt'] = _member_text(file.read(), f'{tar}: {key}{ext}')
-    except _CutShort as e: return rows, str(e), passed
+    except (_CutShort, *_BROKEN) as e: return rows, str(e) or type(e).__name__, passed
     return rows, '', passed
+
+def _write_member(file, path):
+    "Write a picture; '' or why this disk cannot hold its name"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'wb') as f: shutil.copyfileobj(file, f)
+    except _BROKEN: path.unlink(); raise
+    except OSError as e:
+        if e.errno not in _NO_NAME: raise
+        return e.strerror
+    return ''
 
 def _member_text(data, name):
     try: return _text_prompt(decode_text(data, name)[0].lstrip('\ufeff').strip(), 'tar').text
@@ -148,7 +164,8 @@ def tar_rows(
             warnings.warn(f"{tar} is cut short ({note['cut']}): {len(note['rows'])} samples were read; "
                           f"download it again for the others", stacklevel=5)
         if note['passed']:
-            warnings.warn(f"{tar}: {len(note['passed'])} members are sparse, too large or repeated and are left out: "
+            warnings.warn(f"{tar}: {len(note['passed'])} members are sparse, too large, repeated or badly named "
+                          f"and are left out: "
                           f"{_some(note['passed'])}", stacklevel=5)
         stem = _tar_stem(tar)
         for key, row in note['rows'].items():
