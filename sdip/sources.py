@@ -11,14 +11,15 @@ import re
 import time
 import unicodedata
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .data import (IMAGE_EXTS, PAIR_COLUMNS, _some, atomic_path, check_pairs, find_images, hash_items, image_paths,
-                       path_text, read_json, relative_path, sha256, text_path)
+from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images, hash_items,
+                       image_paths, path_text, read_json, relative_path, sha256, text_path)
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
 from .tables import COLUMN_NAMES, TABLE_EXTS, find_column, read_table, table_suffix, to_numbers
@@ -31,6 +32,8 @@ def _has(values):
 def _assemble(path, rows, lines=None):
     "A pairs table out of columns with holes (None), the holes counted and named"
     rows = pd.DataFrame(rows, dtype='object')
+    for c in 'id', 'image', 'prompt':                          # JSON can name half of a character, a table cannot
+        rows[c] = np.array([None if isinstance(v, str) and not _encodes(v) else v for v in rows[c]], object)
     n = len(rows)
     names = [i if isinstance(i, str) and i else f'line {line}' for i, line in zip(rows['id'], lines if lines is not None else range(1, n + 1))]
     rows = rows.assign(name=names, **{c: v for c, v in dict(split='', group=-1, weight=1.).items() if c not in rows})
@@ -378,11 +381,22 @@ def _kind(path):
     return path, 'diffusiondb' if path.name.startswith('metadata') and path.suffix == '.parquet' and _parts(path.parent) else 'table'
 
 # %% ../nbs/00a_sources.ipynb #load-one
+@contextmanager
+def _named(path):
+    "What goes wrong inside names the source"
+    try: yield
+    except ValueError as e:
+        if path.name in str(e): raise
+        raise ValueError(f"{path}: {e}") from e
+
 def _load_one(source, image_col, prompt_col, images, unpack):
     "Pairs of one source"
     path = Path(source)
     if not path.exists(): raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, DiffusionDB's parts, tars, or pictures with their prompts")
     path, kind = _kind(path)
+    with _named(path): return _of_kind(path, kind, image_col, prompt_col, images, unpack)
+
+def _of_kind(path, kind, image_col, prompt_col, images, unpack):
     root = path if path.is_dir() else path.parent
     if kind == 'table': pairs = _table_pairs(path, image_col, prompt_col, images)
     elif kind == 'diffusiondb' and not images: pairs = _diffusiondb(root, None if path.is_dir() else path)
