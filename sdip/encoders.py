@@ -292,8 +292,11 @@ def right_shape(
 ):        # to be used by `with`
     "What goes wrong because a settings file says something odd becomes a ValueError that names the file"
     try: yield
-    except (ValueError, OSError, MemoryError): raise
+    except MemoryError: raise
     except Exception as e:
+        said = isinstance(e, (ValueError, OSError)) and not isinstance(e, UnicodeError)
+        if said and any(str(p) in str(e) for p in (file, Path(file).parent) if str(p) != '.'): raise
+        if said: raise ValueError(f'{file}: {e}') from e
         what = f'{type(e).__name__}: {" ".join(str(e).split())[:160]}'
         raise ValueError(f'{file} does not say what is expected of it ({what}): {SAVE_AGAIN}') from e
 

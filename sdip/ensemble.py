@@ -51,7 +51,7 @@ def load_preds(
     "Read a file of predictions."
     try:
         with np.load(path, allow_pickle=False) as z: ids, emb, model = z['ids'], z['emb'], str(z['model'])
-    except (MemoryError, OSError): raise
+    except (MemoryError, FileNotFoundError, PermissionError): raise
     except Exception as e:                          # a damaged zip fails in many ways
         what = type(e).__name__
         raise ValueError(f"{path} is no file of predictions ({what}): write it with save_preds") from None

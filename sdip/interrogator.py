@@ -839,7 +839,7 @@ def _read_saved(folder): # -> config, phrases, function that reads an array; Val
     def array(name, ndim=2):
         file = folder/f'{name}.npy'
         try: a = np.load(file, allow_pickle=False).astype(np.float32)
-        except (ValueError, EOFError, OSError) as e:
+        except Exception as e:                     # a header of .npy is Python text: it fails as such
             raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
         if a.ndim != ndim:
             raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")

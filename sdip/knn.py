@@ -715,7 +715,7 @@ def _check(self:Shelf, digests, names): # are these columns what their config sa
     for name in names:
         file, n = self.folder/f'{name}.npy', self.n_bytes if name == 'texts' else self.n
         try: a = self.rows(name)
-        except (ValueError, EOFError, OSError) as e:
+        except Exception as e:                     # a header of .npy is Python text: it fails as such
             raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
         got, shape, want = rows_digest(a), a.shape[1:], digests.get(name)
         if len(a) < n: raise ValueError(f"{file} holds {len(a)} rows, its config says {n}: {_AGAIN}")
@@ -759,7 +759,9 @@ def load(cls:KNNRegressor,
     with right_shape(Path(folder)/'config.json'):
         self = cls(clip, device=device, **{name: cfg[name] for name in SETTINGS})
     self.shelves, shelf.grows, self.folder = [shelf], grow, folder if grow else None
-    if cfg['has_query_mean']: self.query_mean = np.load(Path(folder)/'query_mean.npy', allow_pickle=False)
+    mean = Path(folder)/'query_mean.npy'
+    with right_shape(mean):
+        if cfg['has_query_mean']: self.query_mean = np.load(mean, allow_pickle=False)
     return self
 
 # %% ../nbs/04_knn.ipynb #knn-predict

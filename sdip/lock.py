@@ -95,7 +95,7 @@ def _refuse(file, said, dead):
 def _said(fd):
     "Content of a lock file, {} where it cannot be understood"
     try: said = json.loads(os.pread(fd, 4096, 0))
-    except ValueError: return {}
+    except (ValueError, RecursionError): return {}
     return said if isinstance(said, dict) and said.keys() == _me('').keys() else {}
 
 def _take(file, what):

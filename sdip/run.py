@@ -588,11 +588,15 @@ def stage_pairs(run):
 # %% ../nbs/08_run.ipynb #run-pairs
 def read_pairs(self, split=None):
     "(pairs table with weights, targets) of a split, or of all"
-    table, targ = pd.read_parquet(self/'pairs.parquet'), np.load(self/'emb/targets.npy')
-    if (self/'emb/weights.npy').exists(): table['weight'] = np.load(self/'emb/weights.npy')
+    targets, weights = self/'emb/targets.npy', self/'emb/weights.npy'
+    with right_shape(self/'pairs.parquet'): table = pd.read_parquet(self/'pairs.parquet')
+    with right_shape(targets): targ = np.load(targets)
+    with right_shape(weights):
+        if weights.exists(): table['weight'] = np.load(weights)
     if split is None: return table, targ
-    mine = (table.split == split).to_numpy()
-    return table[mine].reset_index(drop=True), targ[mine]
+    with right_shape(targets):
+        mine = (table.split == split).to_numpy()
+        return table[mine].reset_index(drop=True), targ[mine]
 
 Run.pairs = read_pairs
 
