@@ -6,11 +6,14 @@
 __all__ = ['SPLIT_NAMES', 'load_pairs', 'note_pictures', 'fingerprint']
 
 # %% ../nbs/00a_sources.ipynb #imports
+import json
 import os
 import re
+import stat
 import time
 import unicodedata
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +22,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images, hash_items,
-                       image_paths, path_text, read_json, relative_path, sha256, text_path)
+                       image_paths, path_text, relative_path, sha256, text_path)
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
-from .tables import COLUMN_NAMES, TABLE_EXTS, find_column, read_table, table_suffix, to_numbers
+from .tables import (COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix,
+                         to_numbers)
 
 # %% ../nbs/00a_sources.ipynb #assemble
 def _has(values):
@@ -55,7 +59,7 @@ def _ids_from_paths(
     "The shortest names that tell pictures apart"
     distinct = list(dict.fromkeys(i for i in images if i))
     for short in (lambda p: Path(p).stem, lambda p: Path(p).with_suffix('').as_posix(), str):
-        ids = {p: short(p).removeprefix('../') for p in distinct}
+        ids = {p: short(p) for p in distinct}
         if len(set(ids.values())) == len(ids): break
     return [ids[i] if i else None for i in images]
 
@@ -74,16 +78,21 @@ def _number_captions(ids, images):
 # %% ../nbs/00a_sources.ipynb #finder
 def _same_name(name): return unicodedata.normalize('NFC', name).casefold()
 
+def _plain_path(name):
+    "A path as it was meant: one kind of slash, no detours, one Unicode form"
+    parts = unicodedata.normalize('NFC', name.replace('\\', '/')).split('/')
+    return '/'.join(p for p in parts if p not in ('', '.'))
+
 class _Finder:
     "Finds the pictures that a table names"
     def __init__(self,
         root, # the table's folder
         images=None, # folder named by the user
     ):
-        self.root, self.given = Path(root), [Path(images)] if images else []
-        self.bases = [self.root, self.root/'images', *self.given]
-        if not images: self.bases += _only_picture_folder(self.root)
-        self.listed, self.guessed, self.deep = {}, {}, None
+        self.given = images is not None
+        self.bases = [Path(images)] if self.given else [Path(root), Path(root)/'images']
+        self.only = [] if self.given else _only_picture_folder(Path(root))
+        self.listed, self.reached, self.deep = {}, {}, None
 
     def child(self, folder, name):
         "The one entry of a folder that differs from a name in case or Unicode form at most"
@@ -102,38 +111,47 @@ class _Finder:
             if base is None: return None
         return base if os.path.isfile(base) else None
 
-    def literal(self, name):
-        return next((p for b in self.bases if os.path.isfile(p := b/name)), None)
+    def literal(self, name, bases):
+        return next((p for b in bases if os.path.isfile(p := b/name)), None)
+
+    def first(self, bases, parts):
+        return next(filter(None, (self.loose(b, parts) for b in bases)), None)
 
     def guess(self, name):
         "By another spelling, or by the end of the path"
         name = name if '/' in name else name.replace('\\', '/')
         parts = [p for p in name.split('/') if p not in ('', '.')]
         absolute = name.startswith('/') or bool(re.match(r'[A-Za-z]:', name))
-        if not absolute and (p := self.literal(name) or next(filter(None, (self.loose(b, parts) for b in self.bases)), None)): return p
-        if not (absolute or self.given): return None
-        places = self.given or self.bases
-        for k in range(len(parts)):
-            if p := next(filter(None, (self.loose(b, parts[k:]) for b in places)), None): return p
+        bases = self.bases + (self.only if len(parts) == 1 else [])
+        if not absolute and (p := self.literal(name, bases) or self.first(bases, parts)): return p
+        ends = [parts[k:] for k in range(1, len(parts))] if self.given or absolute else []
+        if not self.given: ends = [e for e in ends if len(e) > 1]            # a bare name alone says too little
+        if p := next(filter(None, (self.first(self.bases[:1], e) for e in ends)), None): return p
         return self.anywhere(parts[-1]) if self.given and parts else None
 
     def anywhere(self, name):
         "The one picture of a name in the folder that the user named, however deep"
         if self.deep is None:
             self.deep = {}
-            for f in find_images(self.given): self.deep.setdefault(_same_name(f.name), []).append(f)
+            for f in find_images(self.bases): self.deep.setdefault(_same_name(f.name), []).append(f)
         found = self.deep.get(_same_name(name), [])
         return found[0] if len(found) == 1 else None
 
     def __call__(self, name):
-        "The file, or None"
+        "The file, or None; `ValueError` where two names of the table would be one file"
         if not name: return None
         try:
-            if p := self.literal(name): return p
-            p = self.guess(name)
+            p = self.literal(name, self.bases)
+            guessed = p is None
+            if guessed: p = self.guess(name)
         except (OSError, ValueError): return None              # no name that a file could have
-        other = self.guessed.setdefault(os.path.realpath(p), name) if p else name
-        if _same_name(other.replace('\\', '/')) != _same_name(name.replace('\\', '/')): raise ValueError(f"{other!r} and {name!r} would both be {p}: the table was made where they are two files; name their folder with --images, or correct the table")
+        if p is None: return None
+        names = self.reached.setdefault(os.path.join(os.path.realpath(p.parent), p.name), {})
+        names[_plain_path(name)] = guessed
+        if len(names) > 1 and any(names.values()):
+            one, other = list(names)[:2]
+            raise ValueError(f"{one!r} and {other!r} would both be {p}: the table was made where they are two files; "
+                             f"name their folder with --images, or correct the table")
         return p
 
 # %% ../nbs/00a_sources.ipynb #picture-folder-beside
@@ -220,7 +238,7 @@ def _table_pictures(table, images, image, ids):
         raise ValueError(f"{table.path} holds the pictures themselves in its column {image!r}, expected paths: write them to files first")
     folder = Path(images or root/'images')
     if image:
-        find = _Finder(root, images)
+        find = _Finder(root, images or None)
         return [find(os.fspath(text_path(name)) if (name := _text(v)) else None) for v in names]
     if ids is not None: return _by_id(ids, folder)
     found = _by_row_number(len(table.rows), folder, table.path)
@@ -245,21 +263,33 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     shown = [w or (_text(v) if image else None) for w, v in zip(where, table.rows[image] if image else where)]
     if ids is None: ids = _ids_from_paths(shown)
     ids, groups = _number_captions(ids, where)
+    if path.stem == 'metadata' and 'split' not in said:           # an imagefolder's train/1.png tells its split
+        first = [SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
+        if all(f or not w for f, w in zip(first, where)): said['split'] = first
     rows = dict(id=ids, image=where, prompt=[_text(v) for v in table.rows[prompt]], source=path.stem, group=groups)
     return _assemble(path, rows | said, table.line)
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb
+def _their_json(path):
+    "What somebody else's JSON says"
+    try: return json.loads(decode_text(path.read_bytes(), path)[0].lstrip('\ufeff'))
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): mend it, or fetch it again") from e
+
+_METADATA = ('metadata.parquet', 'metadata-large.parquet')
+
 def _parts(folder):
     "DiffusionDB's part folders by number: here, in images/, or in the large edition's diffusiondb-large-part-N/"
     found = [p for at in ('', 'images/', 'diffusiondb-large-part-*/') for p in folder.glob(at + 'part-[0-9]*') if p.is_dir()]
     if re.fullmatch(r'part-\d+', folder.name) and (folder/f'{folder.name}.json').is_file(): found.append(folder)
+    known = any((folder/n).is_file() for n in _METADATA) or any((p/f'{p.name}.json').is_file() for p in found)
+    if not known: return {}                                     # somebody's own folders of that name
     return {int(p.name.split('-')[1]): p for p in sorted(found, key=lambda p: p.name) if p.name.split('-')[1].isdigit()}
 
 def _part_rows(part, meta):
     "{picture's name: prompt} of one part, from its JSON, else from the metadata's rows"
     file = part/f'{part.name}.json'
     if file.is_file():
-        said = read_json(file)
+        said = _their_json(file)
         if not isinstance(said, dict): raise ValueError(f"{file} holds a {type(said).__name__}, expected an object of pictures: download it again")
         return {name: v.get('p') if isinstance(v, dict) else None for name, v in said.items()}
     if meta is None: raise ValueError(f"{part} has no {file.name}, and there is no metadata.parquet above it: one of them must say the prompts; download it again")
@@ -290,7 +320,7 @@ def _diffusiondb(folder, meta_file=None):
 # %% ../nbs/00a_sources.ipynb #coco
 def _coco_lists(path):
     "(images, annotations with a caption) of a COCO JSON"
-    d = read_json(path)
+    d = _their_json(path)
     lists = d if isinstance(d, dict) else {}
     need = [k for k in ('images', 'annotations') if not isinstance(lists.get(k), list) or not all(isinstance(o, dict) for o in lists[k])]
     if need: raise ValueError(f"{path} has no list {' and no list '.join(map(repr, need))}, expected COCO captions: images (id, file_name) and annotations (image_id, caption)")
@@ -319,7 +349,9 @@ def _picture_folder(folder):
     "Pairs of a folder of pictures with their prompts beside or inside them"
     images = find_images(folder)
     names = [path_text(f.relative_to(folder)) for f in images]
-    prompts = [read_prompt(f) for f in tqdm(images, desc='prompts', disable=None if len(images) > 2000 else True)]
+    stems = Counter(f.with_suffix('') for f in images)
+    bar = tqdm(images, desc='prompts', disable=None if len(images) > 2000 else True)
+    prompts = [read_prompt(f, stems[f.with_suffix('')] == 1) for f in bar]
     report, read = prompts_report(prompts, names), sum(p.text != '' for p in prompts)
     if not read: raise ValueError(f"{folder} holds {len(images)} pictures and no prompts ({report}), and no table of them: put a table with columns image and prompt into it, or a .txt beside each picture, or name the table itself")
     if read < len(images): warnings.warn(f'{folder}: {len(images) - read} of {len(images)} pictures have no prompt and are left out; {report}', stacklevel=4)
@@ -330,55 +362,74 @@ def _picture_folder(folder):
     return pairs
 
 # %% ../nbs/00a_sources.ipynb #known-tables
-_TABLES = ('pairs.parquet', 'prompts.csv', 'metadata.csv', 'metadata.jsonl', 'captions.txt', 'captions.csv', 'results.csv')
+_TABLES = ('prompts.csv', 'metadata.csv', 'metadata.jsonl', 'metadata.parquet', 'captions.txt', 'captions.csv', 'results.csv')
+_WEAK = {'title', 'comment', 'description', 'sentence', 'txt'}      # prompts only where somebody names the table itself
 
 def _columns_of(file):
-    "Names of a table's columns, [] where it cannot be read or has none"
-    try:
-        if table_suffix(file) == '.parquet':
-            import pyarrow.parquet as pq
-            return pq.read_schema(file).names
-        return list(read_table(file).rows)
-    except Exception: return []
+    "Names of a table's columns, from its head alone; [] where there are none"
+    if table_suffix(file) == '.parquet':
+        import pyarrow.parquet as pq
+        try: return pq.read_schema(file).names
+        except Exception: return []
+    try: return list(read_table(file).rows)
+    except ValueError:                                          # a bad line further down is told when the table is read
+        with open(file, 'rb') as f: head = f.readline(1 << 16)
+        return re.split('[,;|\t]', head.decode('utf-8-sig', 'replace'))
 
 def _names_both(file):
-    "Does a table have a column of pictures and one of prompts?"
+    "Does a table have a column of pictures, or of their ids, and one of prompts?"
     names = {re.sub(r'[\s-]+', '_', str(n).strip().lower()) for n in _columns_of(file)}
-    return bool(names & {*COLUMN_NAMES['image'], *COLUMN_NAMES['id']}) and bool(names & {*COLUMN_NAMES['prompt']})
+    prompts = set(COLUMN_NAMES['prompt']) - (set() if file.name in _TABLES else _WEAK)
+    ids = set(COLUMN_NAMES['id']) if file.name in _TABLES else set()
+    return bool(names & {*COLUMN_NAMES['image'], *ids}) and bool(names & prompts)
 
 def _folder_table(folder):
     "The table of a folder, or None"
-    for name in _TABLES:
-        if (folder/name).is_file() and (name != 'captions.txt' or _names_both(folder/name)): return folder/name
-    found = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != '.' and table_suffix(f) in TABLE_EXTS
-             and table_suffix(f) != '.txt' and not f.name.startswith('metadata-large') and _names_both(f)]
-    if len(found) > 1: raise ValueError(f"{folder} holds {len(found)} tables of pictures and prompts ({_some(f.name for f in found)}): name one of them")
-    return found[0] if found else None
+    if (folder/'pairs.parquet').is_file(): return folder/'pairs.parquet'
+    known = [folder/n for n in _TABLES if (folder/n).is_file()]
+    other = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != '.' and f not in known
+             and table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt' and f.name not in _METADATA]
+    good = [f for f in known if _names_both(f)]
+    if off := [f.name for f in known if f not in good]:
+        warnings.warn(f'{folder}: {_some(off)} names no pictures with prompts and is passed over', stacklevel=4)
+    good = good or [f for f in other if _names_both(f)]
+    if len(good) > 1: raise ValueError(f"{folder} holds {len(good)} tables of pictures and prompts ({_some(f.name for f in good)}): name one of them")
+    return good[0] if good else None
 
 # %% ../nbs/00a_sources.ipynb #kinds
 def _webdataset(tars, home): return _assemble(tars[0].parent, tar_rows(tars, home))
 
 def _tars(path): return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
 
+def _holds_pictures(path):
+    return any(f.suffix.lower() in IMAGE_EXTS for f in path.iterdir())
+
 def _split_folders(path):
-    "{split: folder} of an imagefolder with a table in each of train/, test/, .."
-    subs = {f: SPLIT_NAMES.get(f.name.lower()) for f in sorted(path.iterdir()) if f.is_dir()}
-    return {f: s for f, s in subs.items() if s and any((f/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))}
+    "{folder: split} of train/, test/, .., where at least one of them has a table"
+    subs = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != '.']
+    tables = [f for f in subs if any((f/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))]
+    named = {f: s for f in subs if (s := SPLIT_NAMES.get(f.name.lower())) and (f in tables or _holds_pictures(f))}
+    if not any(f in tables for f in named): return {}
+    if lost := [f.name for f in tables if f not in named]:
+        warnings.warn(f'{path}: {_some(lost)} have tables, but are no splits by their names (train, valid, test), and are left out', stacklevel=4)
+    return named
 
 def _in_dir(path):
     "What in a folder says its pairs, and how"
-    meta = next((path/n for n in ('metadata.parquet', 'metadata-large.parquet') if (path/n).is_file()), None)
-    if _parts(path): return meta or path, 'diffusiondb'
+    meta = next((path/n for n in _METADATA if (path/n).is_file()), None)
+    if _parts(path) and not (path/'pairs.parquet').is_file(): return meta or path, 'diffusiondb'
     if table := _folder_table(path): return table, 'table'
     if _split_folders(path): return path, 'splits'
-    return path, 'tars' if _tars(path) else 'pictures'
+    if not _tars(path): return path, 'pictures'
+    if _holds_pictures(path): raise ValueError(f"{path} holds tars and pictures: name the tars, or move one of the two")
+    return path, 'tars'
 
 def _kind(path):
     "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'coco' | 'tars' | 'pictures')"
     if path.is_dir(): return _in_dir(path)
     if path.name.lower().endswith(TAR_EXTS): return path, 'tars'
-    if path.suffix == '.json': return path, 'coco'
-    return path, 'diffusiondb' if path.name.startswith('metadata') and path.suffix == '.parquet' and _parts(path.parent) else 'table'
+    if path.suffix.lower() == '.json': return path, 'coco'
+    return path, 'diffusiondb' if path.name in _METADATA and _parts(path.parent) else 'table'
 
 # %% ../nbs/00a_sources.ipynb #load-one
 @contextmanager
@@ -389,14 +440,14 @@ def _named(path):
         if path.name in str(e): raise
         raise ValueError(f"{path}: {e}") from e
 
-def _load_one(source, image_col, prompt_col, images, unpack):
+def _load_one(source, image_col, prompt_col, images, unpack, spare):
     "Pairs of one source"
     path = Path(source)
     if not path.exists(): raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, DiffusionDB's parts, tars, or pictures with their prompts")
     path, kind = _kind(path)
-    with _named(path): return _of_kind(path, kind, image_col, prompt_col, images, unpack)
+    with _named(path): return _of_kind(path, kind, image_col, prompt_col, images, unpack, spare)
 
-def _of_kind(path, kind, image_col, prompt_col, images, unpack):
+def _of_kind(path, kind, image_col, prompt_col, images, unpack, spare):
     root = path if path.is_dir() else path.parent
     if kind == 'table': pairs = _table_pairs(path, image_col, prompt_col, images)
     elif kind == 'diffusiondb' and not images: pairs = _diffusiondb(root, None if path.is_dir() else path)
@@ -404,7 +455,7 @@ def _of_kind(path, kind, image_col, prompt_col, images, unpack):
     elif kind == 'coco': pairs = _coco(path, images)
     elif kind == 'splits': return _load_splits(path, image_col, prompt_col, images)
     elif kind == 'tars':
-        root = Path(unpack or root)
+        root = Path(unpack or (root if spare is None or os.access(root, os.W_OK) else spare))
         pairs = _webdataset(_tars(path) if path.is_dir() else [path], root)
     else: pairs = _picture_folder(path)
     pairs.attrs['root'] = str(root)
@@ -413,22 +464,23 @@ def _of_kind(path, kind, image_col, prompt_col, images, unpack):
 def _load_splits(path, image_col, prompt_col, images):
     parts = []
     for folder, split in _split_folders(path).items():
-        part = _load_one(folder, image_col, prompt_col, images, None)
+        part = _load_one(folder, image_col, prompt_col, images, None, None)
         if not any(part['split']): part['split'] = split
         part['source'] = path.name
         parts.append(part)
     return _join(parts)
 
 # %% ../nbs/00a_sources.ipynb #join
-def _join(parts):
+def _join(parts, sources=None):
     "Several pairs tables as one: paths from the folder above all, ids and groups kept apart"
     if len(parts) == 1: return parts[0]
     root = os.path.commonpath([os.path.realpath(p.attrs['root']) for p in parts])
     twice = pd.concat([p['id'] for p in parts]).duplicated().any()
     next_group, out = 0, []
-    for p in parts:
+    roots = [p.attrs['root'] for p in parts]
+    for i, p in enumerate(parts):
         p = p.assign(image=[relative_path(f, root) for f in image_paths(p)])
-        home = relative_path(p.attrs['root'], root)
+        home = relative_path(p.attrs['root'] if roots.count(p.attrs['root']) == 1 else Path(sources[i]).with_suffix(''), root)
         if twice: p['id'] = [f'{home}/{i}' if home != '.' else i for i in p['id']]
         known = p['group'] >= 0
         p['group'] = np.where(known, p['group'] + next_group, -1)
@@ -447,34 +499,41 @@ def load_pairs(
     prompt_col:str=None, # a table's column of prompts; guessed
     images=None, # folder of the pictures, where a table or COCO's JSON lies elsewhere
     unpack=None, # folder to unpack tars into; default beside them
+    spare=None, # folder to unpack tars into where their own cannot be written
 ) -> pd.DataFrame: # pairs; attrs['root'] is the folder that `image` is relative to, attrs['read'] how prompts in pictures were read
     "Read pairs of picture and prompt from any of the usual places; `ValueError` names file, line and remedy"
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources: raise ValueError("there is no source of pairs, expected at least one folder or table")
     if images and not Path(images).is_dir(): raise ValueError(f"{images} is no folder, expected the pictures' folder: check --images")
-    return _join([_load_one(s, image_col, prompt_col, images, unpack) for s in sources])
+    places = [os.path.realpath(s) for s in sources]
+    if len(set(places)) < len(places): raise ValueError(f"{_some(p for p in set(places) if places.count(p) > 1)} is given twice: name each source once")
+    return _join([_load_one(s, image_col, prompt_col, images, unpack, spare) for s in sources], sources)
 
 # %% ../nbs/00a_sources.ipynb #fingerprint
+_NOTE = ['place', 'size', 'mtime', 'ctime', 'noted', 'sha256']
+
 def _picture_digests(files, note):
     "SHA-256 of each picture, read only where size or time have changed since the note; '' where it cannot be read"
     known, rows, now = {}, [], time.time_ns()
     if note is not None and Path(note).is_file():
-        known = {row.place: row for row in pd.read_parquet(note).itertuples(index=False)}
+        try: known = {row.place: row for row in pd.read_parquet(note)[_NOTE].itertuples(index=False)}
+        except Exception: known = {}                            # damaged, or of another form: all is read again
     for f in tqdm(files, desc='fingerprint', disable=None if len(files) > 2000 else True):
         try: found = os.stat(f)
         except OSError: found = None
         place = path_text(os.path.realpath(f))
-        size, mtime = (found.st_size, found.st_mtime_ns) if found else (-1, -1)
+        plain = found is not None and stat.S_ISREG(found.st_mode)        # a device could be read for ever
+        here = (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if plain else (-1, -1, -1)
         old = known.get(place)
-        same = old is not None and (old.size, old.mtime) == (size, mtime) and mtime < old.noted - 2_000_000_000
-        try: digest = old.sha256 if same else sha256(f)
+        same = old is not None and (old.size, old.mtime, old.ctime) == here and max(here[1:]) < old.noted - 2_000_000_000
+        try: digest = '' if not plain else old.sha256 if same else sha256(f)
         except OSError: digest = ''
-        rows.append((place, size, mtime, now, digest))
-    return pd.DataFrame(rows, columns=['place', 'size', 'mtime', 'noted', 'sha256'])
+        rows.append((place, *here, now, digest))
+    return pd.DataFrame(rows, columns=_NOTE)
 
 def note_pictures(
     pairs:pd.DataFrame, # of `load_pairs`
-    note, # a parquet file: place, size, mtime, noted, sha256 of each picture
+    note, # a parquet file: place, size, times and sha256 of each picture
 ) -> pd.DataFrame: # what is in it
     "Write down the pictures' hashes, so that `fingerprint` need not read them again"
     found = _picture_digests(list(dict.fromkeys(image_paths(pairs))), note)
