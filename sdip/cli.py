@@ -206,7 +206,7 @@ def sdip_finetune(
     from sdip.finetune_vit import FINETUNE, changed, make_regressor
     from sdip.training import world_of_processes
     reg = make_regressor(kind, preset, model, weights, head, device)
-    table = load_pairs(pairs, image_col, prompt_col, images)
+    table = load_pairs(pairs, image_col, prompt_col, images, spare=f"{out or f'runs/{kind}'}/unpacked")
     if 'read' in table.attrs: print(table.attrs['read'])
     scores = finetune(reg, table, out or f'runs/{kind}', changed(FINETUNE[preset]['recipe'], set))
     if world_of_processes()[0]: return

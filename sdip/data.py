@@ -6,8 +6,9 @@
 __all__ = ['EMB_DIM', 'IMAGE_EXTS', 'UNREAD_EXTS', 'IMAGE_FORMATS', 'MAX_PIXELS', 'PAIR_COLUMNS', 'OPEN_CHOICE', 'NULL_WORDS',
            'RULES', 'MILD_RULES', 'ORIGINAL_RULES', 'unit', 'check_emb', 'row_cosine', 'mean_cosine', 'skill',
            'bootstrap_interval', 'atomic_path', 'write_json', 'read_json', 'path_text', 'text_path', 'sha256',
-           'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path', 'save_pairs',
-           'image_paths', 'plain_prompt', 'clean_prompts', 'picture_sizes', 'duplicate_of', 'filter_pairs']
+           'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path', 'check_own_pairs',
+           'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts', 'picture_sizes', 'duplicate_of',
+           'filter_pairs']
 
 # %% ../nbs/00_data.ipynb #imports
 import errno, hashlib, io, json, os, re, shutil, stat, struct, tempfile, unicodedata, uuid, warnings
@@ -180,7 +181,7 @@ def write_json(
 
 def read_json(path): # -> the object in the file
     "Read a JSON file, or say which file cannot be read and why"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except FileNotFoundError as e: raise ValueError(f"{path} does not exist: was the step that writes it run?") from e
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): delete it and run the step that writes it again") from e
 
@@ -215,7 +216,7 @@ def _item_bytes(o):
     "(kind, bytes) of one item"
     if isinstance(o, str): return 'str', o.encode('utf-8', 'surrogatepass')
     if isinstance(o, bytes): return 'bytes', o
-    if isinstance(o, os.PathLike): return 'path', Path(o).as_posix().encode()
+    if isinstance(o, os.PathLike): return 'path', Path(o).as_posix().encode('utf-8', 'surrogatepass')
     if isinstance(o, np.ndarray): return f'array {o.dtype.str} {o.shape}', np.ascontiguousarray(o).tobytes()
     if isinstance(o, Image.Image): return f'image {o.mode} {o.size}', o.tobytes()
     if o is None or isinstance(o, (bool, int, float, np.generic)): return 'value', repr(_plain(o) if isinstance(o, np.generic) else o).encode()
@@ -462,6 +463,18 @@ def relative_path(
     "Where a file is as seen from a folder, links to folders resolved on both sides"
     path = Path(path)
     return path_text(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(folder)))
+
+def check_own_pairs(
+    folder, # that shall get a pairs.parquet
+    ids, # of its rows
+):
+    "`ValueError` where another table stands there already: one that is neither a part of this one nor holds it"
+    file = Path(folder)/'pairs.parquet'
+    if not file.exists(): return
+    try: there = set(pd.read_parquet(file, columns=['id'])['id'])
+    except Exception as e: raise ValueError(f'{file} is no pairs table ({type(e).__name__}): move it, or choose another folder') from e
+    ids = set(ids)
+    if not (there <= ids or ids <= there): raise ValueError(f'{file} holds other pairs (such as {_some(sorted(there - ids), 1)}): move it, or choose another folder')
 
 def save_pairs(
     pairs:pd.DataFrame, # a pairs table; attrs['root'], when set, is the folder that `image` is relative to now

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .data import _some, atomic_path, check_pairs, clean_prompts, hash_items, save_pairs
+from .data import _some, atomic_path, check_own_pairs, check_pairs, clean_prompts, hash_items, save_pairs
 from .encoders import pick_device
 from .metadata import format_parameters
 from .playground import _complete
@@ -81,6 +81,7 @@ def generate(
     if not 0 <= i < n: raise ValueError(f"shard is {(i, n)}, expected (i, n) with 0 <= i < n")
     if per_prompt < 1: raise ValueError(f"per_prompt is {per_prompt}, expected 1 or more")
     jobs = list(_jobs(_usable(prompts), painter.settings, per_prompt, seed))
+    check_own_pairs(out, [j[0] for j in jobs])
     path = lambda id: out/'images'/f'{id}.png'
     todo = [j for j in jobs[i::n] if not _complete(path(j[0]))]
     refused = []

@@ -20,7 +20,7 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .data import atomic_path, check_pairs, save_pairs
+from .data import atomic_path, check_own_pairs, check_pairs, save_pairs
 
 # %% ../nbs/00a_playground.ipynb #pen
 ROUND = [(np.cos(a).item(), np.sin(a).item()) for a in np.linspace(0, 2*np.pi, 22, endpoint=False)]
@@ -1338,6 +1338,7 @@ def make_pairs(
     for split,n,k in (('train',n_train,per_prompt), ('valid',n_valid,1), ('test',n_test,1)):
         rows += _rows(sample_prompts(n, seed, split), split, group, k, loose if split == 'train' else 0., seed); group += n
     ids = [_digest(RENDERER, scene.key, pic, size)[:12] for _,scene,pic,*_ in rows]
+    check_own_pairs(folder, ids)
     for id,(_,scene,pic,*_) in zip(tqdm(ids, desc='drawing', disable=None if progress else True), rows):
         path = folder/'images'/f'{id}.png'
         if not _complete(path): _save(draw(scene, pic, size), path)

@@ -106,6 +106,7 @@ class Run:
         self.folder, self.quiet = Path(folder), quiet
         file = self.folder/'run.json'
         if args is None and not file.exists(): raise ValueError(f'{self.folder} holds no run.json: it is no run folder; make one with sdip_run --out {self.folder}')
+        if not file.exists(): self._refuse_foreign()
         if not file.exists(): write_json(dict(args=_plain(args), sdip=__version__), file)
         remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
         self.args = read_fields(file, remedy, args=dict)['args']
@@ -124,7 +125,12 @@ def _refuse_other(self, old, new):
         said = '; '.join(f'{k}: the folder has {old.get(k)!r}, this call says {new.get(k)!r}' for k in diff)
         raise ValueError(f'{self.folder} was made with other arguments ({said}): choose another --out, repeat the first arguments, or delete the folder')
 
-Run._refuse_other = _refuse_other
+def _refuse_foreign(self):
+    "A folder without run.json that holds what a run would replace is somebody else's"
+    names = sorted({f for s in STAGES for f in s.files if '*' not in f and (self/f).exists()})
+    if names: raise ValueError(f'{self.folder} is no run folder (it has no run.json), and holds {names[0]}, which a run would replace: choose another --out')
+
+Run._refuse_other, Run._refuse_foreign = _refuse_other, _refuse_foreign
 
 SOURCE_ARGS = ('pairs', 'images', 'image_col', 'prompt_col') # where the user's own pairs lie and how they are read
 
@@ -501,10 +507,7 @@ def read_source(
     unpack=None, # folder to unpack tars into, where their own cannot be written
 ) -> pd.DataFrame: # as of `load_pairs`
     "The user's pairs, as the run's arguments name them"
-    first = args['pairs'] if isinstance(args['pairs'], str) else args['pairs'][0]
-    home = Path(first) if Path(first).is_dir() else Path(first).parent
-    writable = os.access(home, os.W_OK)
-    return load_pairs(args['pairs'], *(args.get(k) for k in ('image_col', 'prompt_col', 'images')), None if writable else unpack)
+    return load_pairs(args['pairs'], *(args.get(k) for k in ('image_col', 'prompt_col', 'images')), spare=unpack)
 
 def _drawn(run):
     "The playground's own table"
