@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EMB_DIM', 'IMAGE_EXTS', 'UNREAD_EXTS', 'IMAGE_FORMATS', 'MAX_PIXELS', 'PAIR_COLUMNS', 'OPEN_CHOICE', 'NULL_WORDS',
            'RULES', 'MILD_RULES', 'ORIGINAL_RULES', 'unit', 'check_emb', 'row_cosine', 'mean_cosine', 'skill',
-           'bootstrap_interval', 'atomic_path', 'write_json', 'read_json', 'path_text', 'text_path', 'sha256',
-           'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path', 'check_own_pairs',
-           'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts', 'picture_sizes', 'duplicate_of',
-           'filter_pairs']
+           'bootstrap_interval', 'atomic_path', 'write_json', 'regular_file', 'read_json', 'path_text', 'text_path',
+           'sha256', 'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path',
+           'check_own_pairs', 'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts', 'picture_sizes',
+           'duplicate_of', 'filter_pairs']
 
 # %% ../nbs/00_data.ipynb #imports
 import errno, hashlib, io, json, os, re, shutil, stat, struct, tempfile, unicodedata, uuid, warnings
@@ -179,9 +179,17 @@ def write_json(
     with atomic_path(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
     return Path(path)
 
+def regular_file(
+    path,
+) -> Path: # the same
+    "`ValueError` where opening a path might wait for ever"
+    kind = os.stat(path).st_mode
+    if stat.S_ISREG(kind) or stat.S_ISDIR(kind): return Path(path)
+    raise ValueError(f"{path} is a pipe, a socket or a device, expected a file: leave it out")
+
 def read_json(path): # -> the object in the file
     "Read a JSON file, or say which file cannot be read and why"
-    try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))
+    try: return json.loads(regular_file(path).read_text(encoding='utf-8-sig'))
     except FileNotFoundError as e: raise ValueError(f"{path} does not exist: was the step that writes it run?") from e
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): delete it and run the step that writes it again") from e
 
@@ -208,7 +216,7 @@ def sha256(
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of a file's bytes, read a megabyte at a time"
     h = hashlib.sha256()
-    with open(path, 'rb') as f:
+    with open(regular_file(path), 'rb') as f:
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
@@ -486,7 +494,7 @@ def save_pairs(
     out.attrs = {}
     if root is not None and Path(root).resolve() != folder.resolve():
         out['image'] = [relative_path(p, folder) for p in image_paths(pairs)]
-    with atomic_path(folder/'pairs.parquet') as tmp: out.to_parquet(tmp, index=False)
+    with atomic_path(folder/'pairs.parquet') as tmp, open(tmp, 'wb') as f: out.to_parquet(f, index=False)
     return folder/'pairs.parquet'
 
 def image_paths(
@@ -567,7 +575,7 @@ def clean_prompts(
 # %% ../nbs/00_data.ipynb #picture-sizes
 def _picture_size(path):
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as im: return im.size
+        with Image.open(regular_file(path), formats=IMAGE_FORMATS) as im: return im.size
     except Exception: return 0, 0
 
 def picture_sizes(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .data import IMAGE_FORMATS, OPEN_CHOICE
+from .data import IMAGE_FORMATS, OPEN_CHOICE, regular_file
 from .tables import decode_text
 
 # %% ../nbs/00a_metadata.ipynb #parameters
@@ -258,7 +258,7 @@ def picture_fields(
     "All text that a picture carries"
     path = Path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): return {}           # a pipe would be waited for
+        regular_file(path)
         if fields := _png_fields(path): return fields
         with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as im:
             warnings.simplefilter('ignore')

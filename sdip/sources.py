@@ -158,10 +158,10 @@ class _Finder:
 def _only_picture_folder(root):
     "[the folder below `root` that holds pictures], if there is one only"
     found = []
-    for e in sorted(os.scandir(root), key=lambda e: e.name)[:1000]:
-        if e.name[0] == '.' or not e.is_dir(): continue
-        with os.scandir(e.path) as inside:
-            if any(Path(f.name).suffix.lower() in IMAGE_EXTS for f in inside): found.append(Path(e.path))
+    for name in sorted(os.listdir(root))[:1000]:
+        try: inside = os.listdir(Path(root)/name) if name[0] != '.' else ()
+        except OSError: continue                                    # no folder, or none that we may read
+        if any(Path(f).suffix.lower() in IMAGE_EXTS for f in inside): found.append(Path(root)/name)
     return found if len(found) == 1 else []
 
 # %% ../nbs/00a_sources.ipynb #split-column
@@ -527,7 +527,7 @@ def _picture_digests(files, note):
         old = known.get(place)
         same = old is not None and (old.size, old.mtime, old.ctime) == here and max(here[1:]) < old.noted - 2_000_000_000
         try: digest = '' if not plain else old.sha256 if same else sha256(f)
-        except OSError: digest = ''
+        except (OSError, ValueError): digest = ''
         rows.append((place, *here, now, digest))
     return pd.DataFrame(rows, columns=_NOTE)
 

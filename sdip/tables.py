@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import _some, atomic_path
+from .data import _some, atomic_path, regular_file
 
 # %% ../nbs/00_tables.ipynb #decode-text
 def _looks_western(
@@ -219,7 +219,7 @@ def table_suffix(
 # %% ../nbs/00_tables.ipynb #read-bytes
 def _file_bytes(path):
     "A file's bytes, unpacked where its name says that it is packed"
-    try: data = path.read_bytes()
+    try: data = regular_file(path).read_bytes()
     except FileNotFoundError as e: raise ValueError(f"{path} does not exist: check the path, it starts at the working directory") from e
     except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror or e}): it must be a file that this user may read") from e
     ending = path.suffix.lower()
@@ -301,7 +301,8 @@ def _is_table(head):
 # %% ../nbs/00_tables.ipynb #read-table
 def _read_parquet(path):
     import pyarrow.parquet as pq
-    try: arrow = pq.read_table(path)
+    try:
+        with open(regular_file(path), 'rb') as f: arrow = pq.read_table(f)      # pyarrow opens no path of odd bytes
     except Exception as e: raise ValueError(f"{path} cannot be read as a parquet file ({type(e).__name__}: {str(e)[:200]}): fetch or write it again") from e
     rows = arrow.to_pandas(ignore_metadata=True)
     return Table(path, rows, np.arange(1, len(rows) + 1), 'parquet', arrow=arrow)
