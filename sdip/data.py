@@ -106,12 +106,14 @@ def bootstrap_interval(
 # %% ../nbs/00_data.ipynb #atomic-path
 def _full(e):
     "Does an exception say that the disk is full?"
-    return getattr(e, 'errno', None) == errno.ENOSPC or 'No space left' in str(e) or 'inline_container' in str(e)
+    told = 'No space left', 'inline_container', ' requested and '          # by others, by torch, by numpy
+    return getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(t in str(e) for t in told)
 
 def _tell_full(path, tmp, e):
     "The same as one sentence about the file"
     need, free = tmp.stat().st_size if tmp.exists() else 0, shutil.disk_usage(path.parent).free
-    return OSError(errno.ENOSPC, f"the disk is full: {path} needs more than {need/1e6:.1f} MB and {free/1e6:.1f} MB are free: "
+    what = 'the disk is full' if free < need + 1e6 else "a quota, or this user's limit of a file's size, is reached"
+    return OSError(errno.ENOSPC, f"{what}: {path} needs more than {need/1e6:.1f} MB and {free/1e6:.1f} MB are free: "
                                  f"make room, then the same call goes on", str(path))
 
 def _open_special(path):
