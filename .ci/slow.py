@@ -1080,3 +1080,390 @@ def test_one_run_at_a_time():
     assert not Path('run/clip/.tmp-0123456789ab-half.pt').exists() and Path('run/.tmp-precious').exists()
     again.kill()
     again.wait()
+
+# Anything at all to every reader: what cannot be read is refused in a sentence that names the file
+
+LONG = bool(os.environ.get('SDIP_LONG'))
+EXAMPLES, SEED = 500 if LONG else 50, int(os.environ.get('SDIP_SEED', 0))   # of each reader
+DEEP = '@deep@'                                                      # becomes JSON of 100,000 levels
+
+def edited(data, edit):
+    "Bytes with one change"
+    how, at, new = edit
+    a, b = data[:at], data[at:]
+    if how == 'cut': return a
+    if how == 'double': return a + b[:40*len(new)] + b
+    if how == 'put in': return a + new + b
+    if how == 'flip': new = bytes(x ^ y for x, y in zip(b, new))
+    return (a if how == 'take out' else a + new) + b[len(new):]
+
+def mangled(good):
+    "Strategy of bytes: `good` with bytes flipped, put in, taken out, doubled or cut off"
+    from functools import reduce
+    from hypothesis import strategies as st
+    how = st.sampled_from(['flip', 'set', 'put in', 'take out', 'double', 'cut'])
+    edit = st.tuples(how, st.integers(0, len(good)), st.binary(min_size=1, max_size=8))
+    return st.lists(edit, min_size=1, max_size=5).map(lambda edits: reduce(edited, edits, good))
+
+ODD = [None, True, 0, -1, 1, 2, 3, 10**30, .5, 1e308, float('nan'), float('inf'),
+       '', 'x', '\0', '\ud800', '../x', '/', '.', 'é'*200, DEEP]
+
+def odd_values():
+    "Strategy of values that no settings file should hold"
+    from hypothesis import strategies as st
+    few, names = st.sampled_from(ODD), st.sampled_from(['', 'x', 'image', 'text', '\ud800'])
+    return few | st.lists(few, max_size=3) | st.dictionaries(names, few, max_size=2)
+
+def places_in(said, at=()):
+    "Keys that lead to each value inside a JSON"
+    inside = said.items() if isinstance(said, dict) else enumerate(said) if isinstance(said, list) else ()
+    for k, v in inside:
+        yield (*at, k)
+        yield from places_in(v, (*at, k))
+
+def changed_json(said, place, how, new):
+    "A JSON where one value is another, is gone, or has another name"
+    said = json.loads(json.dumps(said))
+    at, (*way, last) = said, place
+    try:
+        for k in way: at = at[k]
+        if how == 'remove': del at[last]
+        elif how == 'rename': at[str(new)] = at.pop(last)
+        else: at[last] = new
+    except (LookupError, TypeError, AttributeError): pass             # an earlier change took the place away
+    return said
+
+def as_json(said): return json.dumps(said).replace(f'"{DEEP}"', '['*100_000 + ']'*100_000).encode()
+
+def other_json(good):
+    "Strategy of bytes: the JSON `good` with other values at some places, mangled, or all of it another"
+    from hypothesis import strategies as st
+    said = json.loads(good)
+    def write(edits):
+        new = said
+        for edit in edits: new = changed_json(new, *edit)
+        return as_json(new)
+    how = st.sampled_from(['replace', 'replace', 'remove', 'rename'])
+    edit = st.tuples(st.sampled_from(list(places_in(said))), how, odd_values())
+    return st.lists(edit, min_size=1, max_size=3).map(write) | mangled(good) | odd_values().map(as_json)
+
+def one_of_files(good):
+    "Strategy of {name: bytes}: one of the files is another"
+    from hypothesis import strategies as st
+    def other(name):
+        change = other_json if name.endswith('.json') else mangled
+        return change(good[name]).map(lambda data: {name: data})
+    return st.sampled_from(sorted(good)).flatmap(other)
+
+class TooLong(BaseException): pass
+
+def faulty_end(read, data, names):
+    "How a reader ends: 'read', 'refused', or what is wrong about its error"
+    import traceback
+    try: read(data)
+    except (ValueError, OSError) as e:
+        if not names or any(str(n) in str(e) for n in names): return 'refused'
+        what, wrong = 'names no file,', e
+    except (Exception, TooLong) as e: what, wrong = 'foreign', e
+    else: return 'read'
+    frames = traceback.extract_tb(wrong.__traceback__)
+    at = [f'{Path(f.filename).name}:{f.lineno}' for f in frames if '/sdip/' in f.filename]
+    return f'{what} {type(wrong).__name__} at {at[-3:]}: {str(wrong)[:200]!r}'
+
+def says_what_is_wrong(files, read, names=None):
+    "Feeds a reader: it answers, or a ValueError or OSError names the file -> {end: how often}"
+    import signal, warnings
+    from collections import Counter
+    from hypothesis import HealthCheck, given, seed, settings
+    ends = Counter()
+    def time_is_up(*_): raise TooLong
+    @seed(SEED)
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(files)
+    def check(data):
+        signal.alarm(20)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            end = faulty_end(read, data, list(data) if names is None else names)
+        signal.alarm(0)
+        ends[end if end in ('read', 'refused') else f'{end}, of {str(data)[:300]}'] += 1
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try: check()
+    finally: signal.signal(signal.SIGALRM, before)
+    return ends
+
+def in_folder(folder, read, path=''):
+    "Function of {name: bytes} that puts files into a folder, reads it (`path` None: the file), and cleans up"
+    def go(files):
+        good = {n: (folder/n).read_bytes() if (folder/n).is_file() else None for n in files}
+        try:
+            for n, data in files.items(): (folder/n).write_bytes(data)
+            return read(folder/(next(iter(files)) if path is None else path))
+        finally:
+            for n, data in good.items():
+                if data is None: (folder/n).unlink(missing_ok=True)
+                else: (folder/n).write_bytes(data)
+    return go
+
+def some_tables():
+    "{name: bytes} of small good tables of four pictures"
+    import bz2, gzip, io, lzma
+    import pandas as pd
+    prompts, image = ['a red cat', 'a "blue" dog, big', 'line\ntwo', 'ünï'], [f'{i}.png' for i in range(4)]
+    rest = dict(source='', split='', group=0, weight=1.)
+    table = pd.DataFrame(dict(id=list('abcd'), image=image, prompt=prompts, **rest))
+    csv, parquet, packed = table.to_csv(index=False).encode(), io.BytesIO(), io.BytesIO()
+    table.to_parquet(parquet)
+    with zipfile.ZipFile(packed, 'w') as z: z.writestr('t.csv', csv)
+    lines = table.to_json(orient='records', lines=True).encode()
+    return {'t.csv': csv, 't.tsv': table.to_csv(index=False, sep='\t').encode(), 't.jsonl': lines,
+            't.txt': b'a red cat\na dog\n', 't.parquet': parquet.getvalue(), 't.csv.gz': gzip.compress(csv),
+            't.csv.bz2': bz2.compress(csv), 't.csv.xz': lzma.compress(csv), 't.csv.zip': packed.getvalue()}
+
+def odd_columns():
+    "Pairs of values of each type that a parquet file can hold"
+    from datetime import date, datetime, timedelta
+    from decimal import Decimal
+    plain = [['0.png', '1.png'], ['', None], ['train', 'test'], ['\0', 'x'*70_000], [b'0.png', b'\xff']]
+    numbers = [[0, 1], [2**63 - 1, -1], [.5, float('nan')], [1, None], [Decimal('1.5')]*2, [None]*2, [True]*2]
+    times = [[date(2020, 1, 1)]*2, [datetime(2262, 1, 1)]*2, [timedelta(1)]*2]
+    return plain + numbers + times + [[['0.png'], []], [[['x']], None], [dict(bytes=b'x', path='0.png')]*2]
+
+def typed_tables():
+    "Strategy of {name: bytes}: parquet whose columns hold what nobody expects"
+    import io
+    import pyarrow as pa, pyarrow.parquet as pq
+    from hypothesis import strategies as st
+    odd = st.sampled_from(odd_columns())
+    ours = dict(id=['a', 'b'], image=['0.png', '1.png'], prompt=['a', 'b'], source=['', ''], split=['', ''],
+                group=[0, 1], weight=[1., 1.])
+    columns = st.dictionaries(st.sampled_from([*ours, 'file_name', '', 'x']), odd, min_size=1, max_size=8)
+    columns |= st.fixed_dictionaries(dict(image=odd, prompt=odd))
+    columns |= st.fixed_dictionaries({c: st.just(good) | odd for c, good in ours.items()})
+    def write(columns):
+        out = io.BytesIO()
+        pq.write_table(pa.table(columns), out)
+        return {'t.parquet': out.getvalue()}
+    return columns.map(write)
+
+def saved_picture(im, kind, **how):
+    import io
+    out = io.BytesIO()
+    im.save(out, kind, **how)
+    return out.getvalue()
+
+def some_pictures():
+    "{name: bytes} of a small picture in each format"
+    from sdip.data import IMAGE_FORMATS
+    endings = dict(PNG='png', JPEG='jpg', WEBP='webp', GIF='gif', BMP='bmp', TIFF='tif', AVIF='avif')
+    im = pictures(1)[0]
+    modes = {mode: im.convert(mode) for mode in ('P', 'RGBA', 'LA', '1')}
+    formats = {f'x.{endings[f]}': saved_picture(im, f) for f in IMAGE_FORMATS}
+    return formats | {f'{mode}.png': saved_picture(o, 'PNG') for mode, o in modes.items()}
+
+COMFY = {'3': dict(class_type='KSampler', inputs=dict(seed=1, positive=['6', 0], negative=['7', 0])),
+         '6': dict(class_type='CLIPTextEncode', inputs=dict(text=['8', 0], clip=['4', 1])),
+         '7': dict(class_type='CLIPTextEncode', inputs=dict(text='ugly')),
+         '8': dict(class_type='StringNode', inputs=dict(string='a red cat'))}
+FIELDS = {'parameters': 'a cat\nNegative prompt: x\nSteps: 20, Sampler: Euler a, Seed: 1',
+          'prompt': json.dumps(COMFY),
+          'invokeai_metadata': '{"positive_prompt": "a cat"}', 'Dream': '"a cat" -s 20',
+          'sd-metadata': '{"image": {"prompt": [{"prompt": "a cat"}]}}',
+          'Comment': '{"v4_prompt": {"caption": {"base_caption": "a cat"}}}'}
+
+def picture_that_says(key, text, how):
+    "(ending, bytes) of a picture with a text in some place"
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    info, exif, im = PngInfo(), Image.Exif(), Image.new('RGB', (8, 8))
+    if how in ('utf-16', 'ascii'):
+        exif.get_ifd(0x8769)[0x9286] = (b'UNICODE\0' if how == 'utf-16' else b'ASCII\0\0\0') + text[:60_000]
+        return 'jpg', saved_picture(im, 'JPEG', exif=exif.tobytes())
+    if key == 'Comment': info.add_text('Software', 'NovelAI')
+    if how == 'iTXt': info.add_itxt(key, text.decode('utf-8', 'replace'), zip=True)
+    elif how == 'raw': info.add(b'iTXt', key.encode() + b'\0' + text)
+    else: info.add_text(key, text.decode('latin-1'), zip=how == 'zTXt')
+    return 'png', saved_picture(im, 'PNG', pnginfo=info)
+
+def said_pictures():
+    "Strategy of {name: bytes}: a picture that says another text, or is mangled; a text beside some"
+    from hypothesis import strategies as st
+    def other(field):
+        key, text = field
+        return st.tuples(st.just(key), (other_json if text[0] == '{' else mangled)(text.encode()))
+    beside = mangled('café, {"prompt": "x"}'.encode()) | mangled('a cat'.encode('utf-16'))
+    beside |= st.none() | st.binary(max_size=20)
+    texts = st.sampled_from(list(FIELDS.items())).flatmap(other)
+    how = ['tEXt', 'zTXt', 'iTXt', 'raw', 'utf-16', 'ascii']
+    made = st.tuples(texts, st.sampled_from(how)).map(lambda drawn: picture_that_says(*drawn[0], drawn[1]))
+    made |= made.flatmap(lambda said: mangled(said[1]).map(lambda data: (said[0], data)))
+    def files(drawn):
+        (ending, data), text = drawn
+        return {f'x.{ending}': data} | ({} if text is None else {'x.txt': text})
+    return st.tuples(made, beside).map(files)
+
+ODD_MEMBERS = ['0.png', '0.txt', '0.json', '0.jpg', '0.caption', '0.png/1.png', '0.png/1.txt', 'a/0.png',
+               'a.png', '../../x.png', '/x.png', 'é'*130 + '.png', 'x'*250 + '.txt', '\udcff.png',
+               '\udcff.txt', 'a\nb.png', '.png', 'CON.png', 'x/'*200 + 'x.png', '_tar.json', '_tar.png',
+               'Q.PNG', 'Q.txt']
+
+def tar_of(members): # (name, bytes, type) of each
+    import io, tarfile
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w') as t:
+        for name, data, kind in members:
+            m = tarfile.TarInfo(name)
+            m.size, m.type, m.linkname = len(data)*(kind == tarfile.REGTYPE), kind, '/etc/passwd'
+            t.addfile(m, io.BytesIO(data))
+    return out.getvalue()
+
+def some_tars():
+    "Strategy of {name: bytes}: a tar whose members bear odd names and texts, or a mangled one"
+    import gzip, tarfile
+    from hypothesis import strategies as st
+    picture, kinds = some_pictures()['x.png'], [tarfile.REGTYPE]*6
+    good = [('0.png', picture), ('0.txt', b'a cat'), ('1.png', picture), ('1.json', b'{"caption": "a dog"}')]
+    good = tar_of([(*o, tarfile.REGTYPE) for o in good])
+    kinds += [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+    texts = [picture, b'a cat', b'', b'\xff\xfe\xff', b'{"caption": 1}', b'{"caption": "a"}', b'['*100_000]
+    member = st.tuples(st.sampled_from(ODD_MEMBERS), st.sampled_from(texts), st.sampled_from(kinds))
+    made = st.lists(member, min_size=1, max_size=6).map(tar_of) | mangled(good)
+    packed = made.map(gzip.compress) | mangled(gzip.compress(good))
+    return made.map(lambda data: {'t.tar': data}) | packed.map(lambda data: {'t.tar.gz': data})
+
+def fresh(load):
+    "Into an empty folder each time: tars leave what they held"
+    def go(path):
+        shutil.rmtree('unpacked', ignore_errors=True)
+        return load(path, unpack='unpacked')
+    return go
+
+def forged(run, load):
+    "As `in_folder`, but every digest of the changed file is changed with it, as a forger would"
+    from hashlib import sha256
+    def go(files):
+        good = {}
+        for name, data in files.items():
+            old = sha256((run/name).read_bytes()).hexdigest()
+            for p in run.rglob('*.json'):
+                if old not in (text := p.read_text()): continue
+                good.setdefault(p, text)
+                p.write_text(text.replace(old, sha256(data).hexdigest()))
+        try: return in_folder(run, load)(files)
+        finally:
+            for p, text in good.items(): p.write_text(text)
+    return go
+
+def made_folder(name, **files):
+    Path(name).mkdir(parents=True, exist_ok=True)
+    for n, data in files.items(): (Path(name)/n).write_bytes(data)
+    return Path(name)
+
+def readers_of_pairs():
+    "(name, strategy, function of what it draws, names that a refusal may hold: None those of the files)"
+    from sdip.data import read_image
+    from sdip.metadata import read_prompt
+    from sdip.sources import load_pairs
+    from sdip.tables import read_table, read_texts
+    four, tables = {f'{i}.png': some_pictures()['x.png'] for i in range(4)}, some_tables()
+    home, first = made_folder('tables', **four), tables['t.jsonl'].splitlines()[0]
+    lines = other_json(first).map(lambda line: {'t.jsonl': line + b'\n' + tables['t.jsonl']})
+    for name, files in dict(mangled=one_of_files(tables), typed=typed_tables(), lines=lines).items():
+        for read in read_table, load_pairs, read_texts:
+            yield f'{read.__name__}, {name}', files, in_folder(home, read, None), None
+    said = made_folder('said')
+    yield 'read_image', one_of_files(some_pictures()), in_folder(said, read_image, None), None
+    yield 'read_prompt', said_pictures(), in_folder(said, read_prompt, None), None
+    yield 'load_pairs, pictures', said_pictures(), in_folder(said, load_pairs), [said]
+    tars = made_folder('tars')
+    yield 'load_pairs, tars', some_tars(), in_folder(tars, fresh(load_pairs), None), ['t.tar', tars]
+    coco = dict(images=[dict(id=i, file_name=f'{i}.png') for i in range(2)],
+                annotations=[dict(image_id=i, caption='c') for i in range(2)])
+    files = other_json(json.dumps(coco).encode()).map(lambda data: {'c_val.json': data})
+    yield 'load_pairs, COCO', files, in_folder(made_folder('coco', **four), load_pairs, None), None
+    part, home = json.dumps({f'{i}.png': dict(p='a cat', se=1) for i in range(4)}).encode(), Path('ddb')
+    made_folder('ddb/part-000001', **four, **{'part-000001.json': part})
+    files = other_json(part).map(lambda data: {'part-000001/part-000001.json': data})
+    yield 'load_pairs, DiffusionDB', files, in_folder(home, load_pairs), [home]
+
+PIECES = ['a cat', 'Steps: 20', ', ', '\n', 'Negative prompt: ', 'Seed: 1', '"', '\\', '(', ')', '[', ']',
+          '{', '}', '|', ':', ':1.2', '<lora:x', '>', 'BREAK', '__x__', '\ud800', '\0']
+
+def readers_of_texts():
+    "As `readers_of_pairs`; (): any words will do, for there is no file"
+    from functools import partial
+    from hypothesis import strategies as st
+    from sdip.data import plain_prompt, read_json
+    from sdip.lock import read_fields
+    from sdip.metadata import parse_parameters
+    from sdip.submit import check_submission, read_submission, write_submission
+    from sdip.tables import decode_text
+    import numpy as np
+    piece = st.sampled_from(PIECES)
+    texts = st.lists(piece | st.text(max_size=4) | piece.map(lambda s: s*2000), max_size=12).map(''.join)
+    for read in parse_parameters, plain_prompt: yield read.__name__, texts, read, ()
+    data = st.binary(max_size=40) | mangled('"café", 猫\n'.encode('utf-16'))
+    yield 'decode_text', data, partial(decode_text, name='x.txt'), ['x.txt']
+    home, rows = made_folder('submissions'), np.random.default_rng(0).normal(size=(2, 384))
+    good = write_submission(['a', 'b,c'], rows, 'good.csv').read_bytes()
+    lines = [b'imgId_eId,val\n' + line for line in (b'', b'a_0,1\n', b'"a_0,1\n', b'a_0,1e999\n')]
+    files = (mangled(good) | st.sampled_from(lines).flatmap(mangled)).map(lambda data: {'s.csv': data})
+    yield 'read_submission', files, in_folder(home, read_submission, None), None
+    yield 'check_submission', files, in_folder(home, lambda p: check_submission(p, p), None), None
+    files = one_of_files({'f.json': (old_run()[0]/'knn/config.json').read_bytes()})
+    fields = partial(read_fields, remedy='x', n=int, spans=list, clip=dict|None, kind=str)
+    for read in read_json, fields: yield 'JSON', files, in_folder(home, read, None), None
+
+def readers_of_models():
+    "As `readers_of_pairs`: a run folder, file by file"
+    from hypothesis import strategies as st
+    from sdip.encoders import ClipEncoder, read_tensors
+    from sdip.ensemble import Ensemble, load_preds, save_preds
+    from sdip.interrogator import Interrogator
+    from sdip.knn import KNNRegressor
+    from sdip.lock import LOCK, folder_lock
+    from sdip.run import load_predictor
+    import io, numpy as np, torch
+    run, _ = old_run()
+    clip = ClipEncoder(run/'base_clip', device='cpu')
+    loads = dict(clip=lambda p: load_predictor(run/'clip', 'cpu'),
+                 vit=lambda p: load_predictor(run/'vit', 'cpu'),
+                 knn=lambda p: KNNRegressor.load(run/'knn', clip),
+                 interrogator=lambda p: Interrogator.load(run/'interrogator', clip),
+                 base_clip=lambda p: ClipEncoder(run/'base_clip', device='cpu'),
+                 run=lambda p: load_predictor(run, 'cpu').run.mean_vector())
+    files = {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    for kind, load in loads.items():
+        inside = {n: data for n, data in files.items() if n.startswith(f'{kind}/')}
+        if kind == 'run': inside = {n: data for n, data in files.items() if n.split('/')[0] not in loads}
+        either = st.tuples(st.sampled_from([in_folder(run, load), forged(run, load)]), one_of_files(inside))
+        yield f'saved {kind}', either, lambda drawn: drawn[0](drawn[1]), [run if kind == 'run' else run/kind]
+    home = made_folder('others')
+    ensemble = other_json(files['ensemble.json']).map(lambda data: {'ensemble.json': data})
+    yield 'ensemble', ensemble, in_folder(home, Ensemble.load, None), None
+    save_preds('preds.npz', list('abcd'), np.ones((4, 384), np.float32), 'm')
+    preds = one_of_files({'p.npz': Path('preds.npz').read_bytes()})
+    yield 'load_preds', preds, in_folder(home, load_preds, None), None
+    out = io.BytesIO()
+    torch.save(dict(a=torch.zeros(3), b=[torch.ones(2)]), out)
+    tensors = {'t.safetensors': files['vit/model.safetensors'], 't.pt': out.getvalue()}
+    yield 'read_tensors', one_of_files(tensors), in_folder(home, read_tensors, None), None
+    def locked(folder):
+        with folder_lock(folder, 'x'): pass
+    lock = dict(what='x', host=socket.gethostname(), pid=1, since='now', started='0', boot='')
+    lock = other_json(json.dumps(lock).encode()).map(lambda data: {LOCK: data})
+    yield 'folder_lock', lock, in_folder(home, locked), [home]
+
+def test_readers_say_what_is_wrong():
+    "Every reader, fed with what is damaged, mistyped or forged: an answer, or an error that names the file"
+    wrong, n, only = [], 0, os.environ.get('SDIP_READER', '')
+    for readers in readers_of_pairs, readers_of_texts, readers_of_models:
+        for reader, files, read, names in readers():
+            if only not in reader: continue
+            start, ends = time.time(), says_what_is_wrong(files, read, names)
+            seconds, n = time.time() - start, n + 1
+            odd = [f'{reader}: {end}' for end in ends if end not in ('read', 'refused')]
+            told = f"{ends['read']} read, {ends['refused']} refused, {len(odd)} wrong"
+            print(f'{reader}: {told}, {seconds:.1f} s', flush=True)
+            wrong += odd
+    assert not wrong, '\n'.join([f'{len(wrong)} wrong ends of {n} readers', *wrong[:40]])
