@@ -1467,3 +1467,112 @@ def test_readers_say_what_is_wrong():
             print(f'{reader}: {told}, {seconds:.1f} s', flush=True)
             wrong += odd
     assert not wrong, '\n'.join([f'{len(wrong)} wrong ends of {n} readers', *wrong[:40]])
+
+# Killed at any moment: the same command again ends as if nothing had happened
+
+SHARDS = '''import sys, time
+import numpy as np
+from sdip.encoders import encode
+def two(items):
+    time.sleep(.01)
+    return np.stack([np.random.default_rng(int(i)).normal(size=384) for i in items])
+encode([str(i) for i in range(3000)], two, sys.argv[1], shard_size=100, key='k')
+'''
+PRETRAIN = '''import sys
+from dataclasses import replace
+from sdip.training import VIT_RECIPE, pretrain_vit
+pretrain_vit(sys.argv[1], replace(VIT_RECIPE, epochs=4, prompts=400, n=192, bs=32), quiet=True)
+'''
+TUNE = '--pairs', 'world', '--set', 'timetable=((1,1),(None,1))', 'bs=16', 'minutes=0', '--out'
+WRITERS = {                             # what writes below its last argument -> (kills in CI, with SDIP_LONG)
+    ('sdip_generate', '--n', 150): (2, 6),
+    (sys.executable, 'encode.py'): (1, 4),
+    ('sdip_finetune', 'vit', *TUNE): (1, 4),
+    ('sdip_finetune', 'clip', *TUNE): (0, 6),
+    ('sdip_interrogate', 'world/images', '--csv', 'OUT/words.csv', '--force', '--work'): (0, 4),
+    ('sdip_dedup', 'prompts.csv', '--force', '--dropped', 'OUT/gone.csv', '--out'): (0, 3),
+    (sys.executable, 'pretrain.py'): (0, 4),
+    ('sdip_run', '--preset', 'tiny', '--out'): (0, 9)}
+
+def cpu_used(pid):
+    "CPU seconds of a running process"
+    fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')         # utime and stime of proc(5)
+
+def killed_at(command, out, at=None):
+    "SIGKILL after `at` CPU seconds -> (exit status, CPU seconds in all, those until `out` was there)"
+    command = [str(o).replace('OUT', str(out.parent)) for o in command]
+    with open('log.txt', 'w') as log:
+        work = subprocess.Popen([*command, str(out)], stdout=log, stderr=subprocess.STDOUT)
+    used, begun = 0, None
+    while work.poll() is None:
+        used = cpu_used(work.pid)
+        if begun is None and out.exists(): begun = used
+        if at is not None and used >= at: work.kill()
+        time.sleep(.005)
+    if work.returncode not in (0, -9): print(*command, Path('log.txt').read_text())
+    return work.returncode, used, used if begun is None else begun
+
+def left_in(folder):
+    "{file: what it says}: bytes, but for the clock; times in JSON and pages are no results"
+    import csv
+    import pandas as pd
+    said = {}
+    for p in sorted(p for p in folder.rglob('*') if p.is_file()):
+        name = p.relative_to(folder).as_posix()
+        if p.name == 'history.csv':
+            rows = csv.DictReader(p.read_text().splitlines())
+            said[name] = [{k: v for k, v in r.items() if k != 'time'} for r in rows]
+        elif p.name == 'pictures.parquet': said[name] = pd.read_parquet(p)[['size', 'sha256']].values.tolist()
+        elif p.suffix in ('.json', '.html', '.begun'): said[name] = 'is there'
+        else: said[name] = p.read_bytes()
+    return said
+
+def killed_often(command, out, moments):
+    "Kills a command at moments, in one folder; then it may end -> (kills, exit status)"
+    kills = 0
+    for moment in moments:
+        if killed_at(command, out, moment)[0] != -9: break                  # it was faster this time
+        kills += 1
+    if not kills: return 0, 0
+    status = killed_at(command, out)[0]
+    finished = 'holds a finished model' in Path('log.txt').read_text()      # killed after its work
+    return kills, 0 if finished else status
+
+def kill_writer(n, command, wanted, rng):
+    "(kills, of these survived) of a command, in as many folders as it takes"
+    from sdip.lock import LOCK
+    last, kills, survived = 'kept.csv' if 'sdip_dedup' in command else 'out', 0, 0
+    status, total, begun = killed_at(command, Path(f'whole{n}')/last)
+    assert status == 0, command
+    want = left_in(Path(f'whole{n}'))
+    for k in range(6*wanted):
+        if kills == wanted: break
+        folder, most = Path(f'killed{n}.{k}'), min(4, wanted - kills)
+        moments = [rng.uniform(rng.choice([total/20, begun, begun]), total) for _ in range(most)]
+        here, status = killed_often(command, folder/last, moments)
+        if not here: continue
+        got = left_in(folder)
+        odd = [f for f in got.keys() | want.keys() if got.get(f) != want.get(f)]
+        odd += [str(p) for p in folder.rglob('*') if p.name.startswith('.tmp-') or p.name == LOCK]
+        kills, survived = kills + here, survived + here*(status == 0 and not odd)
+        told = f'{here} kills, exit status {status}, {len(want)} files, {odd} differ'
+        print(*command[:2], told, flush=True)
+    return kills, survived
+
+def test_killed_at_random():
+    "SIGKILL at random moments of every command that writes: done again it ends bit for bit as undisturbed"
+    import random
+    sh('sdip_generate', 'world', '--n', 40, '--seed', 5)
+    Path('encode.py').write_text(SHARDS)
+    Path('pretrain.py').write_text(PRETRAIN)
+    colours, things = 'red blue green white'.split(), 'cat dog owl fox hen bee cow pig eel ant'.split()
+    lines = [f'a {c} {o} by a {d} {q}' for c in colours for o in things for d in colours for q in things]
+    Path('prompts.csv').write_text('\n'.join(['prompt', *lines]) + '\n')
+    ends, rng = [], random.Random(SEED)
+    for n, (command, wanted) in enumerate(WRITERS.items()):
+        most = wanted[LONG]
+        if most: ends.append((*command[:2], most, *kill_writer(n, command, most, rng)))
+    wanted, kills, survived = (sum(counts) for counts in zip(*(o[2:] for o in ends)))
+    print(f'{survived} of {kills} kills survived')
+    assert survived == kills == wanted, ends
