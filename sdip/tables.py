@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import _some, atomic_path, regular_file
+from .data import IMAGE_EXTS, _some, atomic_path, regular_file
 
 # %% ../nbs/00_tables.ipynb #decode-text
 def _looks_western(
@@ -135,23 +135,41 @@ class _Broken(Exception):
 # %% ../nbs/00_tables.ipynb #fit-record
 def _fit(cells, width, line, sep, path):
     "A record as wide as the header, or an error that names its line"
-    while len(cells) > width and not cells[-1]: cells.pop()
+    while len(cells) > width > 1 and not cells[-1]: cells.pop()
     if len(cells) > width:
-        raise ValueError(f"{path}, line {line}: {len(cells)} cells where the header has {width} ({_some(cells)}): "
-                         f'put a text that holds a {SEPARATORS[sep]} into double quotes, as in "a cat{sep} oil painting"')
+        raise ValueError(f"{path}, line {line}: {len(cells)} cells where the header has {width} ({_some(cells)}): put "
+                         f'a text that holds a {SEPARATORS[sep]} into double quotes, as in "a cat{sep} oil painting"')
     return cells + [''] * (width - len(cells))
 
-def _is_rows(record, width, sep):
-    "Is each line of a record of several lines a row by itself?"
-    lines = record.rstrip('\r\n').splitlines()
-    return width > 1 and all(line.count(sep) == width - 1 for line in lines)
+def _alike(a, b, plain):
+    "Do two cells look like cells of one column? Words alone are a sign only where the whole file reads plainly"
+    if '"' in a + b or not a or not b: return False
+    ends = [Path(c).suffix.lower() in IMAGE_EXTS for c in (a, b)]
+    if any(ends): return all(ends)
+    if re.search(r'\s', a + b): return False
+    kinds = [re.sub(r'\d+', '0', re.sub(r'[^\W\d_]+', 'a', c)) for c in (a, b)]
+    if all('0' in k for k in kinds): return kinds[0] == kinds[1] or len(a) == len(b)
+    return plain and kinds[0] == kinds[1]
+
+def _is_rows(record, width, sep, plain):
+    "Is each line of a record of several lines a row by itself? `plain`: so is each line of the file"
+    lines = [line.split(sep) for line in record.rstrip('\r\n').splitlines()]
+    if width < 2 or any(len(cells) != width for cells in lines): return False
+    if any(cells[0] and c[:1] == ' ' for cells in lines[1:] for c in cells[1:]): return False   # as prose has it
+    return any(all(_alike(column[0], c, plain) for c in column[1:]) for column in zip(*lines))
 
 # %% ../nbs/00_tables.ipynb #parse-delimited
 def _typed_quotes(lines):
-    "Do cells of a TSV stand in quotes that they do not need, below a header without?"
+    "Do cells of a TSV stand in quotes that they need in no program, below a header without?"
     quoted = lambda cell: len(cell) > 1 and cell[0] == cell[-1] == '"'
     if any(quoted(c) for c in lines[0].split('\t')): return False
-    return any(quoted(c) and '""' not in c for line in lines[1:] for c in line.split('\t'))
+    return any(quoted(c) and '""' not in c and ',' not in c for line in lines[1:] for c in line.split('\t'))
+
+def _well_quoted(lines, sep):
+    "Is there a cell in quotes, those inside it doubled?"
+    edge = re.escape(sep)
+    cell = re.compile(f'(?:^|{edge}) *"(?:[^"]|"")*"(?:{edge}|$)')
+    return any('"' in line and cell.search(line) for line in lines)
 
 def _parse(
     text:str, # a whole file without its byte order mark
@@ -164,7 +182,8 @@ def _parse(
     body = text[skip:]
     head = next(iter(io.StringIO(body, newline='')), '').rstrip('\r\n')
     sep = said[1] if said else _separator(head, suffix)
-    if sep not in SEPARATORS: raise ValueError(f"{path} says that {sep!r} separates its cells, known are , ; tab |")
+    if sep not in SEPARATORS:
+        raise ValueError(f"{path} says that {sep!r} separates its cells, known are , ; tab |: save it with one of them")
     space = sep != '\t' and sep + ' ' in head
     first = 2 if said else 1
     def read(quoting):
@@ -172,7 +191,7 @@ def _parse(
         for cells, start, end, lines in _records(body, sep, quoting, space):
             if names is None: names = cells
             elif cells:
-                if lines > 1 and quoting != csv.QUOTE_NONE and _is_rows(body[start:end], len(names), sep):
+                if lines > 1 and quoting == csv.QUOTE_MINIMAL and _is_rows(body[start:end], len(names), sep, plain):
                     raise _Broken(line - first, f'a quote opens here and closes {lines - 1} lines further down, '
                                                 f'though each line has the {len(names)} cells of a row')
                 rows.append(_fit(cells, len(names), line, sep, path))
@@ -185,7 +204,8 @@ def _parse(
         if sep == '\t' and plain and _typed_quotes(lines): return read(csv.QUOTE_NONE)
         try: return read(csv.QUOTE_MINIMAL)
         except _Broken as e: broken, line = e, first + e.args[0]
-        if plain and (sep == '\t' or 'opens here' not in broken.args[1]): return read(csv.QUOTE_NONE)
+        alone = sep == '\t' or 'opens here' not in broken.args[1]
+        if plain and alone and not _well_quoted(lines, sep): return read(csv.QUOTE_NONE)
     raise ValueError(f"{path}, line {line}: its quotes do not close as they should ({broken.args[1]}): inside a quoted "
                      f'text write "" for a quote, and close it before the next {SEPARATORS[sep]} or line end') from broken
 
