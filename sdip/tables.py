@@ -14,8 +14,10 @@ import io
 import json
 import lzma
 import re
+import stat
 import warnings
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import IMAGE_EXTS, _some, atomic_path, regular_file
+from .data import IMAGE_EXTS, _some, atomic_path
 
 # %% ../nbs/00_tables.ipynb #decode-text
 def _looks_western(
@@ -211,7 +213,8 @@ def _parse(
 
 # %% ../nbs/00_tables.ipynb #table-class
 TABLE_EXTS = ('.csv', '.tsv', '.jsonl', '.ndjson', '.parquet', '.txt')
-_UNPACK = {'.gz': gzip.decompress, '.bz2': bz2.decompress, '.xz': lzma.decompress}
+_UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
+_LARGEST = 8 << 30 # bytes of a table, unpacked
 
 @dataclass
 class Table:
@@ -228,6 +231,13 @@ class Table:
 
     def where(self, i): return f"{self.path}, {'row' if self.kind == 'parquet' else 'line'} {self.line[i]}"
 
+    @property
+    def blank(self):
+        "How many blank lines were skipped between its rows: where there are any, who counts lines counts otherwise"
+        if self.place is None: return 0
+        gaps = zip(self.place[:-1, 1], self.place[1:, 0])
+        return sum(sum(1 for _ in io.StringIO(self.text[a:b], newline='')) for a, b in gaps if b > a)
+
 def table_suffix(
     path, # a file's name
 ) -> str: # its ending without that of a packer: '.csv' of 'a.csv.gz'
@@ -237,49 +247,103 @@ def table_suffix(
     return Path(path.stem).suffix.lower() if packed else path.suffix.lower()
 
 # %% ../nbs/00_tables.ipynb #read-bytes
+def _size(path):
+    "Bytes of a file; `ValueError` where it is no file that can be read, or too large a one"
+    try: found = path.stat()
+    except FileNotFoundError as e:
+        raise ValueError(f"{path} does not exist: check the path, it starts at the working directory") from e
+    except (OSError, ValueError) as e: raise ValueError(f"{path} cannot be read ({e}): name another file") from e
+    if stat.S_ISDIR(found.st_mode): raise ValueError(f"{path} is a folder, expected a table: name the file in it")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is a pipe, socket or device, expected a file: write it to a file first")
+    return _fits(found.st_size, path)
+
+def _fits(size, path):
+    if size <= _LARGEST: return size
+    raise ValueError(f"{path} holds {size:,} bytes, expected at most {_LARGEST:,}, for a table is read into memory: "
+                     f"split it into smaller ones")
+
 def _file_bytes(path):
     "A file's bytes, unpacked where its name says that it is packed"
-    try: data = regular_file(path).read_bytes()
-    except FileNotFoundError as e: raise ValueError(f"{path} does not exist: check the path, it starts at the working directory") from e
-    except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror or e}): it must be a file that this user may read") from e
+    _size(path)
     ending = path.suffix.lower()
-    if ending not in (*_UNPACK, '.zip'): return data
-    try: inside = [_UNPACK[ending](data)] if ending in _UNPACK else _zipped(data)
-    except MemoryError: raise
+    try:
+        if ending == '.zip': return _zipped(path)
+        if ending not in _UNPACK: return path.read_bytes()
+        with _UNPACK[ending](path) as f: return _read_up_to(f, path)
+    except (MemoryError, _Refused): raise
+    except PermissionError as e:
+        raise ValueError(f"{path} cannot be read ({e.strerror}): it must be a file that this user may read") from e
     except Exception as e:                          # a damaged archive fails in many ways
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): damaged, or packed in another way; "
                          f"fetch it again, or unpack it and name the table") from e
-    if len(inside) == 1: return inside[0]
-    raise ValueError(f"{path} holds {len(inside)} files, expected one table: unpack it and name the table")
 
-def _zipped(data):
-    "Bytes of each file in a zip, read if there is one only"
-    with zipfile.ZipFile(io.BytesIO(data)) as z:
-        names = [n for n in z.namelist() if not n.endswith('/')]
-        return [z.read(n) for n in names] if len(names) == 1 else names
+class _Refused(ValueError): "Of a packed table: whole, but not to be read"
+
+def _read_up_to(file, path):
+    "Bytes of a packed file, unless they are too many: ten kilobytes can hold gigabytes"
+    parts, size = [], 0
+    while part := file.read(1 << 24):
+        parts.append(part)
+        size += len(part)
+        if size > _LARGEST:
+            raise _Refused(f"{path} holds more than {_LARGEST:,} bytes, expected at most as many, for a table is "
+                           f"read into memory: unpack it, and split it into smaller ones")
+    return b''.join(parts)
+
+def _zipped(path):
+    "Bytes of the one table in a zip, beside which a Mac puts notes of its own"
+    def real(name):
+        last = name.split('/')[-1]
+        return last and not name.startswith('__MACOSX/') and not last.startswith(('._', '.DS_Store'))
+    with zipfile.ZipFile(path) as z:
+        inside = [n for n in z.namelist() if real(n)]
+        if len(inside) != 1:
+            raise _Refused(f"{path} holds {len(inside)} files ({_some(inside)}), expected one table: "
+                           f"unpack it and name the table")
+        with z.open(inside[0]) as f: return _read_up_to(f, path)
+
+# %% ../nbs/00_tables.ipynb #unique-names
+def _no_twice(names, path, where):
+    twice = sorted(n for n, k in Counter(names).items() if k > 1)
+    if twice: raise ValueError(f"{path} has two columns named {_some(twice)}: rename one {where}")
+    return names
 
 def _unique_names(names, path):
     "Column names without blanks around them; each may occur once"
     names = [n.strip() or ('' if i == 0 else f'column {i + 1}') for i, n in enumerate(names)]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice: raise ValueError(f"{path} has two columns named {_some(twice)}: rename one in its first line")
-    return names
+    return _no_twice(names, path, 'in its first line')
+
+def _objects(values):
+    "An array of Python objects, lists among them"
+    out = np.empty(len(values), object)
+    for i, v in enumerate(values): out[i] = v
+    return out
 
 def _frame(names, rows):
     "Columns of strings"
     columns = list(zip(*rows)) if rows else [()] * len(names)
-    return pd.DataFrame({n: np.array(c, dtype=object) for n, c in zip(names, columns)}, columns=names)
+    return pd.DataFrame({n: _objects(c) for n, c in zip(names, columns)}, columns=names)
 
 # %% ../nbs/00_tables.ipynb #json-lines
+class _Digits(str): "A number of JSON, as it stands there"
+class _Json(str): "The text of an object or a list of JSON"
+
 def _cell(value):
-    "A value of JSON as a cell"
+    "A value of JSON as a cell: a string, or a list of strings"
     if value is None: return ''
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str): return str(value)
+    if isinstance(value, list) and all(type(v) is str for v in value): return value
+    text = json.dumps(value, ensure_ascii=False)
+    return text if isinstance(value, bool) else _Json(text)
 
 def _json_row(line, path, number):
-    try: row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {number}: not JSON ({e}): expected one object a line") from e
-    if not isinstance(row, dict): raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is no object, expected {{\"file_name\": .., \"text\": ..}}")
+    try: row = json.loads(line, parse_int=_Digits, parse_float=_Digits, parse_constant=_Digits)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}, line {number}: not JSON ({e}): expected one object a line") from e
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: {line.strip()[:60]!r} is no object, "
+                         f"expected {{\"file_name\": .., \"text\": ..}}")
     if '\\u' in line: _no_halves(row, path, number)
     return {k: _cell(v) for k, v in row.items()}
 
@@ -299,7 +363,10 @@ def _json_lines(text, path):
         if not line.strip(): continue
         rows.append(_json_row(line, path, number))
         places.append((start, end, number))
-    names = list(dict.fromkeys(k for row in rows for k in row))
+    names, cells = list(dict.fromkeys(k for row in rows for k in row)), sum(map(len, rows))
+    if len(names) > 10_000 or len(names) * len(rows) > 100 * cells + 1_000_000:
+        raise ValueError(f"{path}: {len(rows):,} objects of {cells:,} values have {len(names):,} different keys "
+                         f"({_some(names)}), expected the same few in each: write a key's data as its value")
     return names, [[row.get(n, '') for n in names] for row in rows], np.array(places, np.int64).reshape(-1, 3)
 
 # %% ../nbs/00_tables.ipynb #lines-table
@@ -320,12 +387,30 @@ def _is_table(head):
 
 # %% ../nbs/00_tables.ipynb #read-table
 def _read_parquet(path):
+    import pyarrow as pa
     import pyarrow.parquet as pq
+    _size(path)
     try:
-        with open(regular_file(path), 'rb') as f: arrow = pq.read_table(f)      # pyarrow opens no path of odd bytes
-    except Exception as e: raise ValueError(f"{path} cannot be read as a parquet file ({type(e).__name__}: {str(e)[:200]}): fetch or write it again") from e
-    rows = arrow.to_pandas(ignore_metadata=True)
+        with open(path, 'rb') as f, pq.ParquetFile(f) as file:          # pyarrow opens no path of odd bytes
+            meta, names = file.metadata, file.schema_arrow.names
+            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    except Exception as e: raise _no_parquet(path, e) from e
+    _fits(size, path)
+    _no_twice(names, path, 'where the file is made')
+    try:
+        with open(path, 'rb') as f: arrow = pq.read_table(f)
+    except Exception as e: raise _no_parquet(path, e) from e
+    shown = arrow
+    for i, field in enumerate(arrow.schema):
+        if not (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)): continue
+        try: shown = shown.set_column(i, field.name, arrow.column(i).cast(pa.large_string()))
+        except pa.ArrowInvalid: pass                    # no UTF-8: a picture, say
+    rows = shown.to_pandas(ignore_metadata=True)
     return Table(path, rows, np.arange(1, len(rows) + 1), 'parquet', arrow=arrow)
+
+def _no_parquet(path, e):
+    return ValueError(f"{path} cannot be read as a parquet file ({type(e).__name__}: {str(e)[:200]}): "
+                      f"fetch or write it again")
 
 def read_table(
     path, # .csv, .tsv, .jsonl, .parquet, or a .txt of one prompt a line; .gz, .bz2, .xz, .zip of the text ones
@@ -334,14 +419,17 @@ def read_table(
     path = Path(path)
     suffix = table_suffix(path)
     if suffix not in TABLE_EXTS:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: save it as CSV in UTF-8")
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: "
+                         f"save it as CSV in UTF-8")
     if suffix == '.parquet': return _read_parquet(path)
     text, codec = decode_text(_file_bytes(path), path)
     mark = text.startswith('\ufeff')
     body, kind, sep = text[mark:], 'csv', ','
     head = next(iter(io.StringIO(body, newline='')), '')
-    if suffix in ('.jsonl', '.ndjson'): kind, (names, rows, places) = 'jsonl', _json_lines(body, path)
-    elif suffix == '.txt' and not _is_table(head.rstrip('\r\n')): kind, (names, rows, places) = 'txt', _plain_lines(body)
+    if suffix in ('.jsonl', '.ndjson'):
+        kind, (names, rows, places) = 'jsonl', _json_lines(body, path)
+    elif suffix == '.txt' and not _is_table(head.rstrip('\r\n')):
+        kind, (names, rows, places) = 'txt', _plain_lines(body)
     else: names, rows, places, sep = _parse(body, suffix, path)
     if not names: raise ValueError(f"{path} is empty: expected a line of column names, then rows")
     if kind == 'csv': names = _unique_names(names, path)
@@ -351,7 +439,9 @@ def read_table(
 def _tell_long_cells(rows, places, path):
     "In a table of one column nothing else shows that a quote swallowed rows"
     long = [line for (cell,), line in zip(rows, places[:, 2]) if '\n' in cell.strip()]
-    if long: warnings.warn(f"{path}: {len(long)} cells hold several lines, the first from line {long[0]} on: if that was not meant, a quote is open there", stacklevel=3)
+    if long:
+        warnings.warn(f"{path}: {len(long)} cells hold several lines, the first from line {long[0]} on: "
+                      f"if that was not meant, a quote is open there", stacklevel=3)
 
 # %% ../nbs/00_tables.ipynb #find-column
 def find_column(
