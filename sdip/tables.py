@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMN_NAMES', 'SEPARATORS', 'TABLE_EXTS', 'decode_text', 'Table', 'table_suffix', 'read_table', 'find_column',
-           'to_numbers', 'write_rows', 'read_texts']
+           'to_numbers', 'text_cells', 'write_rows', 'read_texts']
 
 # %% ../nbs/00_tables.ipynb #imports
 import bz2
@@ -314,16 +314,16 @@ def _unique_names(names, path):
     names = [n.strip() or ('' if i == 0 else f'column {i + 1}') for i, n in enumerate(names)]
     return _no_twice(names, path, 'in its first line')
 
-def _objects(values):
-    "An array of Python objects, lists among them"
+def _column(values):
+    "Cells as a column, whatever pandas would like to make of them: lists stay lists, JSON stays known as such"
     out = np.empty(len(values), object)
     for i, v in enumerate(values): out[i] = v
-    return out
+    return out if all(type(v) is str for v in values) else pd.Series(out, dtype=object)
 
 def _frame(names, rows):
-    "Columns of strings"
+    "Columns of strings, or of lists of strings"
     columns = list(zip(*rows)) if rows else [()] * len(names)
-    return pd.DataFrame({n: _objects(c) for n, c in zip(names, columns)}, columns=names)
+    return pd.DataFrame({n: _column(c) for n, c in zip(names, columns)}, columns=names)
 
 # %% ../nbs/00_tables.ipynb #json-lines
 class _Digits(str): "A number of JSON, as it stands there"
@@ -444,6 +444,15 @@ def _tell_long_cells(rows, places, path):
                       f"if that was not meant, a quote is open there", stacklevel=3)
 
 # %% ../nbs/00_tables.ipynb #find-column
+_WEAK_NAMES = 'description', 'title', 'comment' # of columns that hold a prompt for want of a better one
+
+def _one_column(table, name, kind):
+    "The column of a name in lower case; `ValueError` where two differ from it and from each other in spelling only"
+    found = [c for c in table.rows if _key(c) == name]
+    if len(found) < 2 or name in found: return name if name in found else found[0] if found else None
+    raise ValueError(f"{table.path} has {len(found)} columns that may be its {name!r}: {_some(found)}: "
+                     f"name one with --{kind}_col ({kind}_col= in Python)")
+
 def find_column(
     table:Table, # see `read_table`
     kind:str, # a key of `COLUMN_NAMES`
@@ -454,8 +463,11 @@ def find_column(
     names = list(table.rows)
     wanted = COLUMN_NAMES[kind] if given is None else (_key(given),)
     if given in names: return given
-    known = {_key(c): c for c in reversed(names)}
-    found = next((known[n] for n in wanted if n in known), None)
+    found = next((c for n in wanted if (c := _one_column(table, n, kind)) is not None), None)
+    against = [c for c in names if re.search(r'(^|_)neg(ative)?(_|$)', _key(c))]
+    if kind == 'prompt' and given is None and against and found is not None and _key(found) in _WEAK_NAMES:
+        raise ValueError(f"{table.path} has a column {against[0]!r} and none that is surely the prompt: {found!r} may "
+                         f"be something else, name the column with --prompt_col (prompt_col= in Python)")
     if found is not None or not needed and given is None: return found
     what = f'{kind} column' if given is None else f'column {given!r}'
     hint = f', known names are {", ".join(wanted)}' if given is None else ''
@@ -470,19 +482,58 @@ def to_numbers(
     empty:float=np.nan, # what an empty cell counts as
 ) -> np.ndarray: # (n,) float64
     "A column as numbers; `ValueError` names the first cell that is none"
-    cells = table.rows[column]
+    cells = table.rows[column].map(lambda c: c if pd.api.types.is_scalar(c) else str(c))
     out = pd.to_numeric(cells.replace('', np.nan), errors='coerce').to_numpy(np.float64, na_value=np.nan)
-    bad = np.isnan(out) & np.array([not (pd.api.types.is_scalar(c) and pd.isna(c)) and str(c).strip().lower() not in ('', 'nan') for c in cells], bool)
+    said = np.array([not pd.isna(c) and str(c).strip().lower() not in ('', 'nan') for c in cells], bool)
+    bad = np.isnan(out) & said
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(f"{table.where(i)}: {column} is {cells.iloc[i]!r}, expected a number: correct it, or leave it empty")
+        raise ValueError(f"{table.where(i)}: {column} is {cells.iloc[i]!r}, expected a number: "
+                         f"correct it, or leave it empty")
     return np.where(np.isnan(out), empty, out)
 
+# %% ../nbs/00_tables.ipynb #text-cells
+def text_cells(
+    table:Table, # see `read_table`
+    column:str, # of its rows
+) -> list: # n strings; None where a cell is empty
+    "A column as texts; `ValueError` names the first cell that is none"
+    out = []
+    for i, v in enumerate(table.rows[column]):
+        if isinstance(v, _Json) or not isinstance(v, str) and (isinstance(v, bytes) or not pd.api.types.is_scalar(v)):
+            kind = 'JSON' if isinstance(v, _Json) else type(v).__name__
+            raise ValueError(f"{table.where(i)}: {column} is {kind} ({str(v)[:60]}), expected one text: "
+                             f"write a text there, or name another column with --prompt_col (prompt_col= in Python)")
+        if not isinstance(v, str):
+            whole = isinstance(v, (float, np.floating)) and float(v).is_integer()       # a number that met a NaN
+            v = '' if pd.isna(v) else str(int(v) if whole else v)
+        out.append(v or None)
+    return out
+
 # %% ../nbs/00_tables.ipynb #write-rows
+def _said(value):
+    "A cell as text"
+    if isinstance(value, (list, tuple, np.ndarray)): return json.dumps(list(value), ensure_ascii=False, default=str)
+    return '' if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
+
+def _even(frame):
+    "A frame for parquet, whose columns hold lists or texts: one that has both becomes text"
+    mixed = [c for c in frame if frame[c].map(type).isin([list]).any() and not frame[c].map(type).isin([list]).all()]
+    return frame.assign(**{c: frame[c].map(_said) for c in mixed})
+
+def _delimited(frame, sep):
+    "Lines of cells, quoted where a reader could take them for something else"
+    def quote(cell):
+        odd = any(c in cell for c in (sep, '"', '\r', '\n')) or cell == '' and len(frame.columns) == 1
+        return '"' + cell.replace('"', '""') + '"' if odd else cell
+    columns = [[quote(_said(v)) for v in frame.iloc[:, i]] for i in range(len(frame.columns))]
+    yield sep.join(quote(str(c)) for c in frame) + '\n'
+    for row in zip(*columns): yield sep.join(row) + '\n'
+
 def _write_parquet(table, rows, extra, path):
     import pyarrow as pa
     import pyarrow.parquet as pq
-    arrow = pa.Table.from_pandas(table.rows, preserve_index=False) if table.arrow is None else table.arrow
+    arrow = pa.Table.from_pandas(_even(table.rows), preserve_index=False) if table.arrow is None else table.arrow
     arrow = arrow.take(pa.array(rows))
     for name, values in extra.items(): arrow = arrow.append_column(name, pa.array(list(values)))
     pq.write_table(arrow, path)
@@ -493,13 +544,23 @@ def _write_text(table, rows, extra, path, suffix):
         head = table.text[:table.place[0, 0]] if len(table.place) else table.text
         parts = [table.text[a:b] for a, b in table.place[rows]]
         end = '\r\n' if '\r\n' in table.text else '\n'
-        parts[:-1] = [p if p.endswith(('\n', '\r')) else p + end for p in parts[:-1]]    # the file's last row, not last any more
+        parts[:-1] = [p if p.endswith(('\n', '\r')) else p + end for p in parts[:-1]]    # the last row, moved up
         path.write_bytes((head + ''.join(parts)).encode(table.codec))
         return
     frame = table.rows.iloc[rows].assign(**{k: list(v) for k, v in extra.items()})
-    if suffix == '.txt': path.write_text(''.join(f'{p}\n' for p in frame[find_column(table, 'prompt')]), encoding='utf-8')
-    elif suffix in ('.jsonl', '.ndjson'): frame.to_json(path, orient='records', lines=True, force_ascii=False)
-    else: frame.to_csv(path, index=False, sep='\t' if suffix == '.tsv' else table.sep)
+    if suffix == '.txt': lines = _one_a_line(table, rows)
+    elif suffix in ('.jsonl', '.ndjson'): return frame.to_json(path, orient='records', lines=True, force_ascii=False)
+    else: lines = _delimited(frame, '\t' if suffix == '.tsv' else table.sep)
+    with open(path, 'w', encoding='utf-8', newline='') as f: f.writelines(lines)
+
+def _one_a_line(table, rows):
+    "Prompts for a .txt"
+    texts = text_cells(table, find_column(table, 'prompt'))
+    for i in rows:
+        if re.search(r'[\r\n]', texts[i] or ''):
+            raise ValueError(f"{table.where(i)}: the prompt {texts[i][:60]!r} has several lines, expected one, for it "
+                             f"goes into a .txt of one prompt a line: write a .csv")
+        yield f"{texts[i] or ''}\n"
 
 def write_rows(
     table:Table, # see `read_table`
@@ -510,7 +571,8 @@ def write_rows(
     "Write some rows of a table, atomically; into a file of the same kind byte for byte"
     rows, suffix = np.asarray(rows), Path(path).suffix.lower()
     rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-    if suffix not in TABLE_EXTS: raise ValueError(f"{path} ends in {suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}")
+    if suffix not in TABLE_EXTS:
+        raise ValueError(f"{path} ends in {suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: rename it")
     with atomic_path(path) as tmp:
         if suffix == '.parquet': _write_parquet(table, rows, extra, tmp)
         else: _write_text(table, rows, extra, tmp, suffix)
@@ -526,6 +588,4 @@ def read_texts(
     table = read_table(path)
     if table.kind == 'txt': return table.rows.prompt.tolist()
     name = find_column(table, kind, column, needed=kind == 'prompt') or find_column(table, 'prompt')
-    odd = [v for v in table.rows[name] if isinstance(v, bytes) or not pd.api.types.is_scalar(v)]
-    if odd: raise ValueError(f"{path}: {name} holds a {type(odd[0]).__name__}, expected texts: name another column")
-    return ['' if pd.isna(v) else str(v) for v in table.rows[name]]
+    return [v or '' for v in text_cells(table, name)]
