@@ -65,15 +65,16 @@ def decode_text(
             warnings.warn(f"{name} is not UTF-8 and was read as CP1252 (line {line}: '..{shown}..'): "
                           f"if that looks wrong, save it as UTF-8", stacklevel=2)
             return text, 'cp1252'
-    raise ValueError(f"{name} is not {codec.upper()} (byte {data[wrong.start]:#04x} on line {line}), and looks like "
-                     f"no encoding that is known here (UTF-8, UTF-16, CP1252): save it as UTF-8") from wrong
+    raise ValueError(f"{name} is not {codec.upper()} (byte {data[wrong.start]:#04x} on line {line}), and "
+                     f"looks like no known encoding (UTF-8, UTF-16, CP1252): save it as UTF-8") from wrong
 
 # %% ../nbs/00_tables.ipynb #names
 COLUMN_NAMES = dict( # kind -> the names that people give such a column, in lower case, the surest first
-    image=('image', 'filepath', 'file_path', 'image_path', 'path', 'file_name', 'filename', 'file', 'image_file',
-           'image_name', 'img', 'img_path', 'images', 'imagepath', 'image_filename', 'img_name', 'img_file'),
-    prompt=('prompt', 'prompts', 'caption', 'text', 'description', 'captions', 'positive_prompt', 'sentence', 'txt',
-            'title', 'comment'),
+    image=('image', 'filepath', 'file_path', 'image_path', 'path', 'file_name', 'filename', 'file',
+           'image_file', 'image_name', 'img', 'img_path', 'images', 'imagepath', 'image_filename', 'img_name',
+           'img_file'),
+    prompt=('prompt', 'prompts', 'caption', 'text', 'description', 'captions', 'positive_prompt', 'sentence',
+            'txt', 'title', 'comment'),
     id=('id', 'imgid', 'image_id', 'img_id', 'imageid'),
     split=('split',), group=('group',), weight=('weight',), source=('source',),
     phrase=('phrase', 'phrases', 'name', 'label'))
@@ -139,12 +140,13 @@ def _fit(cells, width, line, sep, path):
     "A record as wide as the header, or an error that names its line"
     while len(cells) > width > 1 and not cells[-1]: cells.pop()
     if len(cells) > width:
-        raise ValueError(f"{path}, line {line}: {len(cells)} cells where the header has {width} ({_some(cells)}): put "
-                         f'a text that holds a {SEPARATORS[sep]} into double quotes, as in "a cat{sep} oil painting"')
+        raise ValueError(f"{path}, line {line}: {len(cells)} cells where the header has {width} "
+                         f'({_some(cells)}): put a text that holds a {SEPARATORS[sep]} into double quotes, '
+                         f'as in "a cat{sep} oil painting"')
     return cells + [''] * (width - len(cells))
 
 def _alike(a, b, plain):
-    "Do two cells look like cells of one column? Words alone are a sign only where the whole file reads plainly"
+    "Do two cells look like cells of one column? Words do only where the whole file reads plainly"
     if '"' in a + b or not a or not b: return False
     ends = [Path(c).suffix.lower() in IMAGE_EXTS for c in (a, b)]
     if any(ends): return all(ends)
@@ -157,8 +159,9 @@ def _is_rows(record, width, sep, plain):
     "Is each line of a record of several lines a row by itself? `plain`: so is each line of the file"
     lines = [line.split(sep) for line in record.rstrip('\r\n').splitlines()]
     if width < 2 or any(len(cells) != width for cells in lines): return False
-    if any(cells[0] and c[:1] == ' ' for cells in lines[1:] for c in cells[1:]): return False   # as prose has it
-    return any(all(_alike(column[0], c, plain) for c in column[1:]) for column in zip(*lines))
+    columns = [*zip(*lines)]
+    if any(c[:1] == ' ' != column[0][:1] for column in columns[1:] for c in column): return False     # prose
+    return any(all(_alike(column[0].strip(), c.strip(), plain) for c in column[1:]) for column in columns)
 
 # %% ../nbs/00_tables.ipynb #parse-delimited
 def _typed_quotes(lines):
@@ -185,17 +188,18 @@ def _parse(
     head = next(iter(io.StringIO(body, newline='')), '').rstrip('\r\n')
     sep = said[1] if said else _separator(head, suffix)
     if sep not in SEPARATORS:
-        raise ValueError(f"{path} says that {sep!r} separates its cells, known are , ; tab |: save it with one of them")
+        raise ValueError(f"{path} says that {sep!r} separates its cells, known are , ; tab |: "
+                         f"save it with one of them")
     space = sep != '\t' and sep + ' ' in head
     first = 2 if said else 1
     def read(quoting):
-        names, rows, places, line = None, [], [], first
+        names, rows, places, line, quotes = None, [], [], first, quoting != csv.QUOTE_NONE
         for cells, start, end, lines in _records(body, sep, quoting, space):
             if names is None: names = cells
             elif cells:
-                if lines > 1 and quoting == csv.QUOTE_MINIMAL and _is_rows(body[start:end], len(names), sep, plain):
-                    raise _Broken(line - first, f'a quote opens here and closes {lines - 1} lines further down, '
-                                                f'though each line has the {len(names)} cells of a row')
+                if lines > 1 and quotes and _is_rows(body[start:end], len(names), sep, plain):
+                    raise _Broken(line - first, f'a quote opens here and closes {lines - 1} lines further '
+                                                f'down, though each line looks like a row')
                 rows.append(_fit(cells, len(names), line, sep, path))
                 places.append((skip + start, skip + end, line))
             line += lines
@@ -208,8 +212,9 @@ def _parse(
         except _Broken as e: broken, line = e, first + e.args[0]
         alone = sep == '\t' or 'opens here' not in broken.args[1]
         if plain and alone and not _well_quoted(lines, sep): return read(csv.QUOTE_NONE)
-    raise ValueError(f"{path}, line {line}: its quotes do not close as they should ({broken.args[1]}): inside a quoted "
-                     f'text write "" for a quote, and close it before the next {SEPARATORS[sep]} or line end') from broken
+    raise ValueError(f"{path}, line {line}: its quotes do not close as they should ({broken.args[1]}): "
+                     f'inside a quoted text write "" for a quote, and close it before the next '
+                     f'{SEPARATORS[sep]} or line end') from broken
 
 # %% ../nbs/00_tables.ipynb #table-class
 TABLE_EXTS = ('.csv', '.tsv', '.jsonl', '.ndjson', '.parquet', '.txt')
@@ -233,7 +238,7 @@ class Table:
 
     @property
     def blank(self):
-        "How many blank lines were skipped between its rows: where there are any, who counts lines counts otherwise"
+        "How many blank lines were skipped between its rows: who counts lines counts otherwise then"
         if self.place is None: return 0
         gaps = zip(self.place[:-1, 1], self.place[1:, 0])
         return sum(sum(1 for _ in io.StringIO(self.text[a:b], newline='')) for a, b in gaps if b > a)
@@ -252,16 +257,18 @@ def _size(path):
     try: found = path.stat()
     except FileNotFoundError as e:
         raise ValueError(f"{path} does not exist: check the path, it starts at the working directory") from e
-    except (OSError, ValueError) as e: raise ValueError(f"{path} cannot be read ({e}): name another file") from e
-    if stat.S_ISDIR(found.st_mode): raise ValueError(f"{path} is a folder, expected a table: name the file in it")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read ({e}): name another file") from e
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"{path} is a folder, expected a table: name the file in it")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is a pipe, socket or device, expected a file: write it to a file first")
     return _fits(found.st_size, path)
 
 def _fits(size, path):
     if size <= _LARGEST: return size
-    raise ValueError(f"{path} holds {size:,} bytes, expected at most {_LARGEST:,}, for a table is read into memory: "
-                     f"split it into smaller ones")
+    raise ValueError(f"{path} holds {size:,} bytes, expected at most {_LARGEST:,}, for a table is read into "
+                     f"memory: split it into smaller ones")
 
 def _file_bytes(path):
     "A file's bytes, unpacked where its name says that it is packed"
@@ -273,10 +280,10 @@ def _file_bytes(path):
         with _UNPACK[ending](path) as f: return _read_up_to(f, path)
     except (MemoryError, _Refused): raise
     except PermissionError as e:
-        raise ValueError(f"{path} cannot be read ({e.strerror}): it must be a file that this user may read") from e
+        raise ValueError(f"{path} cannot be read ({e.strerror}): this user must be allowed to read it") from e
     except Exception as e:                          # a damaged archive fails in many ways
-        raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): damaged, or packed in another way; "
-                         f"fetch it again, or unpack it and name the table") from e
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): damaged, or packed in another "
+                         f"way; fetch it again, or unpack it and name the table") from e
 
 class _Refused(ValueError): "Of a packed table: whole, but not to be read"
 
@@ -287,8 +294,8 @@ def _read_up_to(file, path):
         parts.append(part)
         size += len(part)
         if size > _LARGEST:
-            raise _Refused(f"{path} holds more than {_LARGEST:,} bytes, expected at most as many, for a table is "
-                           f"read into memory: unpack it, and split it into smaller ones")
+            raise _Refused(f"{path} holds more than {_LARGEST:,} bytes, expected at most as many, for a "
+                           f"table is read into memory: unpack it, and split it into smaller ones")
     return b''.join(parts)
 
 def _zipped(path):
@@ -315,7 +322,7 @@ def _unique_names(names, path):
     return _no_twice(names, path, 'in its first line')
 
 def _column(values):
-    "Cells as a column, whatever pandas would like to make of them: lists stay lists, JSON stays known as such"
+    "Cells as a column, whatever pandas would make of them: lists stay lists, JSON stays known as such"
     out = np.empty(len(values), object)
     for i, v in enumerate(values): out[i] = v
     return out if all(type(v) is str for v in values) else pd.Series(out, dtype=object)
@@ -365,8 +372,8 @@ def _json_lines(text, path):
         places.append((start, end, number))
     names, cells = list(dict.fromkeys(k for row in rows for k in row)), sum(map(len, rows))
     if len(names) > 10_000 or len(names) * len(rows) > 100 * cells + 1_000_000:
-        raise ValueError(f"{path}: {len(rows):,} objects of {cells:,} values have {len(names):,} different keys "
-                         f"({_some(names)}), expected the same few in each: write a key's data as its value")
+        raise ValueError(f"{path}: {len(rows):,} objects of {cells:,} values have {len(names):,} different "
+                         f"keys ({_some(names)}), expected the same few in each: write them as values")
     return names, [[row.get(n, '') for n in names] for row in rows], np.array(places, np.int64).reshape(-1, 3)
 
 # %% ../nbs/00_tables.ipynb #lines-table
@@ -413,14 +420,14 @@ def _no_parquet(path, e):
                       f"fetch or write it again")
 
 def read_table(
-    path, # .csv, .tsv, .jsonl, .parquet, or a .txt of one prompt a line; .gz, .bz2, .xz, .zip of the text ones
+    path, # .csv, .tsv, .jsonl, .parquet, or .txt of a prompt a line; .gz, .bz2, .xz, .zip of the text ones
 ) -> Table: # n rows
     "Read a table of any common form, cells as text; `ValueError` names the line that cannot be read"
     path = Path(path)
     suffix = table_suffix(path)
     if suffix not in TABLE_EXTS:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: "
-                         f"save it as CSV in UTF-8")
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}, expected one of "
+                         f"{' '.join(TABLE_EXTS)}: save it as CSV in UTF-8")
     if suffix == '.parquet': return _read_parquet(path)
     text, codec = decode_text(_file_bytes(path), path)
     mark = text.startswith('\ufeff')
@@ -447,7 +454,7 @@ def _tell_long_cells(rows, places, path):
 _WEAK_NAMES = 'description', 'title', 'comment' # of columns that hold a prompt for want of a better one
 
 def _one_column(table, name, kind):
-    "The column of a name in lower case; `ValueError` where two differ from it and from each other in spelling only"
+    "The column of a name in lower case; `ValueError` where two have it in other spellings"
     found = [c for c in table.rows if _key(c) == name]
     if len(found) < 2 or name in found: return name if name in found else found[0] if found else None
     raise ValueError(f"{table.path} has {len(found)} columns that may be its {name!r}: {_some(found)}: "
@@ -466,8 +473,9 @@ def find_column(
     found = next((c for n in wanted if (c := _one_column(table, n, kind)) is not None), None)
     against = [c for c in names if re.search(r'(^|_)neg(ative)?(_|$)', _key(c))]
     if kind == 'prompt' and given is None and against and found is not None and _key(found) in _WEAK_NAMES:
-        raise ValueError(f"{table.path} has a column {against[0]!r} and none that is surely the prompt: {found!r} may "
-                         f"be something else, name the column with --prompt_col (prompt_col= in Python)")
+        raise ValueError(f"{table.path} has a column {against[0]!r} and none that is surely the prompt: "
+                         f"{found!r} may be something else; name one with --prompt_col "
+                         f"(prompt_col= in Python)")
     if found is not None or not needed and given is None: return found
     what = f'{kind} column' if given is None else f'column {given!r}'
     hint = f', known names are {", ".join(wanted)}' if given is None else ''
@@ -500,12 +508,13 @@ def text_cells(
     "A column as texts; `ValueError` names the first cell that is none"
     out = []
     for i, v in enumerate(table.rows[column]):
-        if isinstance(v, _Json) or not isinstance(v, str) and (isinstance(v, bytes) or not pd.api.types.is_scalar(v)):
+        if isinstance(v, (_Json, bytes)) or not pd.api.types.is_scalar(v):
             kind = 'JSON' if isinstance(v, _Json) else type(v).__name__
             raise ValueError(f"{table.where(i)}: {column} is {kind} ({str(v)[:60]}), expected one text: "
-                             f"write a text there, or name another column with --prompt_col (prompt_col= in Python)")
+                             f"write it there, or name another column with --prompt_col "
+                             f"(prompt_col= in Python)")
         if not isinstance(v, str):
-            whole = isinstance(v, (float, np.floating)) and float(v).is_integer()       # a number that met a NaN
+            whole = isinstance(v, (float, np.floating)) and float(v).is_integer()     # it met a NaN
             v = '' if pd.isna(v) else str(int(v) if whole else v)
         out.append(v or None)
     return out
@@ -513,12 +522,13 @@ def text_cells(
 # %% ../nbs/00_tables.ipynb #write-rows
 def _said(value):
     "A cell as text"
-    if isinstance(value, (list, tuple, np.ndarray)): return json.dumps(list(value), ensure_ascii=False, default=str)
+    if isinstance(value, (list, np.ndarray)): return json.dumps(list(value), ensure_ascii=False, default=str)
     return '' if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 
 def _even(frame):
     "A frame for parquet, whose columns hold lists or texts: one that has both becomes text"
-    mixed = [c for c in frame if frame[c].map(type).isin([list]).any() and not frame[c].map(type).isin([list]).all()]
+    lists = {c: [isinstance(v, list) for v in frame[c]] for c in frame}
+    mixed = [c for c, v in lists.items() if any(v) and not all(v)]
     return frame.assign(**{c: frame[c].map(_said) for c in mixed})
 
 def _delimited(frame, sep):
@@ -533,7 +543,8 @@ def _delimited(frame, sep):
 def _write_parquet(table, rows, extra, path):
     import pyarrow as pa
     import pyarrow.parquet as pq
-    arrow = pa.Table.from_pandas(_even(table.rows), preserve_index=False) if table.arrow is None else table.arrow
+    arrow = table.arrow
+    if arrow is None: arrow = pa.Table.from_pandas(_even(table.rows), preserve_index=False)
     arrow = arrow.take(pa.array(rows))
     for name, values in extra.items(): arrow = arrow.append_column(name, pa.array(list(values)))
     pq.write_table(arrow, path)
@@ -544,12 +555,14 @@ def _write_text(table, rows, extra, path, suffix):
         head = table.text[:table.place[0, 0]] if len(table.place) else table.text
         parts = [table.text[a:b] for a, b in table.place[rows]]
         end = '\r\n' if '\r\n' in table.text else '\n'
-        parts[:-1] = [p if p.endswith(('\n', '\r')) else p + end for p in parts[:-1]]    # the last row, moved up
+        parts[:-1] = [p if p.endswith(('\n', '\r')) else p + end for p in parts[:-1]] # the last, moved up
         path.write_bytes((head + ''.join(parts)).encode(table.codec))
         return
     frame = table.rows.iloc[rows].assign(**{k: list(v) for k, v in extra.items()})
     if suffix == '.txt': lines = _one_a_line(table, rows)
-    elif suffix in ('.jsonl', '.ndjson'): return frame.to_json(path, orient='records', lines=True, force_ascii=False)
+    elif suffix in ('.jsonl', '.ndjson'):
+        frame.to_json(path, orient='records', lines=True, force_ascii=False)
+        return
     else: lines = _delimited(frame, '\t' if suffix == '.tsv' else table.sep)
     with open(path, 'w', encoding='utf-8', newline='') as f: f.writelines(lines)
 
@@ -558,8 +571,8 @@ def _one_a_line(table, rows):
     texts = text_cells(table, find_column(table, 'prompt'))
     for i in rows:
         if re.search(r'[\r\n]', texts[i] or ''):
-            raise ValueError(f"{table.where(i)}: the prompt {texts[i][:60]!r} has several lines, expected one, for it "
-                             f"goes into a .txt of one prompt a line: write a .csv")
+            raise ValueError(f"{table.where(i)}: the prompt {texts[i][:60]!r} has several lines, expected "
+                             f"one, for it goes into a .txt of one prompt a line: write a .csv")
         yield f"{texts[i] or ''}\n"
 
 def write_rows(
@@ -572,7 +585,8 @@ def write_rows(
     rows, suffix = np.asarray(rows), Path(path).suffix.lower()
     rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
     if suffix not in TABLE_EXTS:
-        raise ValueError(f"{path} ends in {suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: rename it")
+        raise ValueError(f"{path} ends in {suffix or 'nothing'!r}, expected one of {' '.join(TABLE_EXTS)}: "
+                         f"rename it")
     with atomic_path(path) as tmp:
         if suffix == '.parquet': _write_parquet(table, rows, extra, tmp)
         else: _write_text(table, rows, extra, tmp, suffix)
