@@ -6,6 +6,7 @@
 __all__ = ['sdip_generate', 'sdip_pretrain', 'sdip_dedup', 'sdip_finetune', 'sdip_interrogate', 'sdip_submit', 'sdip_push', 'sdip_run', 'sdip_predict', 'sdip_bench']
 
 # %% ../nbs/00_cli.ipynb #imports
+import json
 import os
 import signal
 import sys
@@ -69,11 +70,26 @@ def _polite(left='nothing half-written was left'):
 _GOES_ON = 'the same command goes on from here'
 
 # %% ../nbs/00_cli.ipynb #force
-def _free(force, *paths):
-    "Refuse to replace files, unless told to or in a run folder; devices and pipes are written to"
+def _free(force, *paths, given=()):
+    "Refuse to replace files, unless told to or a run's own, and what is `given` in any case; devices are written to"
+    used = {_which(p): p for p in map(Path, filter(None, given))}
     for p in map(Path, filter(None, paths)):
-        in_run = any((f/'run.json').is_file() for f in p.absolute().parents)
-        if p.is_file() and not force and not in_run: raise ValueError(f'{p} exists: give another name, or replace it with --force')
+        if p.exists() and not p.is_file() and not p.is_dir(): continue
+        if _which(p) in used: raise ValueError(f'{p} would replace {used[_which(p)]}, which this command also names: give another name')
+        used[_which(p)] = p
+        if p.is_file() and not force and not _of_run(p): raise ValueError(f'{p} exists: give another name, or replace it with --force')
+
+def _which(path):
+    "The same for two names of one file"
+    try: return (found := os.stat(path)).st_dev, found.st_ino
+    except OSError: return os.path.realpath(path)
+
+def _of_run(path):
+    "Is a file one of those that `sdip_run` makes anew in its folder each time?"
+    if path.name not in ('submission.csv', 'report.html'): return False
+    try: said = json.loads((path.absolute().parent/'run.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False
+    return isinstance(said, dict) and {'args', 'sdip'} <= set(said)
 
 def _one_spelling(args):
     "--image-col is --image_col"
@@ -166,18 +182,22 @@ def sdip_dedup(
 ):
     "Drop unusable, repeated and near-duplicate prompts from a table"
     from sdip.data import atomic_path
-    from sdip.tables import TABLE_EXTS, find_column, read_table, write_rows
+    from sdip.tables import TABLE_EXTS, find_column, read_table, text_cells, write_rows
     for f in filter(None, (out, dropped)):
-        if not f.endswith(TABLE_EXTS): raise ValueError(f"{f} is no table: name a file that ends in one of {' '.join(TABLE_EXTS)}")
-    if report and not report.endswith('.html'): raise ValueError(f"{report} is no .html file: the report is a page")
-    _free(force, out, dropped, report)
+        if not f.lower().endswith(TABLE_EXTS):
+            raise ValueError(f"{f} is no table: name a file that ends in one of {' '.join(TABLE_EXTS)}")
+    if report and not report.lower().endswith('.html'):
+        raise ValueError(f"{report} is no .html file: the report is a page")
+    _free(force, out, dropped, report, given=[table])
     given = read_table(table)
     name = find_column(given, 'prompt', prompt_col or column)
+    text_cells(given, name)                             # refuses what is no text
     from sdip.dedup_weighting import dedup_html, dedup_rows
     from sdip.encoders import TargetEncoder
     kept, gone, text = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
-    write_rows(given, kept.index, out)
-    if dropped: write_rows(given, gone.index, dropped, **{c if c not in given.rows else f'dedup_{c}': gone[c] for c in ('reason', 'near', 'cosine')})
+    write_rows(given, kept.index, out, name)
+    why = {c if c not in given.rows else f'dedup_{c}': gone[c] for c in ('reason', 'near', 'cosine')}
+    if dropped: write_rows(given, gone.index, dropped, name, **why)
     if report:
         with atomic_path(report) as tmp: tmp.write_text(dedup_html(kept, gone, text, name), encoding='utf-8')
     print(text, *(f'{what} in {f}' for what, f in dict(kept=out, dropped=dropped, report=report).items() if f), sep='\n')

@@ -549,7 +549,7 @@ def _write_parquet(table, rows, extra, path):
     for name, values in extra.items(): arrow = arrow.append_column(name, pa.array(list(values)))
     pq.write_table(arrow, path)
 
-def _write_text(table, rows, extra, path, suffix):
+def _write_text(table, rows, extra, path, suffix, prompt_col=None):
     same = table_suffix(table.path) == suffix and not extra
     if same:
         head = table.text[:table.place[0, 0]] if len(table.place) else table.text
@@ -559,16 +559,16 @@ def _write_text(table, rows, extra, path, suffix):
         path.write_bytes((head + ''.join(parts)).encode(table.codec))
         return
     frame = table.rows.iloc[rows].assign(**{k: list(v) for k, v in extra.items()})
-    if suffix == '.txt': lines = _one_a_line(table, rows)
+    if suffix == '.txt': lines = _one_a_line(table, rows, prompt_col)
     elif suffix in ('.jsonl', '.ndjson'):
         frame.to_json(path, orient='records', lines=True, force_ascii=False)
         return
     else: lines = _delimited(frame, '\t' if suffix == '.tsv' else table.sep)
     with open(path, 'w', encoding='utf-8', newline='') as f: f.writelines(lines)
 
-def _one_a_line(table, rows):
+def _one_a_line(table, rows, prompt_col):
     "Prompts for a .txt"
-    texts = text_cells(table, find_column(table, 'prompt'))
+    texts = text_cells(table, find_column(table, 'prompt', prompt_col))
     for i in rows:
         if re.search(r'[\r\n]', texts[i] or ''):
             raise ValueError(f"{table.where(i)}: the prompt {texts[i][:60]!r} has several lines, expected "
@@ -579,6 +579,7 @@ def write_rows(
     table:Table, # see `read_table`
     rows, # (m,) numbers of the rows to write, in order; or (n,) bool
     path, # .csv, .tsv, .jsonl, .txt or .parquet
+    prompt_col:str=None, # the column that goes into a .txt; guessed
     **extra, # more columns: name -> m values
 ) -> Path: # the file
     "Write some rows of a table, atomically; into a file of the same kind byte for byte"
@@ -589,7 +590,7 @@ def write_rows(
                          f"rename it")
     with atomic_path(path) as tmp:
         if suffix == '.parquet': _write_parquet(table, rows, extra, tmp)
-        else: _write_text(table, rows, extra, tmp, suffix)
+        else: _write_text(table, rows, extra, tmp, suffix, prompt_col)
     return Path(path)
 
 # %% ../nbs/00_tables.ipynb #read-texts
