@@ -163,6 +163,16 @@ def _is_rows(record, width, sep, plain):
     if any(c[:1] == ' ' != column[0][:1] for column in columns[1:] for c in column): return False     # prose
     return any(all(_alike(column[0].strip(), c.strip(), plain) for c in column[1:]) for column in columns)
 
+def _check_short(rows, widths, places, path):
+    "A row with too few cells counts if it begins like the others; else it is the rest of a text with a line break"
+    full = [i for i, w in enumerate(widths) if w >= len(rows[i])]
+    for i in (i for i, w in enumerate(widths) if full and w < len(rows[i])):
+        near = rows[min(full, key=lambda j: abs(i - j))]
+        if _alike(rows[i][0].strip(), near[0].strip(), False): continue
+        raise ValueError(f"{path}, line {places[i][2]}: {widths[i]} cells where the header has {len(rows[i])} "
+                         f"({rows[i][0]!r}): put a text that holds a line break into double quotes, and leave "
+                         f"the separators of empty cells where they are")
+
 # %% ../nbs/00_tables.ipynb #parse-delimited
 def _typed_quotes(lines):
     "Do cells of a TSV stand in quotes that they need in no program, below a header without?"
@@ -194,15 +204,18 @@ def _parse(
     first = 2 if said else 1
     def read(quoting):
         names, rows, places, line, quotes = None, [], [], first, quoting != csv.QUOTE_NONE
+        widths = []
         for cells, start, end, lines in _records(body, sep, quoting, space):
             if names is None: names = cells
             elif cells:
                 if lines > 1 and quotes and _is_rows(body[start:end], len(names), sep, plain):
                     raise _Broken(line - first, f'a quote opens here and closes {lines - 1} lines further '
                                                 f'down, though each line looks like a row')
+                widths.append(len(cells))
                 rows.append(_fit(cells, len(names), line, sep, path))
                 places.append((skip + start, skip + end, line))
             line += lines
+        _check_short(rows, widths, places, path)
         return names or [], rows, np.array(places, np.int64).reshape(-1, 3), sep
     lines = [o.rstrip('\r\n') for o in io.StringIO(body, newline='') if o.strip('\r\n')]
     plain = all(o.count(sep) == lines[0].count(sep) for o in lines)
