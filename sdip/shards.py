@@ -205,7 +205,7 @@ def tar_rows(
 ) -> dict: # id, image (relative to `home`; None where a sample has none), prompt (likewise): lists; source
     "Samples of many tars, unpacked now where they were not before; `ValueError` where there are none"
     keys, image, prompt = [], [], []
-    tars = [Path(t) for t in dict.fromkeys(map(os.path.normpath, tars))]
+    tars = [*dict.fromkeys(map(Path, tars))]
     for tar in tqdm(tars, desc='tars', disable=None if len(tars) > 20 else True):
         folder, note = _unpacked(tar, Path(home))
         if note['cut']:

@@ -158,7 +158,10 @@ def _alike(a, b, plain):
 def _is_rows(record, width, sep, plain):
     "Is each line of a record of several lines a row by itself? `plain`: so is each line of the file"
     lines = [line.split(sep) for line in record.rstrip('\r\n').splitlines()]
-    if width < 2 or any(len(cells) != width for cells in lines): return False
+    if width < 2 or any(len(cells) < width for cells in lines): return False
+    if any(len(cells) > width for cells in lines):        # quoted commas; a picture's path is a sign even so
+        edges = zip(*[(cells[0], cells[-1]) for cells in lines])
+        return any(all(Path(c.strip()).suffix.lower() in IMAGE_EXTS for c in column) for column in edges)
     columns = [*zip(*lines)]
     if any(c[:1] == ' ' != column[0][:1] for column in columns[1:] for c in column): return False     # prose
     return any(all(_alike(column[0].strip(), c.strip(), plain) for c in column[1:]) for column in columns)
