@@ -7,8 +7,8 @@ __all__ = ['EMB_DIM', 'IMAGE_EXTS', 'UNREAD_EXTS', 'IMAGE_FORMATS', 'MAX_PIXELS'
            'RULES', 'MILD_RULES', 'ORIGINAL_RULES', 'unit', 'check_emb', 'row_cosine', 'mean_cosine', 'skill',
            'bootstrap_interval', 'atomic_path', 'write_json', 'regular_file', 'read_json', 'path_text', 'text_path',
            'sha256', 'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path',
-           'check_own_pairs', 'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts', 'picture_sizes',
-           'duplicate_of', 'filter_pairs']
+           'read_parquet', 'check_own_pairs', 'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts',
+           'picture_sizes', 'duplicate_of', 'filter_pairs']
 
 # %% ../nbs/00_data.ipynb #imports
 import errno, hashlib, io, json, os, re, shutil, stat, struct, tempfile, unicodedata, uuid, warnings
@@ -474,6 +474,13 @@ def relative_path(
     path = Path(path)
     return path_text(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(folder)))
 
+def read_parquet(
+    path, # a parquet file of ours; its name may hold bytes that are not UTF-8, which pyarrow opens by no name
+    columns=None, # which; default all
+) -> pd.DataFrame:
+    "Read a table of ours"
+    with open(path, 'rb') as f: return pd.read_parquet(f, columns=columns)
+
 def check_own_pairs(
     folder, # that shall get a pairs.parquet
     ids, # of its rows
@@ -481,7 +488,7 @@ def check_own_pairs(
     "`ValueError` where another table stands there already: one that is neither a part of this one nor holds it"
     file = Path(folder)/'pairs.parquet'
     if not file.exists(): return
-    try: there = set(pd.read_parquet(file, columns=['id'])['id'])
+    try: there = set(read_parquet(file, ['id'])['id'])
     except Exception as e: raise ValueError(f'{file} is no pairs table ({type(e).__name__}): move it, or choose another folder') from e
     ids = set(ids)
     if not (there <= ids or ids <= there): raise ValueError(f'{file} holds other pairs (such as {_some(sorted(there - ids), 1)}): move it, or choose another folder')

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .data import (EMB_DIM, bootstrap_interval, hash_items, image_paths, mean_cosine, read_json, row_cosine, save_pairs, sha256, skill, unit, write_json, atomic_path)
+from .data import (EMB_DIM, bootstrap_interval, hash_items, image_paths, mean_cosine, read_json, read_parquet, row_cosine, save_pairs, sha256, skill, unit, write_json, atomic_path)
 from .encoders import MODEL_PLACES, SAVE_AGAIN, check_model_cfg, check_timm_args, model_folders, right_shape
 from .lock import check_files, folder_lock, read_fields
 from .page import Html, html_page, html_table, markup
@@ -150,7 +150,7 @@ def _wanted(self, s):
 def _says(file, digest):
     "Digest of what a file says: of a pairs table its rows, wherever the pictures lie"
     if file.name != 'pairs.parquet': return digest
-    table = pd.read_parquet(file).drop(columns='image')
+    table = read_parquet(file).drop(columns='image')
     return hash_items(table.astype(str).to_numpy(object).ravel().tolist())
 
 def _left(self, s):
@@ -511,7 +511,7 @@ def read_source(
 
 def _drawn(run):
     "The playground's own table"
-    pairs = pd.read_parquet(run/'data/pairs.parquet')
+    pairs = read_parquet(run/'data/pairs.parquet')
     pairs.attrs['root'] = str(run/'data')
     return pairs
 
@@ -522,7 +522,7 @@ def _source_changed(run):
     now, before = fingerprint(pairs, run/'data/pictures.parquet'), read_json(run/'data/source.json')
     if now == before: return ''
     if not own: return 'pictures in data/images were changed or deleted'
-    old = pd.read_parquet(run/'data/pairs.parquet').set_index('id').prompt
+    old = read_parquet(run/'data/pairs.parquet').set_index('id').prompt
     new = pairs.set_index('id').prompt
     both = old.index.intersection(new.index)
     counts = dict(new=len(new) - len(both), gone=len(old) - len(both)) | {'with another prompt': int((old[both] != new[both]).sum())}
@@ -535,7 +535,7 @@ def _drop_damaged(run):
     "Pictures of the playground that are no longer what was drawn"
     note = run/'data/pictures.parquet'
     if not (note.is_file() and (run/'data/pairs.parquet').is_file()): return
-    drawn = dict(zip(*(pd.read_parquet(note)[c] for c in ('place', 'sha256'))))
+    drawn = dict(zip(*(read_parquet(note)[c] for c in ('place', 'sha256'))))
     for file in image_paths(_drawn(run)):
         place = os.path.realpath(file)
         if os.path.isfile(file) and place in drawn and sha256(file) != drawn[place]: file.unlink()
@@ -564,7 +564,7 @@ def stage_data(run):
 def stage_targets(run):
     "Each distinct clean prompt is encoded once"
     from sdip.encoders import TargetEncoder, encode
-    pairs, dropped = clean_pairs(pd.read_parquet(run/'data/pairs.parquet'))
+    pairs, dropped = clean_pairs(read_parquet(run/'data/pairs.parquet'))
     prompts = pairs.drop_duplicates('group').sort_values('group').prompt.tolist()
     encode(prompts, TargetEncoder(), run/'emb/prompts')
     write_json(prompts, run/'emb/prompts.json')
@@ -577,7 +577,7 @@ _RANK = dict(test=2, valid=1)
 def stage_pairs(run):
     "Drop near prompts, split what has no split, keep the targets of what stays"
     from sdip.dedup_weighting import dedup
-    table, _ = clean_pairs(pd.read_parquet(run/'data/pairs.parquet'))
+    table, _ = clean_pairs(read_parquet(run/'data/pairs.parquet'))
     emb = unit(np.load(run/'emb/prompts/emb.npy'))                            # (prompts, 384)
     first = table.drop_duplicates('group').sort_values('group')
     kept = dedup(emb, run.args['threshold'], priority=first.split.map(_RANK).fillna(0).to_numpy(), ids=first.prompt.tolist()).keep
@@ -592,7 +592,7 @@ def stage_pairs(run):
 def read_pairs(self, split=None):
     "(pairs table with weights, targets) of a split, or of all"
     targets, weights = self/'emb/targets.npy', self/'emb/weights.npy'
-    with right_shape(self/'pairs.parquet'): table = pd.read_parquet(self/'pairs.parquet')
+    with right_shape(self/'pairs.parquet'): table = read_parquet(self/'pairs.parquet')
     with right_shape(targets): targ = np.load(targets)
     with right_shape(weights):
         if weights.exists(): table['weight'] = np.load(weights)
@@ -657,7 +657,7 @@ def stage_similarity(run):
 def stage_weights(run):
     "Weights that close the similarity gap between training and held-out pairs; 1 where there are too few to compare"
     from sdip.dedup_weighting import effective_sample_size, sample_weights
-    table, sims = pd.read_parquet(run/'pairs.parquet'), np.load(run/'emb/similarity.npy')
+    table, sims = read_parquet(run/'pairs.parquet'), np.load(run/'emb/similarity.npy')
     train, ref = (table.split == 'train').to_numpy(), sims[(table.split == 'valid').to_numpy()]
     w = table.weight.to_numpy(np.float32)                                     # the user's own
     enough = np.isfinite(ref).sum() >= 30
