@@ -23,9 +23,11 @@ from .data import IMAGE_FORMATS, OPEN_CHOICE, regular_file
 from .tables import decode_text
 
 # %% ../nbs/00a_metadata.ipynb #parameters
-_SETTING = re.compile(r'(\w[\w ./-]{0,60}): +("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')     # bounded: no hostile file takes hours
-_CORE = {'steps', 'sampler', 'cfg scale', 'seed', 'guidance scale', 'model hash'}        # hardly in any prompt
-_FAMILIAR = _CORE | {'schedule type', 'scheduler', 'size', 'model', 'version', 'denoising strength', 'clip skip'}
+# Repeats are bounded: no hostile file takes hours
+_SETTING = re.compile(r'(\w[\w ./-]{0,60}): +("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_CORE = {'steps', 'sampler', 'cfg scale', 'seed', 'guidance scale', 'model hash'}    # hardly in any prompt
+_FAMILIAR = _CORE | {'schedule type', 'scheduler', 'size', 'model', 'version',
+                     'denoising strength', 'clip skip'}
 
 def _is_settings(
     line:str, # of a text
@@ -53,7 +55,8 @@ def format_parameters(
 ) -> str: # the text of a PNG's `parameters` chunk
     "Prompt and settings as AUTOMATIC1111 writes them"
     if 'Steps' not in settings:
-        raise ValueError(f"settings are {list(settings)}, expected Steps among them: readers know the line of settings by it")
+        raise ValueError(f"settings are {list(settings)}, expected Steps among them: "
+                         f"readers know the line of settings by it")
     ordered = dict(Steps=settings['Steps'], **{k: v for k, v in settings.items() if k != 'Steps'})
     quote = lambda v: json.dumps(str(v), ensure_ascii=False) if set(str(v)) & set(',:\n"') else str(v)
     line = ', '.join(f'{k}: {quote(v)}' for k, v in ordered.items())
@@ -65,7 +68,8 @@ def parse_parameters(
     "What `format_parameters`, or AUTOMATIC1111, wrote"
     lines = text.replace('\r\n', '\n').strip().split('\n')
     end = next((i for i, line in enumerate(lines) if _is_settings(line)), len(lines))
-    minus = next((i for i, line in enumerate(lines[:end]) if line.strip().lower().startswith('negative prompt:')), end)
+    minus = next((i for i, line in enumerate(lines[:end])
+                  if line.strip().lower().startswith('negative prompt:')), end)
     negative = '\n'.join(lines[minus:end]).strip()[len('Negative prompt:'):]
     settings = {k: _value(v) for k, v in _SETTING.findall('\n'.join(lines[end:]).strip())}
     return '\n'.join(lines[:minus]).strip(), negative.strip(), settings
@@ -108,47 +112,60 @@ def _json_prompt(obj):
         if prompt := _dig(obj, *keys): return prompt, program
     return '', ''
 
+# %% ../nbs/00a_metadata.ipynb #old-invoke
 def _without_negative(prompt):
     "The first InvokeAIs wrote what was not wanted in square brackets"
     return ' '.join(re.sub(r'\[[^\[\]]*\]', ' ', prompt).split())
 
 def _old_invoke(obj):
     "The prompt of InvokeAI's `sd-metadata`: a text, or a list of one"
-    said = obj.get('image', {}).get('prompt') if isinstance(obj, dict) and isinstance(obj.get('image'), dict) else None
+    image = obj.get('image') if isinstance(obj, dict) else None
+    said = image.get('prompt') if isinstance(image, dict) else None
     if isinstance(said, list):
         texts = [o.get('prompt') for o in said if isinstance(o, dict)]
         said = texts[0] if len(texts) == 1 else None
     prompt = _without_negative(said) if isinstance(said, str) else ''
-    return Prompt(prompt, 'InvokeAI') if prompt else Prompt(why='its InvokeAI metadata has not one prompt')
+    if not prompt: return Prompt(why='its InvokeAI metadata has not one prompt')
+    return Prompt(prompt, 'InvokeAI')
 
 # %% ../nbs/00a_metadata.ipynb #comfy-follow
 _TEXT_INPUTS = ('text', 'text_g', 'text_l', 'clip_l', 't5xxl', 'prompt', 'positive')
 _CONSTANT = re.compile(r'primitive|string|text|literal|prompt|positive', re.I)
-_MAKER = re.compile(r'concat|replac|random|wildcard|styl|llm|gpt|ollama|generat|join|combin|append|switch|translat|caption|'
-                    r'interrogat|florence|tag|load|file|show|preview|format|regex|split|list|select|pick|mix|merge|add', re.I)
+_MAKER = re.compile(r'concat|replac|random|wildcard|styl|llm|gpt|ollama|generat|join|combin|append|switch|'
+                    r'translat|caption|interrogat|florence|tag|load|file|show|preview|format|regex|split|'
+                    r'list|select|pick|mix|merge|add', re.I)
 
 def _link(value, graph):
     "Id of the node that a link leads to, or None"
-    ok = isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int)) and str(value[0]) in graph
-    return str(value[0]) if ok else None
+    if not isinstance(value, list) or len(value) != 2: return None
+    if not isinstance(value[0], (str, int)): return None
+    return str(value[0]) if str(value[0]) in graph else None
+
+def _links(values, graph):
+    "Ids of the nodes that links among values lead to"
+    ids = [_link(v, graph) for v in values]
+    return [i for i in ids if i is not None]
 
 def _inputs(node):
     "A node's inputs, those of a negative prompt left out"
     inputs = node.get('inputs')
-    return {k: v for k, v in inputs.items() if 'neg' not in k.lower()} if isinstance(inputs, dict) else {}
+    if not isinstance(inputs, dict): return {}
+    return {k: v for k, v in inputs.items() if 'neg' not in k.lower()}
+
 
 class _NotOne(Exception):
     "There is no one text, and why"
 
+# %% ../nbs/00a_metadata.ipynb #comfy-texts
 def _constant(at, graph, seen):
     "The text of a node that holds one and does nothing to it"
     if at in seen: raise _NotOne('goes in a circle')
     kind, inputs = str(graph[at]['class_type']), _inputs(graph[at])
-    links = [n for v in inputs.values() if (n := _link(v, graph)) is not None]
+    links = _links(inputs.values(), graph)
     texts = [v.strip() for v in inputs.values() if isinstance(v, str) and v.strip()]
     if 'reroute' in kind.lower() and len(links) == 1: return _constant(links[0], graph, seen | {at})
-    if links or len(texts) != 1 or not _CONSTANT.search(kind) or _MAKER.search(kind) or OPEN_CHOICE.search(texts[0]):
-        raise _NotOne(f'makes its text by a node {kind}')
+    holds = not links and len(texts) == 1 and _CONSTANT.search(kind) and not _MAKER.search(kind)
+    if not holds or OPEN_CHOICE.search(texts[0]): raise _NotOne(f'makes its text by a node {kind}')
     return texts[0]
 
 def _texts_above(start, graph):
@@ -163,8 +180,8 @@ def _texts_above(start, graph):
             to = _link(inputs[k], graph)
             if isinstance(inputs[k], str) and inputs[k].strip(): texts.append(inputs[k].strip())
             elif to is not None and k != 'positive': texts.append(_constant(to, graph, set()))
-        ways = [k for k in inputs if k == 'positive' or k.lower().startswith(('cond', 'guider')) or k == '']
-        todo += [n for k in ways if (n := _link(inputs[k], graph)) is not None]
+        ways = [k for k in inputs if k in ('positive', '') or k.lower().startswith(('cond', 'guider'))]
+        todo += _links([inputs[k] for k in ways], graph)
     return list(dict.fromkeys(texts))
 
 # %% ../nbs/00a_metadata.ipynb #comfy-prompt
@@ -173,20 +190,26 @@ def _comfy_prompt(
 ) -> tuple: # (prompt, '') or ('', why there is none)
     "The one text that reaches the samplers of a ComfyUI graph"
     nodes = {str(k): v for k, v in graph.items() if isinstance(v, dict) and 'class_type' in v}
-    starts = []
+    every, samplers = [], []            # the nodes that lead to any node, and those that lead to a sampler
     for node in nodes.values():
         inputs = node.get('inputs') if isinstance(node.get('inputs'), dict) else {}
-        way = inputs.get('positive') or (inputs.get('guider') if 'sampler' in str(node['class_type']).lower() else None)
-        if (at := _link(way, nodes)) is not None: starts.append((str(node['class_type']), at))
-    samplers = [at for kind, at in starts if 'sampler' in kind.lower()]
-    try: texts = list(dict.fromkeys(t for at in samplers or [at for _, at in starts] for t in _texts_above(at, nodes)))
+        samples = 'sampler' in str(node['class_type']).lower()
+        at = _link(inputs.get('positive') or (inputs.get('guider') if samples else None), nodes)
+        if at is None: continue
+        every.append(at)
+        if samples: samplers.append(at)
+    texts = []
+    try:
+        for at in samplers or every: texts += _texts_above(at, nodes)
     except _NotOne as e: return '', f'its ComfyUI graph {e}'
+    texts = list(dict.fromkeys(texts))
     if len(texts) == 1: return texts[0], ''
     return '', f"its ComfyUI graph has {'no' if not texts else len(texts)} texts for one picture"
 
 # %% ../nbs/00a_metadata.ipynb #png-chunks
 _MOST = 1 << 24 # bytes of one text that are unpacked
-_WANTED = {'parameters', 'prompt', 'Prompt', 'invokeai_metadata', 'sd-metadata', 'Dream', 'Software', 'Source', 'Description', 'Comment'}
+_WANTED = {'parameters', 'prompt', 'Prompt', 'invokeai_metadata', 'sd-metadata', 'Dream', 'Software',
+           'Source', 'Description', 'Comment'}
 
 def _unpacked(data):
     return zlib.decompressobj().decompress(data, _MOST)
@@ -194,16 +217,18 @@ def _unpacked(data):
 def _png_text(kind, data):
     "(keyword, text) of one chunk; the text of a chunk that holds no prompt is not unpacked"
     keyword, _, rest = data.partition(b'\0')
-    if keyword.decode('latin-1') not in _WANTED: return keyword.decode('latin-1'), 'not read'
+    keyword = keyword.decode('latin-1')
+    if keyword not in _WANTED: return keyword, 'not read'
     if kind == b'tEXt': text = rest
     elif kind == b'zTXt': text = _unpacked(rest[1:])
     else:
         packed = rest[:1] == b'\1'
         text = rest[2:].split(b'\0', 2)[2]
         text = _unpacked(text) if packed else text
-    try: return keyword.decode('latin-1'), text.decode('utf-8')
-    except UnicodeDecodeError: return keyword.decode('latin-1'), text.decode('latin-1')
+    try: return keyword, text.decode('utf-8')
+    except UnicodeDecodeError: return keyword, text.decode('latin-1')
 
+# %% ../nbs/00a_metadata.ipynb #png-fields
 def _png_fields(path):
     "Text chunks of a PNG; a damaged one is passed over"
     fields = {}
@@ -212,18 +237,20 @@ def _png_fields(path):
         while len(head := f.read(8)) == 8:
             size, kind = struct.unpack('>I4s', head)
             if kind == b'IEND': break
-            if kind in (b'tEXt', b'zTXt', b'iTXt', b'eXIf') and size <= _MOST:
-                data, crc = f.read(size), f.read(4)
-                if crc != struct.pack('>I', zlib.crc32(kind + data)): continue      # cut or damaged: part of a prompt is a wrong one
-                if data.partition(b'\0')[0].decode('latin-1') in fields: continue                # said before
-                try: fields |= _exif_fields(data) if kind == b'eXIf' else dict([_png_text(kind, data)])
-                except (ValueError, IndexError, zlib.error): pass
-            else: f.seek(size + 4, 1)
+            if kind not in (b'tEXt', b'zTXt', b'iTXt', b'eXIf') or size > _MOST:
+                f.seek(size + 4, 1)
+                continue
+            data, crc = f.read(size), f.read(4)
+            # cut or damaged: part of a prompt is a wrong one
+            if crc != struct.pack('>I', zlib.crc32(kind + data)): continue
+            if data.partition(b'\0')[0].decode('latin-1') in fields: continue                # said before
+            try: fields |= _exif_fields(data) if kind == b'eXIf' else dict([_png_text(kind, data)])
+            except (ValueError, IndexError, zlib.error): pass
     return fields
 
 # %% ../nbs/00a_metadata.ipynb #exif-comment
-_RARE = re.compile('[^\t\n\r -~\u00a0-\u024f\u0370-\u052f\u2000-\u206f\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffef'
-                    '\U0001f300-\U0001faff]')                       # no character of a common script
+_RARE = re.compile('[^\t\n\r -~\u00a0-\u024f\u0370-\u052f\u2000-\u206f\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3'
+                   '\uff00-\uffef\U0001f300-\U0001faff]')           # no character of a common script
 
 def _unlikely(text):
     "How little a text looks like one: (characters of rare scripts, scripts and pages in use)"
@@ -254,7 +281,7 @@ def _exif_fields(data):
 # %% ../nbs/00a_metadata.ipynb #picture-fields
 def picture_fields(
     path, # a picture file
-) -> dict: # name of the place -> text: a PNG's chunks by keyword, UserComment, a GIF's comment; {} where there are none
+) -> dict: # {place: text}: a PNG's chunks by keyword, UserComment, a GIF's comment; {} where there are none
     "All text that a picture carries"
     path = Path(path)
     try:
@@ -286,24 +313,37 @@ def _text_prompt(text, program):
 def _comment_prompt(text):
     "A comment may be anybody's (a screenshot's, an editor's): settings or JSON tell a program's"
     found = _text_prompt(text, 'AUTOMATIC1111')
-    if _as_json(text) is not None or parse_parameters(text)[0] != text.replace('\r\n', '\n').strip(): return found
+    plain = text.replace('\r\n', '\n').strip()
+    if _as_json(text) is not None or parse_parameters(text)[0] != plain: return found
     return Prompt(why='its comment has no settings, so it may be no prompt')
+
+def _dream_prompt(text):
+    "The oldest InvokeAI's command line, which begins with the prompt in quotes"
+    said = re.match(r'"(.*?)"(?= -|$)', text.strip(), re.S)
+    prompt = _without_negative(said[1]) if said else ''
+    return Prompt(prompt, 'InvokeAI') if prompt else Prompt(why='its Dream chunk quotes no prompt')
+
+def _novelai_prompt(fields):
+    "NovelAI's description, else its comment"
+    prompt = fields.get('Description', '').strip() or _json_prompt(_as_json(fields.get('Comment', '')))[0]
+    return Prompt(prompt, 'NovelAI') if prompt else Prompt(why='its NovelAI comment has no prompt')
+
+# %% ../nbs/00a_metadata.ipynb #fields-prompt
+def _is_graph(obj):
+    "Is a JSON object ComfyUI's graph?"
+    return isinstance(obj, dict) and any(isinstance(v, dict) and 'class_type' in v for v in obj.values())
 
 def _fields_prompt(fields):
     "The prompt in a picture's fields"
     if 'invokeai_metadata' in fields: return _text_prompt(fields['invokeai_metadata'], 'InvokeAI')
     if 'sd-metadata' in fields: return _old_invoke(_as_json(fields['sd-metadata']))
-    if 'Dream' in fields:
-        said = re.match(r'"(.*?)"(?= -|$)', fields['Dream'].strip(), re.S)
-        prompt = _without_negative(said[1]) if said else ''
-        return Prompt(prompt, 'InvokeAI') if prompt else Prompt(why='its Dream chunk quotes no prompt')
+    if 'Dream' in fields: return _dream_prompt(fields['Dream'])
     if fields.get('Software') == 'NovelAI' or fields.get('Source', '').startswith('NovelAI'):
-        prompt = fields.get('Description', '').strip() or _json_prompt(_as_json(fields.get('Comment', '')))[0]
-        return Prompt(prompt, 'NovelAI') if prompt else Prompt(why='its NovelAI comment has no prompt')
+        return _novelai_prompt(fields)
     if fields.get('parameters', '').strip(): return _text_prompt(fields['parameters'], 'AUTOMATIC1111')
     if fields.get('UserComment', '').strip(): return _comment_prompt(fields['UserComment'])
     graph = _as_json(fields.get('prompt', ''))
-    if isinstance(graph, dict) and any(isinstance(v, dict) and 'class_type' in v for v in graph.values()):
+    if _is_graph(graph):
         text, why = _comfy_prompt(graph)
         return Prompt(text, 'ComfyUI', why)
     plain = fields.get('prompt') or fields.get('Prompt')
@@ -327,16 +367,18 @@ def _sidecar_prompt(image, alone):
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore')                 # one a file would be many; the report counts them
+                warnings.simplefilter('ignore')         # one a file would be many; the report counts them
                 text, codec = decode_text(file.read_bytes(), file)
         except (ValueError, OSError):
             why = f'{file.suffix} beside it cannot be read'
             continue
         text = text.strip('\ufeff\0 \t\r\n')
-        if text and not _BOXES.fullmatch(text): return _text_prompt(text, file.suffix + ' in CP1252' * (codec == 'cp1252'))
+        if text and not _BOXES.fullmatch(text):
+            return _text_prompt(text, file.suffix + ' in CP1252' * (codec == 'cp1252'))
         why = f'{file.suffix} beside it ' + ('holds labels of boxes' if text else 'is empty')
     return Prompt(why=why)
 
+# %% ../nbs/00a_metadata.ipynb #read-prompt-door
 def read_prompt(
     image, # a picture file
     alone:bool=True, # is it the only picture of its stem? Else a file of that stem says nothing
@@ -360,5 +402,8 @@ def prompts_report(
         if p.text: read[p.program] = read.get(p.program, 0) + 1
         else: lost.setdefault(p.why, []).append(name)
     told = ', '.join(f'{program} {n}' for program, n in sorted(read.items(), key=lambda o: -o[1]))
-    why = '; '.join(f'{len(o)} because {reason} ({o[0]}{", .." if len(o) > 1 else ""})' for reason, o in lost.items())
-    return f'prompts read: {told or "none"}' + (f'; not read: {why}' if why else '')
+    why = []
+    for reason, o in lost.items():
+        more = ', ..' if len(o) > 1 else ''
+        why.append(f'{len(o)} because {reason} ({o[0]}{more})')
+    return f'prompts read: {told or "none"}' + (f'; not read: {"; ".join(why)}' if why else '')

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from tqdm import tqdm
 
-from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images, hash_items,
-                       image_paths, path_text, relative_path, sha256, text_path)
+from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images,
+                       hash_items, image_paths, path_text, relative_path, sha256, text_path)
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
 from .tables import (COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix,
@@ -36,18 +37,21 @@ def _has(values):
 def _assemble(path, rows, lines=None):
     "A pairs table out of columns with holes (None), the holes counted and named"
     rows = pd.DataFrame(rows, dtype='object')
-    for c in 'id', 'image', 'prompt':                          # JSON can name half of a character, a table cannot
+    for c in 'id', 'image', 'prompt':                    # JSON can name half of a character, a table cannot
         rows[c] = np.array([None if isinstance(v, str) and not _encodes(v) else v for v in rows[c]], object)
-    n = len(rows)
-    names = [i if isinstance(i, str) and i else f'line {line}' for i, line in zip(rows['id'], lines if lines is not None else range(1, n + 1))]
-    rows = rows.assign(name=names, **{c: v for c, v in dict(split='', group=-1, weight=1.).items() if c not in rows})
+    if lines is None: lines = range(1, len(rows) + 1)
+    rows['name'] = [i if isinstance(i, str) and i else f'line {line}' for i, line in zip(rows['id'], lines)]
+    for c, v in dict(split='', group=-1, weight=1.).items():
+        if c not in rows: rows[c] = v
     for c, what in dict(image='no picture file', prompt='no prompt', id='no id').items():
         bad = ~_has(rows[c])
         if not bad.any(): continue
         if bad.all():
-            hint = 'is this the right table? Paths are taken from its folder, --images names another' if c == 'image' else 'is this the right table?'
+            hint = 'is this the right table?'
+            if c == 'image': hint += ' Paths are taken from its folder, --images names another'
             raise ValueError(f"{path}: all {len(rows)} rows have {what} ({_some(rows['name'])}): {hint}")
-        warnings.warn(f"{path}: {bad.sum()} of {len(rows)} rows have {what} and are left out: {_some(rows['name'][bad], 5)}", stacklevel=4)
+        warnings.warn(f"{path}: {bad.sum()} of {len(rows)} rows have {what} and are left out: "
+                      f"{_some(rows['name'][bad], 5)}", stacklevel=4)
         rows = rows[~bad]
     rows = rows.astype(dict(group=np.int64, weight=np.float64))
     return check_pairs(rows[list(PAIR_COLUMNS)].reset_index(drop=True))
@@ -64,7 +68,7 @@ def _ids_from_paths(
     return [ids[i] if i else None for i in images]
 
 def _number_captions(ids, images):
-    "(ids, groups): pictures with several rows make groups, and their rows get numbers where one id would repeat"
+    "(ids, groups): rows of one picture are a group, and get numbers where one id would repeat"
     count = pd.Series(images, dtype=object).value_counts()
     if not (count > 1).any(): return ids, np.full(len(ids), -1)
     groups = pd.factorize(np.array([i or '' for i in images], object))[0]
@@ -94,65 +98,79 @@ class _Finder:
         self.only = [] if self.given else _only_picture_folder(Path(root))
         self.listed, self.reached, self.deep = {}, {}, None
 
-    def child(self, folder, name):
-        "The one entry of a folder that differs from a name in case or Unicode form at most"
-        if folder not in self.listed:
-            self.listed[folder] = {}
-            try: names = os.listdir(folder)
-            except OSError: names = []
-            for n in names: self.listed[folder].setdefault(_same_name(n), []).append(n)
-        found = self.listed[folder].get(_same_name(name), [])
-        return folder/found[0] if len(found) == 1 else None
+# %% ../nbs/00a_sources.ipynb #finder-spelling
+@patch
+def child(self:_Finder, folder, name):
+    "The one entry of a folder that differs from a name in case or Unicode form at most"
+    if folder not in self.listed:
+        self.listed[folder] = {}
+        try: names = os.listdir(folder)
+        except OSError: names = []
+        for n in names: self.listed[folder].setdefault(_same_name(n), []).append(n)
+    found = self.listed[folder].get(_same_name(name), [])
+    return folder/found[0] if len(found) == 1 else None
 
-    def loose(self, base, parts):
-        for part in parts:
-            exact = base/part
-            base = exact if os.path.lexists(exact) else self.child(base, part)
-            if base is None: return None
-        return base if os.path.isfile(base) else None
+@patch
+def literal(self:_Finder, name, bases):
+    "The first file of exactly that name"
+    return next((p for b in bases if os.path.isfile(p := b/name)), None)
 
-    def literal(self, name, bases):
-        return next((p for b in bases if os.path.isfile(p := b/name)), None)
+@patch
+def loose(self:_Finder, base, parts):
+    "The file that the parts lead to, each in any spelling"
+    for part in parts:
+        exact = base/part
+        base = exact if os.path.lexists(exact) else self.child(base, part)
+        if base is None: return None
+    return base if os.path.isfile(base) else None
 
-    def first(self, bases, parts):
-        return next(filter(None, (self.loose(b, parts) for b in bases)), None)
+# %% ../nbs/00a_sources.ipynb #finder-guess
+@patch
+def first(self:_Finder, bases, ways):
+    "The first file that one of the ways, each a list of parts, leads to from one of the bases"
+    return next((p for parts in ways for b in bases if (p := self.loose(b, parts))), None)
 
-    def guess(self, name):
-        "By another spelling, or by the end of the path"
-        name = name if '/' in name else name.replace('\\', '/')
-        parts = [p for p in name.split('/') if p not in ('', '.')]
-        absolute = name.startswith('/') or bool(re.match(r'[A-Za-z]:', name))
-        bases = self.bases + (self.only if len(parts) == 1 else [])
-        if not absolute and (p := self.literal(name, bases) or self.first(bases, parts)): return p
-        ends = [parts[k:] for k in range(1, len(parts))] if self.given or absolute else []
-        if not self.given: ends = [e for e in ends if len(e) > 1]            # a bare name alone says too little
-        if p := next(filter(None, (self.first(self.bases[:1], e) for e in ends)), None): return p
-        return self.anywhere(parts[-1]) if self.given and parts else None
+@patch
+def anywhere(self:_Finder, name):
+    "The one picture of a name in the folder that the user named, however deep"
+    if self.deep is None:
+        self.deep = {}
+        for f in find_images(self.bases): self.deep.setdefault(_same_name(f.name), []).append(f)
+    found = self.deep.get(_same_name(name), [])
+    return found[0] if len(found) == 1 else None
 
-    def anywhere(self, name):
-        "The one picture of a name in the folder that the user named, however deep"
-        if self.deep is None:
-            self.deep = {}
-            for f in find_images(self.bases): self.deep.setdefault(_same_name(f.name), []).append(f)
-        found = self.deep.get(_same_name(name), [])
-        return found[0] if len(found) == 1 else None
+@patch
+def guess(self:_Finder, name):
+    "By another spelling, or by the end of the path"
+    name = name if '/' in name else name.replace('\\', '/')
+    parts = [p for p in name.split('/') if p not in ('', '.')]
+    absolute = name.startswith('/') or bool(re.match(r'[A-Za-z]:', name))
+    bases = self.bases + (self.only if len(parts) == 1 else [])
+    if not absolute and (p := self.literal(name, bases) or self.first(bases, [parts])): return p
+    ends = [parts[k:] for k in range(1, len(parts))] if self.given or absolute else []
+    if not self.given: ends = [e for e in ends if len(e) > 1]            # a bare name alone says too little
+    if p := self.first(self.bases[:1], ends): return p
+    return self.anywhere(parts[-1]) if self.given and parts else None
 
-    def __call__(self, name):
-        "The file, or None; `ValueError` where two names of the table would be one file"
-        if not name: return None
-        try:
-            p = self.literal(name, self.bases)
-            guessed = p is None
-            if guessed: p = self.guess(name)
-        except (OSError, ValueError): return None              # no name that a file could have
-        if p is None: return None
-        names = self.reached.setdefault(os.path.join(os.path.realpath(p.parent), p.name), {})
-        names[_plain_path(name)] = guessed
-        if len(names) > 1 and any(names.values()):
-            one, other = list(names)[:2]
-            raise ValueError(f"{one!r} and {other!r} would both be {p}: the table was made where they are two files; "
-                             f"name their folder with --images, or correct the table")
-        return p
+# %% ../nbs/00a_sources.ipynb #finder-call
+@patch
+def __call__(self:_Finder, name):
+    "The file, or None; `ValueError` where two names of the table would be one file"
+    if not name: return None
+    try:
+        p = self.literal(name, self.bases)
+        guessed = p is None
+        if guessed: p = self.guess(name)
+    except (OSError, ValueError): return None              # no name that a file could have
+    if p is None: return None
+    names = self.reached.setdefault(os.path.join(os.path.realpath(p.parent), p.name), {})
+    names[_plain_path(name)] = guessed
+    if len(names) > 1 and any(names.values()):
+        one, other = list(names)[:2]
+        raise ValueError(f"{one!r} and {other!r} would both be {p}: "
+                         f"the table was made where they are two files; "
+                         f"name their folder with --images, or correct the table")
+    return p
 
 # %% ../nbs/00a_sources.ipynb #picture-folder-beside
 def _only_picture_folder(root):
@@ -165,26 +183,30 @@ def _only_picture_folder(root):
     return found if len(found) == 1 else []
 
 # %% ../nbs/00a_sources.ipynb #split-column
-SPLIT_NAMES = {'': '', 'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid', 'val': 'valid', 'dev': 'valid',
-               'eval': 'valid', 'test': 'test', 'testing': 'test'}
+SPLIT_NAMES = {'': '', 'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid',
+               'val': 'valid', 'dev': 'valid', 'eval': 'valid', 'test': 'test', 'testing': 'test'}
 
 def _text(value):
     "A table's cell as text, None where it is empty"
     if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return None
-    if isinstance(value, (float, np.floating)) and float(value).is_integer(): return str(int(value))     # ids that met a NaN
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    if whole: return str(int(value))                            # ids that met a NaN
     return str(value) or None
 
 def _splits(table, column):
     out = [SPLIT_NAMES.get((_text(v) or '').strip().lower()) for v in table.rows[column]]
     if None in out:
         i = out.index(None)
-        raise ValueError(f"{table.where(i)}: split is {table.rows[column].iloc[i]!r}, expected train, valid (validation, val, dev), test, or nothing")
+        raise ValueError(f"{table.where(i)}: split is {table.rows[column].iloc[i]!r}, "
+                         f"expected train, valid (validation, val, dev), test, or nothing")
     return out
 
+# %% ../nbs/00a_sources.ipynb #said-columns
 def _groups(table, column):
     "Whole numbers as they are, other names numbered; -1 where empty"
     cells = [_text(v) for v in table.rows[column]]
-    if all(c is None or re.fullmatch(r'-?\d{1,18}', c) for c in cells): return [-1 if c is None else int(c) for c in cells]
+    if all(c is None or re.fullmatch(r'-?\d{1,18}', c) for c in cells):
+        return [-1 if c is None else int(c) for c in cells]
     codes = pd.factorize(np.array([c or '' for c in cells], object))[0]
     return [-1 if c is None else int(k) for c, k in zip(cells, codes)]
 
@@ -200,12 +222,16 @@ def _said_columns(table):
 # %% ../nbs/00a_sources.ipynb #by-id
 def _by_id(ids, folder):
     "The picture in a folder whose stem is the id; None where there is none"
-    if not folder.is_dir(): raise ValueError(f"{folder} is no folder, but the table names pictures by id only: put the pictures there, or say --images FOLDER, or --image_col NAME for a column of paths")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, but the table names pictures by id only: "
+                         f"put the pictures there, or say --images FOLDER, "
+                         f"or --image_col NAME for a column of paths")
     files = {}
     for f in find_images(folder): files.setdefault(path_text(f.stem), []).append(f)
     if twice := [i for i in dict.fromkeys(ids) if len(files.get(i, ())) > 1]:
         a, b = files[twice[0]][:2]
-        raise ValueError(f"{len(twice)} ids fit two pictures, such as {twice[0]!r}: {a} and {b}: name the pictures by their paths, in a column image")
+        raise ValueError(f"{len(twice)} ids fit two pictures, such as {twice[0]!r}: {a} and {b}: "
+                         f"name the pictures by their paths, in a column image")
     return [files[i][0] if i in files else None for i in ids]
 
 def _by_row_number(n, folder, path):
@@ -216,7 +242,8 @@ def _by_row_number(n, folder, path):
     if not numbered or any(len(f) > 1 for f in numbered.values()): return None
     first = 0 if 0 in numbered else 1 if n in numbered else None
     if first is None or max(numbered) >= n + first: return None
-    warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
+    warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, "
+                  f"counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
     return [numbered[i + first][0] if i + first in numbered else None for i in range(n)]
 
 # %% ../nbs/00a_sources.ipynb #table-pairs
@@ -235,11 +262,13 @@ def _table_pictures(table, images, image, ids):
     "Files of the pictures, by path, by id, or by the row's number"
     root, names = table.path.parent, table.rows[image] if image else ()
     if any(isinstance(v, (dict, bytes)) for v in names):
-        raise ValueError(f"{table.path} holds the pictures themselves in its column {image!r}, expected paths: write them to files first")
+        raise ValueError(f"{table.path} holds the pictures themselves in its column {image!r}, "
+                         f"expected paths: write them to files first")
     folder = Path(images or root/'images')
     if image:
         find = _Finder(root, images or None)
-        return [find(os.fspath(text_path(name)) if (name := _text(v)) else None) for v in names]
+        texts = [_text(name) for name in names]
+        return [find(os.fspath(text_path(t)) if t else None) for t in texts]
     if ids is not None: return _by_id(ids, folder)
     found = _by_row_number(len(table.rows), folder, table.path)
     if found is None: find_column(table, 'image')              # says what is missing
@@ -249,8 +278,10 @@ def _table_pictures(table, images, image, ids):
 def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     "Pairs out of somebody else's table"
     table, root = read_table(path), path.parent
-    if not len(table.rows): raise ValueError(f"{path} has 0 rows, expected at least one pair: the first line names the columns")
-    if table.kind == 'parquet' and set(PAIR_COLUMNS) <= set(table.rows) and not (image_col or prompt_col or images): return _own_table(table)
+    if not len(table.rows):
+        raise ValueError(f"{path} has 0 rows, expected at least one pair: the first line names the columns")
+    ours = table.kind == 'parquet' and set(PAIR_COLUMNS) <= set(table.rows)
+    if ours and not (image_col or prompt_col or images): return _own_table(table)
     prompt = find_column(table, 'prompt', prompt_col)
     table.rows = _several_captions(table.rows, prompt)
     table.line = table.line[table.rows.index]
@@ -260,50 +291,71 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     files = _table_pictures(table, images, image, ids)
     where = [relative_path(f, root) if f else None for f in files]
     said = _said_columns(table)
-    shown = [w or (_text(v) if image else None) for w, v in zip(where, table.rows[image] if image else where)]
-    if ids is None: ids = _ids_from_paths(shown)
+    if ids is None:
+        names = [_text(v) for v in table.rows[image]] if image else where
+        ids = _ids_from_paths([w or name for w, name in zip(where, names)])
     ids, groups = _number_captions(ids, where)
-    if path.stem == 'metadata' and 'split' not in said:           # an imagefolder's train/1.png tells its split
+    if path.stem == 'metadata' and 'split' not in said:       # an imagefolder's train/1.png tells its split
         first = [SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
         if all(f or not w for f, w in zip(first, where)): said['split'] = first
-    rows = dict(id=ids, image=where, prompt=[_text(v) for v in table.rows[prompt]], source=path.stem, group=groups)
+    texts = [_text(v) for v in table.rows[prompt]]
+    rows = dict(id=ids, image=where, prompt=texts, source=path.stem, group=groups)
     return _assemble(path, rows | said, table.line)
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb
 def _their_json(path):
     "What somebody else's JSON says"
     try: return json.loads(decode_text(path.read_bytes(), path)[0].lstrip('\ufeff'))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): mend it, or fetch it again") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): mend it, or fetch it again") from e
 
 _METADATA = ('metadata.parquet', 'metadata-large.parquet')
 
-def _parts(folder):
-    "DiffusionDB's part folders by number: here, in images/, or in the large edition's diffusiondb-large-part-N/"
-    found = [p for at in ('', 'images/', 'diffusiondb-large-part-*/') for p in folder.glob(at + 'part-[0-9]*') if p.is_dir()]
-    if re.fullmatch(r'part-\d+', folder.name) and (folder/f'{folder.name}.json').is_file(): found.append(folder)
-    known = any((folder/n).is_file() for n in _METADATA) or any((p/f'{p.name}.json').is_file() for p in found)
-    if not known: return {}                                     # somebody's own folders of that name
-    return {int(p.name.split('-')[1]): p for p in sorted(found, key=lambda p: p.name) if p.name.split('-')[1].isdigit()}
+def _part_json(part): return part/f'{part.name}.json'
 
+def _parts(folder):
+    "DiffusionDB's part folders by number: here, in images/, or in diffusiondb-large-part-N/"
+    found = []
+    for at in ('', 'images/', 'diffusiondb-large-part-*/'):
+        found += [p for p in folder.glob(at + 'part-[0-9]*') if p.is_dir()]
+    if re.fullmatch(r'part-\d+', folder.name) and _part_json(folder).is_file(): found.append(folder)
+    known = any((folder/n).is_file() for n in _METADATA) or any(_part_json(p).is_file() for p in found)
+    if not known: return {}                                     # somebody's own folders of that name
+    parts = {}
+    for p in sorted(found, key=lambda p: p.name):
+        number = p.name.split('-')[1]
+        if number.isdigit(): parts[int(number)] = p
+    return parts
+
+# %% ../nbs/00a_sources.ipynb #diffusiondb-rows
 def _part_rows(part, meta):
     "{picture's name: prompt} of one part, from its JSON, else from the metadata's rows"
-    file = part/f'{part.name}.json'
+    file = _part_json(part)
     if file.is_file():
         said = _their_json(file)
-        if not isinstance(said, dict): raise ValueError(f"{file} holds a {type(said).__name__}, expected an object of pictures: download it again")
+        if not isinstance(said, dict):
+            raise ValueError(f"{file} holds a {type(said).__name__}, expected an object of pictures: "
+                             f"download it again")
         return {name: v.get('p') if isinstance(v, dict) else None for name, v in said.items()}
-    if meta is None: raise ValueError(f"{part} has no {file.name}, and there is no metadata.parquet above it: one of them must say the prompts; download it again")
+    if meta is None:
+        raise ValueError(f"{part} has no {file.name}, and there is no metadata.parquet above it: "
+                         f"one of them must say the prompts; download it again")
     return dict(zip(meta['image_name'], meta['prompt']))
 
 def _part_metadata(file, parts):
     "{part: rows} of the metadata, for the parts that are on disk"
     need = ['image_name', 'prompt', 'part_id']
     try: meta = pd.read_parquet(file, columns=need)
-    except Exception as e: raise ValueError(f"{file} cannot be read with the columns {need} ({type(e).__name__}: {str(e)[:200]}): is it DiffusionDB's own metadata?") from e
+    except Exception as e:
+        raise ValueError(f"{file} cannot be read with the columns {need} "
+                         f"({type(e).__name__}: {str(e)[:200]}): is it DiffusionDB's own metadata?") from e
     absent = sorted(set(meta['part_id']) - set(parts))
-    if absent: warnings.warn(f"{file}: {len(absent)} of {meta['part_id'].nunique()} parts are not on disk and are left out, first {absent[:3]}", stacklevel=4)
+    if absent:
+        warnings.warn(f"{file}: {len(absent)} of {meta['part_id'].nunique()} parts are not on disk "
+                      f"and are left out, first {absent[:3]}", stacklevel=4)
     return dict(tuple(meta[meta['part_id'].isin(list(parts))].groupby('part_id')))
 
+# %% ../nbs/00a_sources.ipynb #diffusiondb-pairs
 def _diffusiondb(folder, meta_file=None):
     "Pairs of the parts that are on disk"
     parts = _parts(folder)
@@ -318,31 +370,43 @@ def _diffusiondb(folder, meta_file=None):
     return _assemble(folder, dict(id=ids, image=image, prompt=prompt, source='diffusiondb'))
 
 # %% ../nbs/00a_sources.ipynb #coco
+def _has_list(obj, key):
+    "Is there a list of objects under a key?"
+    return isinstance(obj.get(key), list) and all(isinstance(o, dict) for o in obj[key])
+
 def _coco_lists(path):
     "(images, annotations with a caption) of a COCO JSON"
     d = _their_json(path)
-    lists = d if isinstance(d, dict) else {}
-    need = [k for k in ('images', 'annotations') if not isinstance(lists.get(k), list) or not all(isinstance(o, dict) for o in lists[k])]
-    if need: raise ValueError(f"{path} has no list {' and no list '.join(map(repr, need))}, expected COCO captions: images (id, file_name) and annotations (image_id, caption)")
+    need = [k for k in ('images', 'annotations') if not isinstance(d, dict) or not _has_list(d, k)]
+    if need:
+        raise ValueError(f"{path} has no list {' and no list '.join(map(repr, need))}, expected "
+                         f"COCO captions: images (id, file_name) and annotations (image_id, caption)")
     notes = [a for a in d['annotations'] if 'caption' in a and isinstance(a.get('image_id'), (int, str))]
-    if not notes: raise ValueError(f"{path} has {len(d['annotations'])} annotations and no caption among them: take captions_*.json, not instances_*.json")
+    if not notes:
+        raise ValueError(f"{path} has {len(d['annotations'])} annotations and no caption among them: "
+                         f"take captions_*.json, not instances_*.json")
     return [v for v in d['images'] if isinstance(v.get('id'), (int, str))], notes
 
+# %% ../nbs/00a_sources.ipynb #coco-pairs
 def _coco(path, images=None):
     "One pair a caption; pairs of one picture are one group"
     files, notes = _coco_lists(path)
-    root, split = path.parent, path.stem.split('_')[-1]                                  # captions_val2017 -> ../val2017
+    root, split = path.parent, path.stem.split('_')[-1]                     # captions_val2017 -> ../val2017
     find = _Finder(root, images)
-    if not images: find.bases = [root/split, root.parent/split, root.parent/'images'/split, root.parent/'images', root]
+    if not images:
+        find.bases = [root/split, root.parent/split, root.parent/'images'/split, root.parent/'images', root]
     names = {v['id']: v['file_name'] if isinstance(v.get('file_name'), str) else None for v in files}
-    where = {i: relative_path(p, root) if (p := find(n)) else None for i, n in names.items()}
+    found = {i: find(name) for i, name in names.items()}
+    where = {i: relative_path(p, root) if p else None for i, p in found.items()}
+    at = [a['image_id'] for a in notes]
     seen, ids = {}, []
-    for a in notes:
-        n = seen[a['image_id']] = seen.get(a['image_id'], -1) + 1
-        ids.append(f"{Path(str(names.get(a['image_id']) or a['image_id'])).stem}-{n}")
-    order = {k: i for i, k in enumerate(seen)}
-    return _assemble(path, dict(id=ids, image=[where.get(a['image_id']) for a in notes], prompt=[a['caption'] for a in notes], source=path.stem,
-                                group=[order[a['image_id']] for a in notes]))
+    for i in at:
+        n = seen[i] = seen.get(i, -1) + 1
+        ids.append(f'{Path(str(names.get(i) or i)).stem}-{n}')
+    order = {i: k for k, i in enumerate(seen)}
+    rows = dict(id=ids, image=[where.get(i) for i in at], prompt=[a['caption'] for a in notes],
+                source=path.stem, group=[order[i] for i in at])
+    return _assemble(path, rows)
 
 # %% ../nbs/00a_sources.ipynb #picture-folder
 def _picture_folder(folder):
@@ -353,8 +417,13 @@ def _picture_folder(folder):
     bar = tqdm(images, desc='prompts', disable=None if len(images) > 2000 else True)
     prompts = [read_prompt(f, stems[f.with_suffix('')] == 1) for f in bar]
     report, read = prompts_report(prompts, names), sum(p.text != '' for p in prompts)
-    if not read: raise ValueError(f"{folder} holds {len(images)} pictures and no prompts ({report}), and no table of them: put a table with columns image and prompt into it, or a .txt beside each picture, or name the table itself")
-    if read < len(images): warnings.warn(f'{folder}: {len(images) - read} of {len(images)} pictures have no prompt and are left out; {report}', stacklevel=4)
+    if not read:
+        raise ValueError(f"{folder} holds {len(images)} pictures and no prompts ({report}), "
+                         f"and no table of them: put a table with columns image and prompt into it, "
+                         f"or a .txt beside each picture, or name the table itself")
+    if read < len(images):
+        warnings.warn(f'{folder}: {len(images) - read} of {len(images)} pictures have no prompt '
+                      f'and are left out; {report}', stacklevel=4)
     good = [(n, p.text) for n, p in zip(names, prompts) if p.text]
     image, text = zip(*good)
     pairs = _assemble(folder, dict(id=_ids_from_paths(image), image=image, prompt=text, source=folder.name))
@@ -362,8 +431,9 @@ def _picture_folder(folder):
     return pairs
 
 # %% ../nbs/00a_sources.ipynb #known-tables
-_TABLES = ('prompts.csv', 'metadata.csv', 'metadata.jsonl', 'metadata.parquet', 'captions.txt', 'captions.csv', 'results.csv')
-_WEAK = {'title', 'comment', 'description', 'sentence', 'txt'}      # prompts only where somebody names the table itself
+_TABLES = ('prompts.csv', 'metadata.csv', 'metadata.jsonl', 'metadata.parquet', 'captions.txt',
+           'captions.csv', 'results.csv')
+_WEAK = {'title', 'comment', 'description', 'sentence', 'txt'}  # prompts only where the table itself is named
 
 def _columns_of(file):
     "Names of a table's columns, from its head alone; [] where there are none"
@@ -372,7 +442,7 @@ def _columns_of(file):
         try: return pq.read_schema(file).names
         except Exception: return []
     try: return list(read_table(file).rows)
-    except ValueError:                                          # a bad line further down is told when the table is read
+    except ValueError:                                # a bad line further down is told when the table is read
         with open(file, 'rb') as f: head = f.readline(1 << 16)
         return re.split('[,;|\t]', head.decode('utf-8-sig', 'replace'))
 
@@ -383,37 +453,52 @@ def _names_both(file):
     ids = set(COLUMN_NAMES['id']) if file.name in _TABLES else set()
     return bool(names & {*COLUMN_NAMES['image'], *ids}) and bool(names & prompts)
 
+# %% ../nbs/00a_sources.ipynb #folder-table
 def _folder_table(folder):
     "The table of a folder, or None"
     if (folder/'pairs.parquet').is_file(): return folder/'pairs.parquet'
     known = [folder/n for n in _TABLES if (folder/n).is_file()]
-    other = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != '.' and f not in known
-             and table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt' and f.name not in _METADATA]
+    other = []
+    for f in sorted(folder.iterdir()):
+        if not f.is_file() or f.name[0] == '.' or f in known or f.name in _METADATA: continue
+        if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt': other.append(f)
     good = [f for f in known if _names_both(f)]
     if off := [f.name for f in known if f not in good]:
-        warnings.warn(f'{folder}: {_some(off)} names no pictures with prompts and is passed over', stacklevel=4)
+        warnings.warn(f'{folder}: {_some(off)} names no pictures with prompts and is passed over',
+                      stacklevel=4)
     good = good or [f for f in other if _names_both(f)]
-    if len(good) > 1: raise ValueError(f"{folder} holds {len(good)} tables of pictures and prompts ({_some(f.name for f in good)}): name one of them")
+    if len(good) > 1:
+        raise ValueError(f"{folder} holds {len(good)} tables of pictures and prompts "
+                         f"({_some(f.name for f in good)}): name one of them")
     return good[0] if good else None
 
 # %% ../nbs/00a_sources.ipynb #kinds
 def _webdataset(tars, home): return _assemble(tars[0].parent, tar_rows(tars, home))
 
-def _tars(path): return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
+def _tars(path):
+    return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
 
 def _holds_pictures(path):
     return any(f.suffix.lower() in IMAGE_EXTS for f in path.iterdir())
 
+def _has_metadata(path):
+    return any((path/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))
+
 def _split_folders(path):
     "{folder: split} of train/, test/, .., where at least one of them has a table"
     subs = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != '.']
-    tables = [f for f in subs if any((f/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))]
-    named = {f: s for f in subs if (s := SPLIT_NAMES.get(f.name.lower())) and (f in tables or _holds_pictures(f))}
+    tables = [f for f in subs if _has_metadata(f)]
+    named = {}
+    for f in subs:
+        split = SPLIT_NAMES.get(f.name.lower())
+        if split and (f in tables or _holds_pictures(f)): named[f] = split
     if not any(f in tables for f in named): return {}
     if lost := [f.name for f in tables if f not in named]:
-        warnings.warn(f'{path}: {_some(lost)} have tables, but are no splits by their names (train, valid, test), and are left out', stacklevel=4)
+        warnings.warn(f'{path}: {_some(lost)} have tables, but are no splits by their names '
+                      f'(train, valid, test), and are left out', stacklevel=4)
     return named
 
+# %% ../nbs/00a_sources.ipynb #kind-of
 def _in_dir(path):
     "What in a folder says its pairs, and how"
     meta = next((path/n for n in _METADATA if (path/n).is_file()), None)
@@ -421,7 +506,8 @@ def _in_dir(path):
     if table := _folder_table(path): return table, 'table'
     if _split_folders(path): return path, 'splits'
     if not _tars(path): return path, 'pictures'
-    if _holds_pictures(path): raise ValueError(f"{path} holds tars and pictures: name the tars, or move one of the two")
+    if _holds_pictures(path):
+        raise ValueError(f"{path} holds tars and pictures: name the tars, or move one of the two")
     return path, 'tars'
 
 def _kind(path):
@@ -443,10 +529,13 @@ def _named(path):
 def _load_one(source, image_col, prompt_col, images, unpack, spare):
     "Pairs of one source"
     path = Path(source)
-    if not path.exists(): raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, DiffusionDB's parts, tars, or pictures with their prompts")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
+                         f"DiffusionDB's parts, tars, or pictures with their prompts")
     path, kind = _kind(path)
     with _named(path): return _of_kind(path, kind, image_col, prompt_col, images, unpack, spare)
 
+# %% ../nbs/00a_sources.ipynb #load-kind
 def _of_kind(path, kind, image_col, prompt_col, images, unpack, spare):
     root = path if path.is_dir() else path.parent
     if kind == 'table': pairs = _table_pairs(path, image_col, prompt_col, images)
@@ -479,8 +568,10 @@ def _join(parts, sources=None):
     next_group, out = 0, []
     roots = [p.attrs['root'] for p in parts]
     for i, p in enumerate(parts):
+        home = p.attrs['root']
+        if roots.count(home) > 1: home = Path(sources[i]).with_suffix('')
+        home = relative_path(home, root)
         p = p.assign(image=[relative_path(f, root) for f in image_paths(p)])
-        home = relative_path(p.attrs['root'] if roots.count(p.attrs['root']) == 1 else Path(sources[i]).with_suffix(''), root)
         if twice: p['id'] = [f'{home}/{i}' if home != '.' else i for i in p['id']]
         known = p['group'] >= 0
         p['group'] = np.where(known, p['group'] + next_group, -1)
@@ -500,24 +591,29 @@ def load_pairs(
     images=None, # folder of the pictures, where a table or COCO's JSON lies elsewhere
     unpack=None, # folder to unpack tars into; default beside them
     spare=None, # folder to unpack tars into where their own cannot be written
-) -> pd.DataFrame: # pairs; attrs['root'] is the folder that `image` is relative to, attrs['read'] how prompts in pictures were read
+) -> pd.DataFrame: # attrs['root']: the folder of `image`; attrs['read']: how prompts in pictures were read
     "Read pairs of picture and prompt from any of the usual places; `ValueError` names file, line and remedy"
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources: raise ValueError("there is no source of pairs, expected at least one folder or table")
-    if images and not Path(images).is_dir(): raise ValueError(f"{images} is no folder, expected the pictures' folder: check --images")
+    if images and not Path(images).is_dir():
+        raise ValueError(f"{images} is no folder, expected the pictures' folder: check --images")
     places = [os.path.realpath(s) for s in sources]
-    if len(set(places)) < len(places): raise ValueError(f"{_some(p for p in set(places) if places.count(p) > 1)} is given twice: name each source once")
+    twice = [p for p in dict.fromkeys(places) if places.count(p) > 1]
+    if twice: raise ValueError(f"{_some(twice)} is given twice: name each source once")
     return _join([_load_one(s, image_col, prompt_col, images, unpack, spare) for s in sources], sources)
 
-# %% ../nbs/00a_sources.ipynb #fingerprint
+# %% ../nbs/00a_sources.ipynb #picture-digests
 _NOTE = ['place', 'size', 'mtime', 'ctime', 'noted', 'sha256']
 
+def _read_note(note):
+    "{place: row} of a note; {} where there is none"
+    if note is None or not Path(note).is_file(): return {}
+    try: return {row.place: row for row in pd.read_parquet(note)[_NOTE].itertuples(index=False)}
+    except Exception: return {}                           # damaged, or of another form: all is read again
+
 def _picture_digests(files, note):
-    "SHA-256 of each picture, read only where size or time have changed since the note; '' where it cannot be read"
-    known, rows, now = {}, [], time.time_ns()
-    if note is not None and Path(note).is_file():
-        try: known = {row.place: row for row in pd.read_parquet(note)[_NOTE].itertuples(index=False)}
-        except Exception: known = {}                            # damaged, or of another form: all is read again
+    "SHA-256 of each picture, read only where size or time changed since the note; '' where it cannot be read"
+    now, rows, known = time.time_ns(), [], _read_note(note)
     for f in tqdm(files, desc='fingerprint', disable=None if len(files) > 2000 else True):
         try: found = os.stat(f)
         except OSError: found = None
@@ -525,12 +621,14 @@ def _picture_digests(files, note):
         plain = found is not None and stat.S_ISREG(found.st_mode)        # a device could be read for ever
         here = (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if plain else (-1, -1, -1)
         old = known.get(place)
-        same = old is not None and (old.size, old.mtime, old.ctime) == here and max(here[1:]) < old.noted - 2_000_000_000
+        same = old is not None and (old.size, old.mtime, old.ctime) == here
+        same = same and max(here[1:]) < old.noted - 2_000_000_000
         try: digest = '' if not plain else old.sha256 if same else sha256(f)
         except (OSError, ValueError): digest = ''
         rows.append((place, *here, now, digest))
     return pd.DataFrame(rows, columns=_NOTE)
 
+# %% ../nbs/00a_sources.ipynb #fingerprint
 def note_pictures(
     pairs:pd.DataFrame, # of `load_pairs`
     note, # a parquet file: place, size, times and sha256 of each picture
@@ -549,4 +647,5 @@ def fingerprint(
     distinct = list(dict.fromkeys(files))
     digest = dict(zip(distinct, _picture_digests(distinct, note)['sha256']))
     words = pairs[['id', 'prompt', 'source', 'split', 'group', 'weight']].astype(str)
-    return dict(n=len(pairs), rows=hash_items(words.to_numpy(object).ravel().tolist()), pictures=hash_items([digest[f] for f in files]))
+    return dict(n=len(pairs), rows=hash_items(words.to_numpy(object).ravel().tolist()),
+                pictures=hash_items([digest[f] for f in files]))

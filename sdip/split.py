@@ -40,7 +40,7 @@ def _strictest(split, bound):
 # %% ../nbs/01a_split.ipynb #clean-pairs
 def clean_pairs(
     pairs:pd.DataFrame, # a pairs table
-) -> tuple: # (pairs with clean prompts, `group` = number of the distinct prompt, `tie` = what must stay on one side; {reason: rows})
+) -> tuple: # (pairs: clean prompts, `group` by prompt, `tie` = what stays on one side; {reason: rows})
     "Tidy prompts, drop what is no prompt, and put what is on two sides on the stricter one"
     cleaned, reasons = clean_prompts(pairs.prompt)
     keep = np.array([not r for r in reasons])
@@ -54,7 +54,9 @@ def clean_pairs(
     table['group'] = np.unique(first, return_inverse=True)[1]
     split = _strictest(table.split, _bound_together(table.group, table.image))
     moved = (table.split != '').to_numpy() & (table.split.to_numpy() != split)
-    if moved.any(): warnings.warn(f'{moved.sum()} of {len(table)} rows have their prompt or picture on two sides: they go to test before valid before train')
+    if moved.any():
+        warnings.warn(f'{moved.sum()} of {len(table)} rows have their prompt or picture on two sides: '
+                      f'they go to test before valid before train')
     table['split'] = split
     return table, dropped
 
@@ -72,7 +74,9 @@ def split_pairs(
     if said: split[split == ''] = 'train'
     if not missing: return _checked(split)
     pool = np.flatnonzero((split == 'train') | (split == ''))
-    if not len(pool): raise ValueError(f"all {len(table)} rows are marked {' or '.join(sorted(said))}, expected some to train on: leave their split empty, or mark them train")
+    if not len(pool):
+        raise ValueError(f"all {len(table)} rows are marked {' or '.join(sorted(said))}, "
+                         f"expected some to train on: leave their split empty, or mark them train")
     prompts, row = np.unique(table.group.to_numpy()[pool], return_inverse=True)
     tied = pd.Series(row).groupby(table.tie.to_numpy()[pool]).transform('min').to_numpy()
     shares = {s: .1 if s in missing else 0 for s in ('valid', 'test')}
@@ -80,5 +84,7 @@ def split_pairs(
     return _checked(split)
 
 def _checked(split):
-    if 'train' not in split: raise ValueError(f"no row is left to train on ({dict(pd.Series(split).value_counts())}): mark fewer as valid or test, or bring more different prompts")
+    if 'train' not in split:
+        raise ValueError(f"no row is left to train on ({dict(pd.Series(split).value_counts())}): "
+                         f"mark fewer as valid or test, or bring more different prompts")
     return split
