@@ -27,7 +27,7 @@ from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
 from .tables import (COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix,
-                         to_numbers)
+                         text_cells, to_numbers)
 
 # %% ../nbs/00a_sources.ipynb #assemble
 def _has(values):
@@ -234,23 +234,27 @@ def _by_id(ids, folder):
                          f"name the pictures by their paths, in a column image")
     return [files[i][0] if i in files else None for i in ids]
 
-def _by_row_number(n, folder, path):
+def _by_row_number(table, folder):
     "Pictures named by the number of their row, from 0 or from 1"
-    numbered = {}
+    rows = table.rows.index                                   # a row of several captions stands there several times
+    n, path, numbered = rows.max() + 1, table.path, {}
     for f in find_images(folder) if folder.is_dir() else []:
         if f.stem.isdecimal(): numbered.setdefault(int(f.stem), []).append(f)
     if not numbered or any(len(f) > 1 for f in numbered.values()): return None
     first = 0 if 0 in numbered else 1 if n in numbered else None
     if first is None or max(numbered) >= n + first: return None
+    if table.blank:
+        raise ValueError(f"{path} names no pictures, and {table.blank} blank lines stand between its rows: whether "
+                         f"these count for the pictures' numbers cannot be known; remove them, or add a column image")
     warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, "
                   f"counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
-    return [numbered[i + first][0] if i + first in numbered else None for i in range(n)]
+    return [numbered[i + first][0] if i + first in numbered else None for i in rows]
 
 # %% ../nbs/00a_sources.ipynb #table-pairs
 def _several_captions(rows, prompt):
     "A cell may be a list of captions, in parquet and JSON"
-    lists = rows[prompt].map(lambda v: isinstance(v, (list, np.ndarray)))
-    return rows.explode(prompt) if lists.any() else rows
+    texts = lambda v: isinstance(v, (list, np.ndarray)) and all(isinstance(o, str) for o in v)
+    return rows.explode(prompt) if rows[prompt].map(texts).any() else rows
 
 def _own_table(table):
     "A pairs table as this library writes it, taken at its word: its pictures are met when they are read"
@@ -270,7 +274,7 @@ def _table_pictures(table, images, image, ids):
         texts = [_text(name) for name in names]
         return [find(os.fspath(text_path(t)) if t else None) for t in texts]
     if ids is not None: return _by_id(ids, folder)
-    found = _by_row_number(len(table.rows), folder, table.path)
+    found = _by_row_number(table, folder)
     if found is None: find_column(table, 'image')              # says what is missing
     return found
 
@@ -298,8 +302,7 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     if path.stem == 'metadata' and 'split' not in said:       # an imagefolder's train/1.png tells its split
         first = [SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
         if all(f or not w for f, w in zip(first, where)): said['split'] = first
-    texts = [_text(v) for v in table.rows[prompt]]
-    rows = dict(id=ids, image=where, prompt=texts, source=path.stem, group=groups)
+    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path.stem, group=groups)
     return _assemble(path, rows | said, table.line)
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb
