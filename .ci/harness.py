@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-LIMITS = dict(notebooks=12*60, slow=25*60, checks=10*60)    # seconds a stage may take
+LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)    # seconds a stage may take
 TAIL = 60                                                   # lines of a failure's log that are shown
 
 def notebooks(): return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
