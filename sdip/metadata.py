@@ -8,9 +8,7 @@ __all__ = ['SIDECARS', 'format_parameters', 'parse_parameters', 'Prompt', 'pictu
 
 # %% ../nbs/00a_metadata.ipynb #imports
 import json
-import os
 import re
-import stat
 import struct
 import warnings
 import zlib

@@ -14,7 +14,7 @@ __all__ = ['AUGMENTATIONS', 'PRECISIONS', 'SCHEDULES', 'CLIP_CONFIG', 'CLIP_PREP
            'scene_answers', 'answers_loss', 'subject_accuracy', 'pretrain_vit']
 
 # %% ../nbs/00c_training.ipynb #imports
-import copy, hashlib, math, pickle, random, shutil, time, warnings
+import copy, hashlib, math, pickle, random, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
