@@ -6,7 +6,7 @@
 __all__ = ['EMB_DIM', 'IMAGE_EXTS', 'UNREAD_EXTS', 'IMAGE_FORMATS', 'MAX_PIXELS', 'PAIR_COLUMNS', 'OPEN_CHOICE', 'NULL_WORDS',
            'RULES', 'MILD_RULES', 'ORIGINAL_RULES', 'unit', 'check_emb', 'row_cosine', 'mean_cosine', 'skill',
            'bootstrap_interval', 'atomic_path', 'write_json', 'regular_file', 'read_json', 'path_text', 'text_path',
-           'sha256', 'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_path',
+           'sha256', 'hash_items', 'ImageError', 'read_image', 'find_images', 'check_pairs', 'relative_paths',
            'read_parquet', 'check_own_pairs', 'save_pairs', 'image_paths', 'plain_prompt', 'clean_prompts',
            'picture_sizes', 'duplicate_of', 'filter_pairs']
 
@@ -466,13 +466,19 @@ def check_pairs(
     return pairs
 
 # %% ../nbs/00_data.ipynb #save-pairs
-def relative_path(
-    path, # a file that exists
+def relative_paths(
+    paths, # n files, None where there is none
     folder, # of the table
-) -> str: # with forward slashes, as `path_text` tells it
-    "Where a file is as seen from a folder, links to folders resolved on both sides"
-    path = Path(path)
-    return path_text(os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(folder)))
+) -> list: # n texts with forward slashes, as `path_text` tells them; None
+    "Where files are as seen from a folder, links to folders resolved on both sides"
+    real, home, out = {}, os.path.realpath(folder), []
+    for p in paths:
+        if p is not None:
+            at, name = os.path.split(p)
+            if at not in real: real[at] = os.path.relpath(os.path.realpath(at), home)
+            p = path_text(os.path.normpath(os.path.join(real[at], name)))
+        out.append(p)
+    return out
 
 def read_parquet(
     path, # a parquet file of ours; its name may hold bytes that are not UTF-8, which pyarrow opens by no name
@@ -502,7 +508,7 @@ def save_pairs(
     out = check_pairs(pairs)[list(PAIR_COLUMNS)].reset_index(drop=True)
     out.attrs = {}
     if root is not None and Path(root).resolve() != folder.resolve():
-        out['image'] = [relative_path(p, folder) for p in image_paths(pairs)]
+        out['image'] = relative_paths(image_paths(pairs), folder)
     with atomic_path(folder/'pairs.parquet') as tmp, open(tmp, 'wb') as f: out.to_parquet(f, index=False)
     return folder/'pairs.parquet'
 

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images,
-                       hash_items, image_paths, path_text, relative_path, sha256, text_path)
+                       hash_items, image_paths, path_text, relative_paths, sha256, text_path)
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
 from .tables import (COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix,
@@ -293,7 +293,7 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     id_col = find_column(table, 'id', needed=False)
     ids = [_text(v) for v in table.rows[id_col]] if id_col else None
     files = _table_pictures(table, images, image, ids)
-    where = [relative_path(f, root) if f else None for f in files]
+    where = relative_paths(files, root)
     said = _said_columns(table)
     if ids is None:
         names = [_text(v) for v in table.rows[image]] if image else where
@@ -400,7 +400,7 @@ def _coco(path, images=None):
         find.bases = [root/split, root.parent/split, root.parent/'images'/split, root.parent/'images', root]
     names = {v['id']: v['file_name'] if isinstance(v.get('file_name'), str) else None for v in files}
     found = {i: find(name) for i, name in names.items()}
-    where = {i: relative_path(p, root) if p else None for i, p in found.items()}
+    where = dict(zip(found, relative_paths(found.values(), root)))
     at = [a['image_id'] for a in notes]
     seen, ids = {}, []
     for i in at:
@@ -573,8 +573,8 @@ def _join(parts, sources=None):
     for i, p in enumerate(parts):
         home = p.attrs['root']
         if roots.count(home) > 1: home = Path(sources[i]).with_suffix('')
-        home = relative_path(home, root)
-        p = p.assign(image=[relative_path(f, root) for f in image_paths(p)])
+        [home] = relative_paths([home], root)
+        p = p.assign(image=relative_paths(image_paths(p), root))
         if twice: p['id'] = [f'{home}/{i}' if home != '.' else i for i in p['id']]
         known = p['group'] >= 0
         p['group'] = np.where(known, p['group'] + next_group, -1)

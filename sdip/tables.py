@@ -18,6 +18,7 @@ import stat
 import warnings
 import zipfile
 from collections import Counter
+from bisect import bisect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def _check_short(rows, widths, places, path):
     "A row with too few cells counts if it begins like the others; else it is the rest of a text with a line break"
     full = [i for i, w in enumerate(widths) if w >= len(rows[i])]
     for i in (i for i, w in enumerate(widths) if full and w < len(rows[i])):
-        near = rows[min(full, key=lambda j: abs(i - j))]
+        near = rows[full[max(bisect(full, i) - 1, 0)]]              # the full row before it, or the first
         if _alike(rows[i][0].strip(), near[0].strip(), False): continue
         raise ValueError(f"{path}, line {places[i][2]}: {widths[i]} cells where the header has {len(rows[i])} "
                          f"({rows[i][0]!r}): put a text that holds a line break into double quotes, and leave "
