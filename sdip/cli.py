@@ -28,6 +28,7 @@ def _stop(number, frame): raise _Stopped(number)
 def _stoppable():
     "SIGTERM and SIGHUP end the work as Ctrl-C does: everything that tidies up is run"
     mine = [s for s in ('SIGTERM', 'SIGHUP') if hasattr(signal, s) and threading.current_thread() is threading.main_thread()]
+    mine = [s for s in mine if signal.getsignal(getattr(signal, s)) is not signal.SIG_IGN]      # nohup's promise
     old = {s: signal.signal(getattr(signal, s), _stop) for s in mine}
     try: yield
     finally:
@@ -256,7 +257,7 @@ def sdip_interrogate(
     from sdip.data import find_images, hash_items
     from sdip.lock import folder_lock
     from sdip.interrogator import interrogate_folder, make_captioner, make_interrogator, words_to_csv
-    _free(force, csv)
+    _free(force, csv, given=[*([images] if isinstance(images, str) else images), *(phrases or ()), names])
     default = Path('runs/playground/interrogator')
     if model is None and clip is None and default.is_dir(): model = default
     key = ' '.join(map(str, [model, phrases, names, captioner, clip, [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]]))
@@ -377,7 +378,7 @@ def sdip_predict(
     start = time.monotonic()
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    _free(force, out)
+    _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
     from sdip.run import predict_text, predict_to_csv
     from sdip.submit import time_text
     found = predict_to_csv(images, run, out, None if deadline is None else start + 60*deadline)

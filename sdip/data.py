@@ -107,7 +107,8 @@ def bootstrap_interval(
 def _full(e):
     "Does an exception say that the disk is full?"
     told = 'No space left', 'inline_container', ' requested and '          # by others, by torch, by numpy
-    return getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(t in str(e) for t in told)
+    return getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+        not isinstance(e, ValueError) and any(t in str(e) for t in told))
 
 def _tell_full(path, tmp, e):
     "The same as one sentence about the file"
@@ -118,7 +119,7 @@ def _tell_full(path, tmp, e):
 
 def _open_special(path):
     "A device or a pipe, for writing; a pipe that nobody reads is an error, not a wait"
-    try: fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    try: fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND)
     except OSError as e: raise type(e)(e.errno, f'cannot write {path} ({e.strerror}): a pipe needs a reader, a device one that may be written', str(path)) from e
     os.set_blocking(fd, True)
     return open(fd, 'wb', buffering=0)
@@ -129,10 +130,11 @@ def atomic_path(
 ): # yields a temporary `Path` beside it, with the same ending, to write to
     "Write beside `path`, then move in: after an error or a kill the old file still stands; its mode is kept"
     path = Path(path)
-    at = Path(os.path.realpath(path)) if path.is_symlink() else path
+    stream = str(path).startswith(('/dev/', '/proc/'))          # /dev/stdout may be a file, a pipe or a terminal
+    at = Path(os.path.realpath(path)) if path.is_symlink() and not stream else path
     old = at.stat().st_mode if at.exists() else None
     name = os.fsdecode(os.fsencode(at.name)[-200:])             # a name may have 255 bytes
-    special = old is not None and not stat.S_ISREG(old) and not stat.S_ISDIR(old)
+    special = stream and old is not None or old is not None and not stat.S_ISREG(old) and not stat.S_ISDIR(old)
     folder = Path(tempfile.mkdtemp()) if special else at.parent
     tmp = folder/f'.tmp-{uuid.uuid4().hex[:12]}-{name}'
     try:
@@ -334,8 +336,19 @@ def _bare_png(data):
         at += size + 12
     return b''.join(parts)
 
+def _in_steps(data):
+    "Is a JPEG progressive, or does it have restart marks? Then whole parts can be missing that the decoder does without"
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xff:
+        kind, size = data[at + 1], int.from_bytes(data[at + 2:at + 4], 'big')
+        if kind in (0xc2, 0xc6, 0xca, 0xce, 0xdd): return True          # SOF2 and its like, DRI
+        if kind == 0xda: return False                                   # the pixels begin
+        at += size + 2
+    return True
+
 def _without_end(data, max_pixels):
     "A JPEG that lacks its end mark only, as RGB; None where more is missing"
+    if _in_steps(data): return None
     body = data[:-1] if data.endswith(b'\xff') else data
     once, again = (_decode(io.BytesIO(body + end + b'\xff\xd9'), max_pixels) for end in (b'', _NOISE))
     return once if once.tobytes() == again.tobytes() else None
@@ -394,9 +407,19 @@ def _in_folder(folder):
         todo += [at/n for n in names if n[0] != '.']
 
 def _look(path):
-    "(8, 8, 3) colours of a picture; None where it cannot be read"
-    try: return np.asarray(read_image(path).resize((8, 8), Image.Resampling.BOX), np.float32)
+    "(shape of the picture, (16, 16, 3) colours); None where it cannot be read"
+    try: im = read_image(path)
     except ImageError: return None
+    return im.width / im.height, np.asarray(im.resize((16, 16), Image.Resampling.BOX), np.float32)
+
+def _same_look(a, b):
+    "Is one a copy of the other, up to its size and a JPEG's losses?"
+    if a is None or b is None or abs(a[0]/b[0] - 1) > .02: return False
+    apart = np.abs(a[1] - b[1])
+    return apart.max() < 24 and apart.mean() < 4
+
+def _has_own_text(path):
+    return any(path.with_name(path.name + e).exists() for e in ('.txt', '.caption'))
 
 def _drop_copies(files):
     "Of two files of one name, one folder and one look, keep the first ending of `IMAGE_EXTS`"
@@ -406,7 +429,7 @@ def _drop_copies(files):
         if len(same) == 1: continue
         first, *rest = sorted(same, key=lambda f: IMAGE_EXTS.index(f.suffix.lower()))
         look = _look(first)
-        gone |= {f for f in rest if look is not None and (other := _look(f)) is not None and np.abs(look - other).mean() < 8}
+        gone |= {f for f in rest if not _has_own_text(f) and _same_look(look, _look(f))}
     if gone: warnings.warn(f"{len(gone)} pictures are copies of one beside them under another ending and are left out: {_some(sorted(map(str, gone)))}", stacklevel=3)
     return [f for f in files if f not in gone]
 

@@ -102,6 +102,8 @@ def _take(file, what):
     "(descriptor of our lock file, when a dead owner took it, or None); ValueError: somebody is there"
     text, died = json.dumps(_me(what)).encode(), None
     while (fd := _create(file, text)) is None:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise ValueError(f'{file} is no file, so it is no lock of ours: remove it, or choose another folder')
         try: fd = os.open(file, os.O_RDWR)
         except FileNotFoundError: continue                              # let go just now
         free, said = _flock(fd), _said(fd)
@@ -137,7 +139,7 @@ def folder_lock(
 ):            # to be used by `with`
     "Have a folder to ourselves; ValueError says who has it. What a killed owner was writing is removed"
     folder, fd, me = Path(folder), None, os.getpid()
-    made = not folder.exists()
+    made = [p for p in (folder, *folder.parents) if not p.exists()]     # the deepest first
     if not made and not folder.is_dir(): raise ValueError(f'{folder} is a file, not a folder: name another')
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise type(e)(e.errno, f'cannot make {folder} ({e.strerror}): name another') from e
@@ -152,8 +154,8 @@ def folder_lock(
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(file)): file.unlink()
             os.close(fd)
-            if made:
-                with suppress(OSError): folder.rmdir()                  # nothing was written
+            with suppress(OSError):                                     # nothing was written
+                for p in made: p.rmdir()
 
 # %% ../nbs/00_lock.ipynb #check-files
 def check_files(

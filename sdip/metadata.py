@@ -24,6 +24,7 @@ from .tables import decode_text
 # Repeats are bounded: no hostile file takes hours
 _SETTING = re.compile(r'(\w[\w ./-]{0,60}): +("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _CORE = {'steps', 'sampler', 'cfg scale', 'seed', 'guidance scale', 'model hash'}    # hardly in any prompt
+_NUMBERS = _CORE - {'sampler', 'model hash'}                 # whose values are numbers
 _FAMILIAR = _CORE | {'schedule type', 'scheduler', 'size', 'model', 'version',
                      'denoising strength', 'clip skip'}
 
@@ -34,7 +35,8 @@ def _is_settings(
     line = line.strip()
     if re.match(r'Steps: \d+(,|$)', line): return True
     if line.count(': ') < 2: return False
-    keys = [k.strip().lower() for k, _ in _SETTING.findall(line)]
+    said = [(k.strip().lower(), v.strip()) for k, v in _SETTING.findall(line)]
+    keys = [k for k, v in said if k not in _NUMBERS or re.fullmatch(r'-?\d+(\.\d+)?', v)]
     core, familiar = (len(names & set(keys)) for names in (_CORE, _FAMILIAR))
     return core > 1 or len(keys) > 2 and core > 0 and familiar > 1
 
@@ -129,7 +131,7 @@ def _old_invoke(obj):
 # %% ../nbs/00a_metadata.ipynb #comfy-follow
 _TEXT_INPUTS = ('text', 'text_g', 'text_l', 'clip_l', 't5xxl', 'prompt', 'positive')
 _CONSTANT = re.compile(r'primitive|string|text|literal|prompt|positive', re.I)
-_MAKER = re.compile(r'concat|replac|random|wildcard|styl|llm|gpt|ollama|generat|join|combin|append|switch|'
+_MAKER = re.compile(r'super|enhanc|expand|zero|concat|replac|random|wildcard|styl|llm|gpt|ollama|generat|join|combin|append|switch|'
                     r'translat|caption|interrogat|florence|tag|load|file|show|preview|format|regex|split|'
                     r'list|select|pick|mix|merge|add', re.I)
 
@@ -173,10 +175,14 @@ def _texts_above(start, graph):
         at = todo.pop()
         if at in seen: continue
         seen.add(at)
-        inputs = _inputs(graph[at])
+        inputs, kind = _inputs(graph[at]), str(graph[at]['class_type'])
+        if 'zero' in kind.lower(): raise _NotOne(f'loses its text in a node {kind}')
+        if isinstance(inputs.get('populated_text'), str): inputs = dict(text=inputs['populated_text'])      # wildcards filled in
         for k in (k for k in inputs if k in _TEXT_INPUTS):
             to = _link(inputs[k], graph)
-            if isinstance(inputs[k], str) and inputs[k].strip(): texts.append(inputs[k].strip())
+            if isinstance(inputs[k], str) and inputs[k].strip():
+                if OPEN_CHOICE.search(inputs[k]): raise _NotOne('has an open choice in its text')
+                texts.append(inputs[k].strip())
             elif to is not None and k != 'positive': texts.append(_constant(to, graph, set()))
         ways = [k for k in inputs if k in ('positive', '') or k.lower().startswith(('cond', 'guider'))]
         todo += _links([inputs[k] for k in ways], graph)

@@ -16,6 +16,7 @@ __all__ = ['PRESETS', 'STAGES', 'SOURCE_ARGS', 'OUTSIDE', 'ROLES', 'TRAINED_GB',
 
 # %% ../nbs/08_run.ipynb #imports
 import json, os, platform, shutil, sys, time
+from fnmatch import fnmatch
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def _refuse_other(self, old, new):
 
 def _refuse_foreign(self):
     "A folder without run.json that holds what a run would replace is somebody else's"
-    names = sorted({f for s in STAGES for f in s.files if '*' not in f and (self/f).exists()})
+    names = sorted({f for s in STAGES for f in s.files + s.logs + s.halves if '*' not in f and (self/f).exists()})
     if names: raise ValueError(f'{self.folder} is no run folder (it has no run.json), and holds {names[0]}, which a run would replace: choose another --out')
 
 Run._refuse_other, Run._refuse_foreign = _refuse_other, _refuse_foreign
@@ -140,6 +141,10 @@ def receipt(self, name): # the receipt of a stage, or None
     if not file.exists(): return None
     remedy = 'delete it: sdip_run does that stage again'
     return read_fields(file, remedy, files=dict, facts=dict, seconds=int|float, cpu=int|float)
+
+def _own(self, s, names):
+    "Of a receipt's names those that stage `s` may leave: a received folder's receipt could name any file"
+    return [f for f in names if any(fnmatch(f, p) for p in s.files + s.logs) and '..' not in Path(f).parts]
 
 def _wanted(self, s):
     "What a fitting receipt of stage `s` must say"
@@ -169,7 +174,7 @@ def is_done(self, s):
     if r is None or any(r.get(k) != v for k, v in wanted.items()): return False
     return {f for f in s.files if '*' not in f} <= r['files'].keys() and not self._damaged(r)
 
-Run.receipt, Run._wanted, Run._left, Run._damaged, Run.is_done = receipt, _wanted, _left, _damaged, is_done
+Run._own, Run.receipt, Run._wanted, Run._left, Run._damaged, Run.is_done = _own, receipt, _wanted, _left, _damaged, is_done
 Run.say = lambda self, line: None if self.quiet else print(line, flush=True)
 
 # %% ../nbs/08_run.ipynb #run-do
@@ -180,7 +185,7 @@ def _forget(self, s):
     "Remove the receipt of stage `s`, and what is damaged of its files: nothing is built on that"
     try: damaged = self._damaged(self.receipt(s.name) or dict(files={}))
     except ValueError: damaged = []
-    for f in (f'receipts/{s.name}.json', *damaged): (self/f).unlink(missing_ok=True)
+    for f in (f'receipts/{s.name}.json', *self._own(s, damaged)): (self/f).unlink(missing_ok=True)
 
 def _begin(self, s):
     "Note what stage `s` begins with; half-done work that began with something else is removed"
@@ -198,7 +203,8 @@ def do(self, s, number, of):
     done = self.is_done(s)
     if done and s.changed and (how := s.changed(self)): done = self.say(f'        {how}: it is read again, and what rests on it is done again')
     if done:
-        logs = self.receipt(s.name).get('logs') or {}
+        logs = self.receipt(s.name).get('logs')
+        logs = {f: logs[f] for f in self._own(s, logs) if isinstance(logs[f], str)} if isinstance(logs, dict) else {}
         damaged = [f for f, text in logs.items() if _text(self/f) != text]
         for f in damaged:
             with atomic_path(self/f) as tmp: tmp.write_text(logs[f], encoding='utf-8')
@@ -1262,5 +1268,5 @@ def predict_text(found, run, out, truth=None) -> str: # `found` by `predict_to_c
         targ = targ[[list(true_ids).index(i) for i in ids]]
         mean = np.repeat(run.mean_vector()[None], len(ids), 0)
         lines.append(f'score {mean_cosine(emb, targ):.4f}; the mean vector of the training prompts alone {mean_cosine(mean, targ):.4f}')
-    if run.args['pairs'] is None: lines.append('These models have seen drawn playground pictures only: they know nothing of real pictures.')
+    if run.args.get('pairs') is None: lines.append('These models have seen drawn playground pictures only: they know nothing of real pictures.')
     return '\n'.join(lines)

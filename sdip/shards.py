@@ -222,4 +222,4 @@ def tar_rows(
         raise ValueError(f"{_some(map(str, tars))} hold no samples, expected members such as 000000000.jpg "
                          f"and 000000000.txt: look into one with tar -tf")
     ids = [path_text(i) for i in _sample_ids(tars, keys)]
-    return dict(id=ids, image=image, prompt=prompt, source=tars[0].parent.name or 'tars')
+    return dict(id=ids, image=image, prompt=prompt, source=path_text(tars[0].parent.name) or 'tars')

@@ -206,7 +206,10 @@ def _groups(table, column):
     "Whole numbers as they are, other names numbered; -1 where empty"
     cells = [_text(v) for v in table.rows[column]]
     if all(c is None or re.fullmatch(r'-?\d{1,18}', c) for c in cells):
-        return [-1 if c is None else int(c) for c in cells]
+        groups = [-1 if c is None else int(c) for c in cells]
+        if min(groups, default=0) >= -1: return groups
+        raise ValueError(f"{table.where(int(np.argmin(groups)))}: group is {min(groups)}, expected 0 or more, or -1 "
+                         f"(or nothing) where a row belongs to none")
     codes = pd.factorize(np.array([c or '' for c in cells], object))[0]
     return [-1 if c is None else int(k) for c, k in zip(cells, codes)]
 
@@ -216,7 +219,7 @@ def _said_columns(table):
     out = dict(split=_splits(table, at['split'])) if at['split'] else {}
     if at['group']: out['group'] = _groups(table, at['group'])
     if at['weight']: out['weight'] = to_numbers(table, at['weight'], empty=1.)
-    if at['source']: out['source'] = [_text(v) or table.path.stem for v in table.rows[at['source']]]
+    if at['source']: out['source'] = [_text(v) or path_text(table.path.stem) for v in table.rows[at['source']]]
     return out
 
 # %% ../nbs/00a_sources.ipynb #by-id
@@ -302,7 +305,7 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     if path.stem == 'metadata' and 'split' not in said:       # an imagefolder's train/1.png tells its split
         first = [SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
         if all(f or not w for f, w in zip(first, where)): said['split'] = first
-    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path.stem, group=groups)
+    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path_text(path.stem), group=groups)
     return _assemble(path, rows | said, table.line)
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb
@@ -408,7 +411,7 @@ def _coco(path, images=None):
         ids.append(f'{Path(str(names.get(i) or i)).stem}-{n}')
     order = {i: k for k, i in enumerate(seen)}
     rows = dict(id=ids, image=[where.get(i) for i in at], prompt=[a['caption'] for a in notes],
-                source=path.stem, group=[order[i] for i in at])
+                source=path_text(path.stem), group=[order[i] for i in at])
     return _assemble(path, rows)
 
 # %% ../nbs/00a_sources.ipynb #picture-folder
@@ -429,7 +432,7 @@ def _picture_folder(folder):
                       f'and are left out; {report}', stacklevel=4)
     good = [(n, p.text) for n, p in zip(names, prompts) if p.text]
     image, text = zip(*good)
-    pairs = _assemble(folder, dict(id=_ids_from_paths(image), image=image, prompt=text, source=folder.name))
+    pairs = _assemble(folder, dict(id=_ids_from_paths(image), image=image, prompt=text, source=path_text(folder.name)))
     pairs.attrs['read'] = report
     return pairs
 
@@ -439,21 +442,25 @@ _TABLES = ('prompts.csv', 'metadata.csv', 'metadata.jsonl', 'metadata.parquet', 
 _WEAK = {'title', 'comment', 'description', 'sentence', 'txt'}  # prompts only where the table itself is named
 
 def _columns_of(file):
-    "Names of a table's columns, from its head alone; [] where there are none"
-    if table_suffix(file) == '.parquet':
+    "Names of a table's columns; a table that cannot be read is an error, unless it is plainly no table of pairs"
+    try:
+        if table_suffix(file) != '.parquet': return list(read_table(file).rows)
         import pyarrow.parquet as pq
-        try: return pq.read_schema(file).names
-        except Exception: return []
-    try: return list(read_table(file).rows)
-    except ValueError:                                # a bad line further down is told when the table is read
-        with open(file, 'rb') as f: head = f.readline(1 << 16)
-        return re.split('[,;|\t]', head.decode('utf-8-sig', 'replace'))
+        with open(file, 'rb') as f: return pq.read_schema(f).names
+    except Exception as e:
+        with open(file, 'rb') as f: head = f.read(4096).replace(b'\0', b'').lower()
+        packed = table_suffix(file) != file.suffix.lower()
+        telling = any(w in head for w in (b'prompt', b'caption', b'image', b'file', b'text'))
+        if file.name not in _TABLES and not packed and not telling: return []
+        said = str(e) if file.name in str(e) else f'{file} cannot be read ({type(e).__name__}: {e})'
+        raise ValueError(f'{said}; if it is no table of pairs, move it out of the folder') from e
 
 def _names_both(file):
     "Does a table have a column of pictures, or of their ids, and one of prompts?"
     names = {re.sub(r'[\s-]+', '_', str(n).strip().lower()) for n in _columns_of(file)}
     prompts = set(COLUMN_NAMES['prompt']) - (set() if file.name in _TABLES else _WEAK)
     ids = set(COLUMN_NAMES['id']) if file.name in _TABLES else set()
+    if file.name == 'prompts.csv' and names & prompts and (file.parent/'images').is_dir(): return True    # by row number
     return bool(names & {*COLUMN_NAMES['image'], *ids}) and bool(names & prompts)
 
 # %% ../nbs/00a_sources.ipynb #folder-table
@@ -482,7 +489,11 @@ def _tars(path):
     return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
 
 def _holds_pictures(path):
-    return any(f.suffix.lower() in IMAGE_EXTS for f in path.iterdir())
+    "Are there pictures, however deep, but for what came out of tars?"
+    for at, below, names in os.walk(path):
+        below[:] = [d for d in below if d[0] != '.' and not d.endswith('.unpacked')]
+        if any(Path(n).suffix.lower() in IMAGE_EXTS and n[0] != '.' for n in names): return True
+    return False
 
 def _has_metadata(path):
     return any((path/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))
@@ -496,8 +507,10 @@ def _split_folders(path):
         split = SPLIT_NAMES.get(f.name.lower())
         if split and (f in tables or _holds_pictures(f)): named[f] = split
     if not any(f in tables for f in named): return {}
-    if lost := [f.name for f in tables if f not in named]:
-        warnings.warn(f'{path}: {_some(lost)} have tables, but are no splits by their names '
+    lost = [f.name for f in subs if f not in named and (f in tables or _holds_pictures(f))]
+    lost += [f.name for f in path.iterdir() if f.suffix.lower() in IMAGE_EXTS][:3]
+    if lost:
+        warnings.warn(f'{path}: {_some(lost)} hold pictures, but are no splits by their names '
                       f'(train, valid, test), and are left out', stacklevel=4)
     return named
 
@@ -558,7 +571,7 @@ def _load_splits(path, image_col, prompt_col, images):
     for folder, split in _split_folders(path).items():
         part = _load_one(folder, image_col, prompt_col, images, None, None)
         if not any(part['split']): part['split'] = split
-        part['source'] = path.name
+        part['source'] = path_text(path.name)
         parts.append(part)
     return _join(parts)
 

@@ -52,7 +52,10 @@ def clean_pairs(
     said = [g if g >= 0 else f'row {i}' for i, g in enumerate(table.group)]
     table['tie'] = _bound_together(table.image, said)
     table['group'] = np.unique(first, return_inverse=True)[1]
-    split = _strictest(table.split, _bound_together(table.group, table.image))
+    together = _bound_together(table.group, table.image)
+    split = _strictest(table.split, together)
+    tied = _strictest(table.split, _bound_together(together, table.tie))       # the user's groups bind rows without a split
+    split = np.where(split == '', tied, split)
     moved = (table.split != '').to_numpy() & (table.split.to_numpy() != split)
     if moved.any():
         warnings.warn(f'{moved.sum()} of {len(table)} rows have their prompt or picture on two sides: '

@@ -172,7 +172,7 @@ def _check_short(rows, widths, places, path):
     full = [i for i, w in enumerate(widths) if w >= len(rows[i])]
     for i in (i for i, w in enumerate(widths) if full and w < len(rows[i])):
         near = rows[full[max(bisect(full, i) - 1, 0)]]              # the full row before it, or the first
-        if _alike(rows[i][0].strip(), near[0].strip(), False): continue
+        if _alike(rows[i][0].strip(), near[0].strip(), True): continue
         raise ValueError(f"{path}, line {places[i][2]}: {widths[i]} cells where the header has {len(rows[i])} "
                          f"({rows[i][0]!r}): put a text that holds a line break into double quotes, and leave "
                          f"the separators of empty cells where they are")
@@ -182,7 +182,9 @@ def _typed_quotes(lines):
     "Do cells of a TSV stand in quotes that they need in no program, below a header without?"
     quoted = lambda cell: len(cell) > 1 and cell[0] == cell[-1] == '"'
     if any(quoted(c) for c in lines[0].split('\t')): return False
-    return any(quoted(c) and '""' not in c and ',' not in c for line in lines[1:] for c in line.split('\t'))
+    columns = [[c for c in column if c] for column in zip(*(line.split('\t') for line in lines[1:]))]
+    if any(len(column) > 1 and all(map(quoted, column)) for column in columns): return False
+    return any(quoted(c) and '""' not in c and ',' not in c for column in columns for c in column)
 
 def _well_quoted(lines, sep):
     "Is there a cell in quotes, those inside it doubled?"
