@@ -76,6 +76,7 @@ def _caption(data):
     said = (_said_prompt(d[k]) for k in ('caption', 'prompt', 'text') if isinstance(d.get(k), str))
     return next(filter(None, said), '')
 
+# %% ../nbs/00a_shards.ipynb #read-tar-2
 def _said_prompt(text):
     "The prompt in a text, without settings and negative prompt"
     return _text_prompt(text.lstrip('\ufeff').strip(), 'tar').text
@@ -157,6 +158,7 @@ def _unpacked(tar, home):
                              f"another folder with unpack=")
     return folder, _unpack_into(folder, tar, here | dict(sha256=digest))
 
+# %% ../nbs/00a_shards.ipynb #unpack-tar-2
 def _renewed(folder, note, here):
     "The note with a tar's new times, so that it is not read again to tell that it is the same"
     if note.get('tar') != here['tar']: return note                          # another tar of the same content

@@ -156,6 +156,7 @@ def _alike(a, b, plain):
     if all('0' in k for k in kinds): return kinds[0] == kinds[1] or len(a) == len(b)
     return plain and kinds[0] == kinds[1]
 
+# %% ../nbs/00_tables.ipynb #fit-record-2
 def _is_rows(record, width, sep, plain):
     "Is each line of a record of several lines a row by itself? `plain`: so is each line of the file"
     lines = [line.split(sep) for line in record.rstrip('\r\n').splitlines()]
@@ -192,6 +193,7 @@ def _well_quoted(lines, sep):
     cell = re.compile(f'(?:^|{edge}) *"(?:[^"]|"")*"(?:{edge}|$)')
     return any('"' in line and cell.search(line) for line in lines)
 
+# %% ../nbs/00_tables.ipynb #parse-delimited-2
 def _parse(
     text:str, # a whole file without its byte order mark
     suffix:str, # the ending of its name
@@ -304,6 +306,7 @@ def _file_bytes(path):
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {e}): damaged, or packed in another "
                          f"way; fetch it again, or unpack it and name the table") from e
 
+# %% ../nbs/00_tables.ipynb #read-bytes-2
 class _Refused(ValueError): "Of a packed table: whole, but not to be read"
 
 def _read_up_to(file, path):
@@ -373,6 +376,7 @@ def _json_row(line, path, number):
     if '\\u' in line: _no_halves(row, path, number)
     return {k: _cell(v) for k, v in row.items()}
 
+# %% ../nbs/00_tables.ipynb #json-lines-2
 def _no_halves(row, path, number):
     "JSON can write half of a character, as a program does that cuts an emoji in two"
     try: json.dumps(row, ensure_ascii=False).encode()
@@ -438,6 +442,7 @@ def _no_parquet(path, e):
     return ValueError(f"{path} cannot be read as a parquet file ({type(e).__name__}: {str(e)[:200]}): "
                       f"fetch or write it again")
 
+# %% ../nbs/00_tables.ipynb #read-table-2
 def read_table(
     path, # .csv, .tsv, .jsonl, .parquet, or .txt of a prompt a line; .gz, .bz2, .xz, .zip of the text ones
 ) -> Table: # n rows
@@ -568,6 +573,7 @@ def _write_parquet(table, rows, extra, path):
     for name, values in extra.items(): arrow = arrow.append_column(name, pa.array(list(values)))
     pq.write_table(arrow, path)
 
+# %% ../nbs/00_tables.ipynb #write-rows-2
 def _write_text(table, rows, extra, path, suffix, prompt_col=None):
     same = table_suffix(table.path) == suffix and not extra
     if same:
