@@ -553,7 +553,7 @@ def test_original_walks():
     assert 'effective_rows' in read('receipts/weights.json')['facts'], 'the write-up weighs'
     for model in 'clip', 'vit':
         recipe = read(f'{model}/config.json')['recipe']
-        assert (recipe['lr'], recipe['bs'], recipe['timetable']) == (1e-4, 64, [[1, 1], [4, 1], [12, 1], [None, 2]]), recipe
+        assert (recipe['lr'], recipe['bs'], recipe['unfreezing']) == (1e-4, 64, [[1, 1], [4, 1], [12, 1], [None, 2]]), recipe
     assert read('clip/config.json')['tower']['quick_gelu'] is True, 'OpenAI has QuickGELU'
     assert read('receipts/pairs.json')['args']['threshold'] == 0.95
     assert 'checked' in sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'submission.csv')
@@ -586,7 +586,7 @@ def test_finetune_killed_in_mid_epoch():
     from sdip.data import find_images
     from sdip.finetune_vit import VitRegressor
     sh('sdip_generate', 'world', '--n', 200, '--seed', 3)
-    command = lambda out, *more: ('sdip_finetune', 'vit', '--pairs', 'world', '--out', out, '--set', 'lr=1e-3', 'bs=8', 'minutes=0', 'timetable=((1, 1), (None, 2))', *more)
+    command = lambda out, *more: ('sdip_finetune', 'vit', '--pairs', 'world', '--out', out, '--set', 'lr=1e-3', 'bs=8', 'minutes=0', 'unfreezing=((1, 1), (None, 2))', *more)
     sh(*command('whole'))
     first, file = subprocess.Popen([str(o) for o in command('killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), Path('killed/checkpoint.pt')
     place = lambda: (lambda s: (s['epoch'], s['batch']))(torch.load(file, weights_only=True)) if file.exists() else (0, 0)
@@ -639,7 +639,7 @@ def real_run(out, head='linear', cbs=(), **recipe):
     assert world == int(os.environ.get('WORLD_SIZE', 1)) and share_among([rank]) == list(range(world)), (rank, world)
     torch.manual_seed(rank)                # a new head is random, and still has to be the same everywhere
     reg, seen = make_regressor('vit', head=head, device='cpu'), Exchanges()
-    finetune(reg, load_pairs('world'), out, Recipe(**dict(lr=1e-3, bs=16, timetable=((1, 1), (None, 1)), keep='last', minutes=0) | recipe), [seen, *cbs], quiet=True)
+    finetune(reg, load_pairs('world'), out, Recipe(**dict(lr=1e-3, bs=16, unfreezing=((1, 1), (None, 1)), keep='last', minutes=0) | recipe), [seen, *cbs], quiet=True)
     weights = zlib.crc32(b''.join(v.numpy().tobytes() for v in reg.net.state_dict().values()))
     assert len(set(share_among([weights]))) == 1, 'the processes ended with different weights'
     assert seen.steps and seen.sent == (seen.steps if world > 1 else 0), (seen.sent, seen.steps)
@@ -1483,7 +1483,7 @@ from dataclasses import replace
 from sdip.training import VIT_RECIPE, pretrain_vit
 pretrain_vit(sys.argv[1], replace(VIT_RECIPE, epochs=4, prompts=400, n=192, bs=32), quiet=True)
 '''
-TUNE = '--pairs', 'world', '--set', 'timetable=((1,1),(None,1))', 'bs=16', 'minutes=0', '--out'
+TUNE = '--pairs', 'world', '--set', 'unfreezing=((1,1),(None,1))', 'bs=16', 'minutes=0', '--out'
 WRITERS = {                             # what writes below its last argument -> (kills in CI, with SDIP_LONG)
     ('sdip_generate', '--n', 150): (2, 6),
     (sys.executable, 'encode.py'): (1, 4),

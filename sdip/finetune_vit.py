@@ -10,37 +10,59 @@ __all__ = ['TIMM_WEIGHTS', 'FINETUNE', 'build_backbone', 'backbone_from', 'VitRe
 import warnings
 from pathlib import Path
 
-import numpy as np
-
-from .data import read_json, sha256
-from .encoders import Preprocess, cached_snapshot, check_timm_args, hub_folder, read_tensors, right_shape
-from .finetune_clip import ImageRegressor, Recipe, Regressor
+from .core import read_json, right_shape, sha256
+from .preprocess import Preprocess
+from .pretrained import cached_snapshot, check_timm_args, hub_folder, read_tensors
+from .encoders import ClipEncoder, shipped
 from .training import load_weights
+from .backbone import ImageRegressor
+from .finetune_clip import ClipRegressor, Recipe, Regressor
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-folder
 TIMM_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
-_SAID = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'fixed_input_size', 'tag')
+_SAID = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes',
+         'fixed_input_size', 'tag')
 
 def _timm_folder(folder):
     "(architecture, its arguments, its settings, file of weights) of a folder in timm's format"
     folder = cached_snapshot(folder)
-    if not (folder/'config.json').is_file(): raise ValueError(f"{folder} has no config.json: give a folder from timm's hub, or a file with the architecture's name")
-    config = read_json(folder/'config.json'); cfg = config.get('pretrained_cfg', config)
-    if 'architecture' not in config: raise ValueError(f"{folder/'config.json'} names no timm architecture: give a folder from timm's hub, or a file with the architecture's name")
+    if not (folder/'config.json').is_file():
+        raise ValueError(
+            f"{folder} has no config.json: give a folder from timm's hub, or a file with the architecture's name"
+        )
+    config = read_json(folder/'config.json')
+    cfg = config.get('pretrained_cfg', config)
+    if 'architecture' not in config:
+        raise ValueError(
+            f"{folder/'config.json'} names no timm architecture: give a folder from timm's hub, or a file with the architecture's name"
+        )
     file = next((folder/f for f in TIMM_WEIGHTS if (folder/f).is_file()), None)
-    if file is None: raise ValueError(f"{folder} has a config and none of {', '.join(TIMM_WEIGHTS)}: copy the weights beside it; random ones are never used")
+    if file is None:
+        raise ValueError(
+            f"{folder} has a config and none of {', '.join(TIMM_WEIGHTS)}: copy the weights beside it; random ones are never used"
+        )
     check_timm_args(config.get('model_args') or {}, folder/'config.json')
-    return config['architecture'], config.get('model_args') or {}, {k: cfg[k] for k in _SAID if cfg.get(k) is not None}, file
+    return config['architecture'], config.get('model_args') or {}, {
+        k: cfg[k]
+        for k in _SAID
+        if cfg.get(k) is not None
+    }, file
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-source
 def _timm_source(name, weights):
     "(arguments, settings, file, notes) for weights that are a file, a folder or an address"
     if Path(weights).is_file():
-        return {}, {}, Path(weights), [f"preprocessing assumed to be timm's for {name}: a file of weights says nothing of it"]
+        return {}, {}, Path(weights), [
+            f"preprocessing assumed to be timm's for {name}: a file of weights says nothing of it"
+        ]
     if not Path(weights).is_dir() and '/' not in str(weights):
-        raise ValueError(f"weights {str(weights)!r} are neither 'pretrained', 'random', a file, a folder with config.json nor an address such as 'hf-hub:timm/...': give one of them")
-    arch, args, said, file = _timm_folder(weights if Path(weights).is_dir() else hub_folder(str(weights), TIMM_WEIGHTS))
-    if arch != name.split('.')[0]: raise ValueError(f"{weights} holds a {arch!r}, asked for was {name!r}: give the one or the other")
+        raise ValueError(
+            f"weights {str(weights)!r} are neither 'pretrained', 'random', a file, a folder with config.json nor an address such as 'hf-hub:timm/...': give one of them"
+        )
+    arch, args, said, file = _timm_folder(
+        weights if Path(weights).is_dir() else hub_folder(str(weights), TIMM_WEIGHTS))
+    if arch != name.split('.')[0]:
+        raise ValueError(f"{weights} holds a {arch!r}, asked for was {name!r}: give the one or the other")
     return args, said, file, []
 
 # %% ../nbs/03_finetune_vit.ipynb #without-classifier
@@ -52,67 +74,90 @@ def _without_classifier(state, known):
 
 # %% ../nbs/03_finetune_vit.ipynb #build-backbone
 def build_backbone(
-    name:str,           # of a timm model, with or without its tag
-    weights,            # a file, a folder in timm's format, 'hf-hub:org/repo', 'org/repo' in the cache, 'pretrained' (timm's hub), or 'random'
-    img_size:int|None=None, # another than the model's own
-    **kw,               # to timm.create_model: the sizes of a smaller variant, drop_path_rate ...
-):                      # (network without a classifier, its `Preprocess`); network.origin: weights, file, sha256, notes
+    name: str,  # of a timm model, with or without its tag
+    weights,  # a file, a folder in timm's format, 'hf-hub:org/repo', 'org/repo' in the cache, 'pretrained' (timm's hub), or 'random'
+    img_size: int | None = None,  # another than the model's own
+    **kw,  # to timm.create_model: the sizes of a smaller variant, drop_path_rate ...
+):  # (network without a classifier, its `Preprocess`); network.origin: weights, file, sha256, notes
     "A timm backbone with weights whose origin has been said, and the preprocessing that belongs to them"
     import timm
     if not timm.is_model(name):
         near = timm.list_models(f'*{name[:5]}*')[:5]
         raise ValueError(f'{name!r} is no timm model; near: {near}; all: timm.list_models()')
-    args, said, file, notes = ({}, {}, None, []) if weights in ('pretrained', 'random') else _timm_source(name, weights)
+    args, said, file, notes = ({}, {}, None, []) if weights in ('pretrained',
+                                                                'random') else _timm_source(name, weights)
     known, kw = timm.models.get_pretrained_cfg(name), args | kw
-    if img_size and known and known.fixed_input_size: kw['img_size'] = img_size         # a ViT is built for one size
-    if file and file.suffix != '.safetensors': read_tensors(file)              # refused in our words
-    if file: said = said | dict(state_dict=_without_classifier(timm.models.load_state_dict(str(file), weights_only=True), known), num_classes=0)
+    if img_size and known and known.fixed_input_size:
+        kw['img_size'] = img_size  # a ViT is built for one size
+    if file and file.suffix != '.safetensors':
+        read_tensors(file)  # refused in our words
+    if file:
+        said = said | dict(
+            state_dict=_without_classifier(timm.models.load_state_dict(str(file), weights_only=True), known),
+            num_classes=0)
     whole = {} if weights == 'pretrained' else dict(num_classes=0)
-    try: net = timm.create_model(name, pretrained=weights != 'random', pretrained_cfg_overlay=said or None, **whole, **kw)
+    try:
+        net = timm.create_model(name, pretrained=weights != 'random', pretrained_cfg_overlay=said or None,
+                                **whole, **kw)
     except (RuntimeError, KeyError, OSError) as e:
-        if weights == 'random': raise
-        raise ValueError(f"no weights for {name!r} from {str(file or weights)!r}: {' '.join(str(e).split())[:400]}: give weights of this very architecture") from e
+        if weights == 'random':
+            raise
+        raise ValueError(
+            f"no weights for {name!r} from {str(file or weights)!r}: {' '.join(str(e).split())[:400]}: give weights of this very architecture"
+        ) from e
     net.reset_classifier(0)
     net.pretrained_cfg['state_dict'] = None
     cfg = timm.data.resolve_model_data_config(net)
-    if img_size: cfg['input_size'] = (3, img_size, img_size)
-    for note in notes: warnings.warn(note, stacklevel=2)
-    net.origin = dict(weights=str(weights), file=file and str(file), sha256=file and sha256(file), notes=notes)
+    if img_size:
+        cfg['input_size'] = (3, img_size, img_size)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    net.origin = dict(weights=str(weights), file=file and str(file), sha256=file and sha256(file),
+                      notes=notes)
     return net, Preprocess.from_timm(cfg)
 
 # %% ../nbs/03_finetune_vit.ipynb #backbone-from
 def backbone_from(
-    folder,             # written by `save_weights` (its config.json holds `tower` and `preprocess`), or in timm's format (`architecture`)
-):                      # (network without a classifier, its `Preprocess`, the tower's name and arguments)
+    folder,  # written by `save_weights` (its config.json holds `tower` and `preprocess`), or in timm's format (`architecture`)
+):  # (network without a classifier, its `Preprocess`, the tower's name and arguments)
     "A backbone whose folder says how it is built"
     folder = cached_snapshot(folder)
     config = read_json(folder/'config.json')
     if 'tower' not in config:
         name, args, *_ = _timm_folder(folder)
-        return *build_backbone(name, folder), dict(name=name, kw={k: v for k, v in args.items() if k != 'img_size'})   # the size is the pictures'
+        return *build_backbone(name, folder), dict(name=name,
+                                                   kw={k: v
+                                                       for k, v in args.items()
+                                                       if k != 'img_size'})  # the size is the pictures'
     tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
     net, _ = build_backbone(tower['name'], 'random', prep.size, **tower['kw'])
-    net.origin = dict(weights=str(folder), file=str(folder/'model.safetensors'), sha256=config['weights_sha256'], notes=[])
+    net.origin = dict(weights=str(folder), file=str(folder/'model.safetensors'),
+                      sha256=config['weights_sha256'], notes=[])
     return load_weights(net, folder), prep, tower
 
 # %% ../nbs/03_finetune_vit.ipynb #vit-regressor
 class VitRegressor(Regressor):
     "Any timm backbone with a 384-d head"
     kind = 'vit_regressor'
-    def __init__(self,
-        name:str='vit_large_patch16_384', # of a timm model; not asked for where `weights` is a folder
-        weights='pretrained',             # 'pretrained', a .safetensors file, a folder (see `backbone_from`), or 'random'
-        img_size:int|None=None,           # another than the model's own
-        seed:int=0,                       # of random weights
-        device=None,
-        head:str='linear',                # one of HEADS
-        **kw,                             # to timm.create_model
+
+    def __init__(
+            self,
+            name: str = 'vit_large_patch16_384',  # of a timm model; not asked for where `weights` is a folder
+            weights='pretrained',  # 'pretrained', a .safetensors file, a folder (see `backbone_from`), or 'random'
+            img_size: int | None = None,  # another than the model's own
+            seed: int = 0,  # of random weights
+            device=None,
+            head: str = 'linear',  # one of HEADS
+            **kw,  # to timm.create_model
     ):
         import torch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if Path(weights).is_dir(): body, prep, self.tower = backbone_from(weights)
-            else: (body, prep), self.tower = build_backbone(name, weights, img_size, **kw), dict(name=name, kw=kw)
+            if Path(weights).is_dir():
+                body, prep, self.tower = backbone_from(weights)
+            else:
+                (body, prep), self.tower = build_backbone(name, weights, img_size,
+                                                          **kw), dict(name=name, kw=kw)
             net = ImageRegressor(body, body.num_features, head=head)
         super().__init__(net, prep, device)
 
@@ -124,7 +169,8 @@ class VitRegressor(Regressor):
         with right_shape(file):
             self.tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
             check_timm_args(self.tower['kw'], file)
-            body, _ = build_backbone(self.tower['name'], 'random', prep.size, **self.tower['kw'])     # the file's weights follow
+            body, _ = build_backbone(self.tower['name'], 'random', prep.size,
+                                     **self.tower['kw'])  # the file's weights follow
             net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
             Regressor.__init__(self, load_weights(net, folder), prep, device)
             self.history, self.probe_scores = config['history'], config['probe_scores']
@@ -132,53 +178,60 @@ class VitRegressor(Regressor):
 
 # %% ../nbs/03_finetune_vit.ipynb #scratch-recipe
 def scratch_recipe(
-    epochs:int=8, lr:float=3e-3, bs:int=64, **kw, # kw: other fields of `Recipe`
+        epochs: int = 8,
+        lr: float = 3e-3,
+        bs: int = 64,
+        **kw,  # kw: other fields of `Recipe`
 ) -> Recipe:
     "For a tower with random weights: everything open from the start, no probe"
-    return Recipe(lr=lr, bs=bs, timetable=((None, epochs),), layer_decay=1., probe=False, **kw)
-
-# %% ../nbs/03_finetune_vit.ipynb #presets-imports
-from .encoders import ClipEncoder, shipped
-from .finetune_clip import ClipRegressor
+    return Recipe(lr=lr, bs=bs, unfreezing=((None, epochs), ), layer_decay=1., probe=False, **kw)
 
 # %% ../nbs/03_finetune_vit.ipynb #presets
 _L = dict(clip=('ViT-L-14-quickgelu', 'openai'), vit=('vit_large_patch16_384', 'pretrained'))
 FINETUNE = dict(
-    playground=dict(recipe=Recipe(lr=1e-3, timetable=((1, 1), (3, 1), (None, 4)), layer_decay=0.8), clip=None, vit=None),
-    original=dict(recipe=Recipe(), **_L),
-    full=dict(recipe=Recipe(ema=0.999, augment=('shift', 'light'), accumulate=2, grad_checkpoint=True), **_L))
+    playground=dict(recipe=Recipe(lr=1e-3, unfreezing=((1, 1), (3, 1), (None, 4)), layer_decay=0.8), clip=None,
+                    vit=None), original=dict(recipe=Recipe(), **_L),
+    full=dict(recipe=Recipe(ema_decay=0.999, augment=('shift', 'light'), accumulate=2, grad_checkpoint=True), **_L))
 
 def make_regressor(
-    kind:str,               # 'clip' or 'vit'
-    preset:str='playground',# one of FINETUNE
-    model:str|None=None,    # another than the preset's: a CLIP's folder or name, a timm model's name
-    weights:str|None=None,  # a CLIP's tag or file; for timm 'pretrained', a file or a folder
-    head:str='linear',      # one of sdip.finetune_clip.HEADS
+    kind: str,  # 'clip' or 'vit'
+    preset: str = 'playground',  # one of FINETUNE
+    model: str | None = None,  # another than the preset's: a CLIP's folder or name, a timm model's name
+    weights: str | None = None,  # a CLIP's tag or file; for timm 'pretrained', a file or a folder
+    head: str = 'linear',  # one of sdip.finetune_clip.HEADS
     device=None,
 ) -> Regressor:
     "The regressor that a preset names, or one of another model"
-    if kind not in ('clip', 'vit'): raise ValueError(f"kind {kind!r} is unknown, known are clip and vit")
-    if preset not in FINETUNE: raise ValueError(f"preset {preset!r} is unknown, known are {', '.join(FINETUNE)}")
+    if kind not in ('clip', 'vit'):
+        raise ValueError(f"kind {kind!r} is unknown, known are clip and vit")
+    if preset not in FINETUNE:
+        raise ValueError(f"preset {preset!r} is unknown, known are {', '.join(FINETUNE)}")
     named = FINETUNE[preset][kind]
     if model or weights or named:
         model, weights = (model, weights) if model or weights else named
-        if kind == 'clip': return ClipRegressor(ClipEncoder(model, weights, device=device), device, head)
+        if kind == 'clip':
+            return ClipRegressor(ClipEncoder(model, weights, device=device), device, head)
         return VitRegressor(model or '', weights or 'pretrained', device=device, head=head)
     with shipped('base_clip' if kind == 'clip' else 'vit') as folder:
-        return ClipRegressor(ClipEncoder(folder, device=device), device, head) if kind == 'clip' else VitRegressor(weights=folder, device=device, head=head)
+        return ClipRegressor(ClipEncoder(folder, device=device),
+                             device, head) if kind == 'clip' else VitRegressor(
+                                 weights=folder, device=device, head=head)
 
 # %% ../nbs/03_finetune_vit.ipynb #changed
 def changed(
-    recipe:Recipe,
-    changes:list, # of 'field=value', as a shell gives them
+        recipe: Recipe,
+        changes: list,  # of 'field=value', as a shell gives them
 ) -> Recipe:
     "A recipe with some of its fields set"
     import ast
     from dataclasses import asdict, replace
     for change in changes or []:
         name, _, value = change.partition('=')
-        if name not in asdict(recipe): raise ValueError(f"{name!r} is no field of the recipe, known are {', '.join(asdict(recipe))}")
-        try: value = ast.literal_eval(value)
-        except (ValueError, SyntaxError): pass                                # a word: schedule=flat
+        if name not in asdict(recipe):
+            raise ValueError(f"{name!r} is no field of the recipe, known are {', '.join(asdict(recipe))}")
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a word: schedule=flat
         recipe = replace(recipe, **{name: value})
     return recipe

@@ -11,26 +11,34 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from .data import read_json, sha256
+from .core import read_json, sha256
 
 # %% ../nbs/00_lock.ipynb #process
 LOCK = '.sdip-lock'
 
 def _boot():
     "What all processes of this machine share until it is started anew; '' where the system does not say"
-    try: return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-    except OSError: return ''
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    except OSError:
+        return ''
 
 def _started(pid):
     "When a process was started, in the kernel's ticks; '' where that is not known; None: it is gone"
-    if os.name != 'posix': return ''
+    if os.name != 'posix':
+        return ''
     if Path('/proc/self/stat').exists():
-        try: state, *fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-        except OSError: return None
-        return None if state == 'Z' else fields[18]                     # field 22 of proc(5)
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return None
-    except PermissionError: pass
+        try:
+            state, *fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        except OSError:
+            return None
+        return None if state == 'Z' else fields[18]  # field 22 of proc(5)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
     return ''
 
 # %% ../nbs/00_lock.ipynb #judge
@@ -43,14 +51,18 @@ def _me(what):
 def _is_dead(
     said,  # content of a lock file
     free,  # was the kernel's lock on it free? None: this disk has none
-):         # True, False, or None: it cannot be known here
+):  # True, False, or None: it cannot be known here
     "Has the process gone that wrote a lock file?"
-    if free is False: return False
+    if free is False:
+        return False
     boot, here = said.get('boot'), _boot()
     ours = said.get('host') == socket.gethostname() and not said['host'].startswith('localhost')
-    if boot and boot == here: return True if free else _started(said['pid']) != said['started']
-    if not ours: return None
-    if free or (boot and here): return True               # the machine was started anew since
+    if boot and boot == here:
+        return True if free else _started(said['pid']) != said['started']
+    if not ours:
+        return None
+    if free or (boot and here):
+        return True  # the machine was started anew since
     return _started(said['pid']) is None
 
 # %% ../nbs/00_lock.ipynb #kernel-lock
@@ -59,43 +71,57 @@ def _flock(fd):
     try:
         import fcntl
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except (ImportError, OSError): return None
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
     return True
 
-def _beside(file): return file.with_name(f'.tmp-{uuid.uuid4().hex[:12]}-{file.name}')
+def _beside(file):
+    return file.with_name(f'.tmp-{uuid.uuid4().hex[:12]}-{file.name}')
 
-def _create(file, text, instead=False): # instead: of the file that stands there
+def _create(file, text, instead=False):  # instead: of the file that stands there
     "Make the lock file, complete, unless there is one: its descriptor, or None"
     tmp, flags = _beside(file), os.O_CREAT | os.O_EXCL | os.O_RDWR
-    try: fd = os.open(tmp, flags, 0o644)
-    except FileNotFoundError:                             # an owner who wrote nothing has removed the folder
+    try:
+        fd = os.open(tmp, flags, 0o644)
+    except FileNotFoundError:  # an owner who wrote nothing has removed the folder
         return file.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.write(fd, text)
         _flock(fd)
-        try: os.replace(tmp, file) if instead else os.link(tmp, file)
-        except FileExistsError: os.close(fd); return
-        except OSError:                                                 # no links on this disk
+        try:
+            os.replace(tmp, file) if instead else os.link(tmp, file)
+        except FileExistsError:
             os.close(fd)
-            try: fd = os.open(file, flags, 0o644)
-            except FileExistsError: return
+            return
+        except OSError:  # no links on this disk
+            os.close(fd)
+            try:
+                fd = os.open(file, flags, 0o644)
+            except FileExistsError:
+                return
             os.write(fd, text)
             _flock(fd)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return fd
 
 # %% ../nbs/00_lock.ipynb #take
 def _refuse(file, said, dead):
     who, remedy = 'nobody is named', 'wait for its end, stop it, or choose another folder'
-    if said: who = f'{said["what"]}, process {said["pid"]} on {said["host"]} since {said["since"]}'
-    if dead is None: remedy = f'whether it still runs cannot be known here; once it has ended, delete {file}'
+    if said:
+        who = f'{said["what"]}, process {said["pid"]} on {said["host"]} since {said["since"]}'
+    if dead is None:
+        remedy = f'whether it still runs cannot be known here; once it has ended, delete {file}'
     raise ValueError(f'{file.parent} is in use ({who}), expected one run at a time in a folder: {remedy}')
 
 def _said(fd):
     "Content of a lock file, {} where it cannot be understood"
-    try: said = json.loads(os.pread(fd, 4096, 0))
-    except (ValueError, RecursionError): return {}
+    try:
+        said = json.loads(os.pread(fd, 4096, 0))
+    except (ValueError, RecursionError):
+        return {}
     return said if isinstance(said, dict) and said.keys() == _me('').keys() else {}
 
 def _take(file, what):
@@ -103,20 +129,30 @@ def _take(file, what):
     text, died = json.dumps(_me(what)).encode(), None
     while (fd := _create(file, text)) is None:
         if file.is_symlink() or (file.exists() and not file.is_file()):
-            raise ValueError(f'{file} is no file, so it is no lock of ours: remove it, or choose another folder')
-        try: fd = os.open(file, os.O_RDWR)
-        except FileNotFoundError: continue                              # let go just now
+            raise ValueError(
+                f'{file} is no file, so it is no lock of ours: remove it, or choose another folder')
+        try:
+            fd = os.open(file, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # let go just now
         free, said = _flock(fd), _said(fd)
-        try: there = os.path.samestat(os.fstat(fd), os.stat(file))
-        except FileNotFoundError: there = False
+        try:
+            there = os.path.samestat(os.fstat(fd), os.stat(file))
+        except FileNotFoundError:
+            there = False
         dead = there and _is_dead(said, free)
         if dead:
             died = os.fstat(fd).st_mtime
-            if free: new = _create(file, text, instead=True)   # nobody else can: we hold the old one
-            else: os.replace(file, gone := _beside(file)); gone.unlink()
+            if free:
+                new = _create(file, text, instead=True)  # nobody else can: we hold the old one
+            else:
+                os.replace(file, gone := _beside(file))
+                gone.unlink()
         os.close(fd)
-        if dead and free: return new, died
-        if there and not dead: _refuse(file, said, dead)
+        if dead and free:
+            return new, died
+        if there and not dead:
+            _refuse(file, said, dead)
     return fd, died
 
 # %% ../nbs/00_lock.ipynb #sweep
@@ -124,66 +160,79 @@ _TEMPORARY = re.compile(r'\.tmp-[0-9a-f]{12}-.')
 
 def _sweep(folder, since):
     "Remove what a run was writing that began at `since` and is dead"
-    for at, below, names in os.walk(folder):                            # does not follow links
-        if LOCK in names and Path(at) != folder: below.clear(); continue
+    for at, below, names in os.walk(folder):  # does not follow links
+        if LOCK in names and Path(at) != folder:
+            below.clear()
+            continue
         for file in (Path(at)/n for n in names if _TEMPORARY.match(n)):
             with suppress(FileNotFoundError):
                 plain = file.is_file() and not file.is_symlink()
-                if plain and file.stat().st_mtime > since - 2: file.unlink()    # disks round times
+                if plain and file.stat().st_mtime > since - 2:
+                    file.unlink()  # disks round times
 
 # %% ../nbs/00_lock.ipynb #folder-lock
 @contextmanager
 def folder_lock(
-    folder,   # made if missing
-    what:str, # who asks, such as 'sdip_run': the other one reads it
-):            # to be used by `with`
+        folder,  # made if missing
+        what: str,  # who asks, such as 'sdip_run': the other one reads it
+):  # to be used by `with`
     "Have a folder to ourselves; ValueError says who has it. What a killed owner was writing is removed"
     folder, fd, me = Path(folder), None, os.getpid()
-    made = [p for p in (folder, *folder.parents) if not p.exists()]     # the deepest first
-    if not made and not folder.is_dir(): raise ValueError(f'{folder} is a file, not a folder: name another')
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise type(e)(e.errno, f'cannot make {folder} ({e.strerror}): name another') from e
-    file, died = folder/LOCK, None
-    try: fd, died = _take(file, what)
+    made = [p for p in (folder, *folder.parents) if not p.exists()]  # the deepest first
+    if not made and not folder.is_dir():
+        raise ValueError(f'{folder} is a file, not a folder: name another')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM): raise
-    if died is not None: _sweep(folder, died)
-    try: yield
+        raise type(e)(e.errno, f'cannot make {folder} ({e.strerror}): name another') from e
+    file, died = folder/LOCK, None
+    try:
+        fd, died = _take(file, what)
+    except OSError as e:
+        if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    if died is not None:
+        _sweep(folder, died)
+    try:
+        yield
     finally:
-        if fd is not None and os.getpid() == me:                        # a forked child leaves it alone
+        if fd is not None and os.getpid() == me:  # a forked child leaves it alone
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(file)): file.unlink()
+                if os.path.samestat(os.fstat(fd), os.stat(file)):
+                    file.unlink()
             os.close(fd)
-            with suppress(OSError):                                     # nothing was written
-                for p in made: p.rmdir()
+            with suppress(OSError):  # nothing was written
+                for p in made:
+                    p.rmdir()
 
 # %% ../nbs/00_lock.ipynb #check-files
 def check_files(
-    folder,       # where they lie
-    digests:dict, # name relative to the folder -> SHA-256 of the file
-    remedy:str,   # what makes them anew
+        folder,  # where they lie
+        digests: dict,  # name relative to the folder -> SHA-256 of the file
+        remedy: str,  # what makes them anew
 ):
     "ValueError that names the first file that is missing, damaged or changed"
     for name, want in digests.items():
         file = Path(folder)/name
         got = sha256(file) if file.is_file() else None
-        if got is None: raise ValueError(f'{file} is missing, expected SHA-256 {want}: {remedy}')
+        if got is None:
+            raise ValueError(f'{file} is missing, expected SHA-256 {want}: {remedy}')
         if got != want:
             raise ValueError(f'{file} has SHA-256 {got}, expected {want}: damaged or changed; {remedy}')
 
 def file_digests(
-    folder, # where they lie
-    names,  # relative to the folder
+        folder,  # where they lie
+        names,  # relative to the folder
 ) -> dict:  # name -> SHA-256, in the order of the names
     "What `check_files` asks for"
     return {n: sha256(Path(folder)/n) for n in sorted(names)}
 
 # %% ../nbs/00_lock.ipynb #read-fields
 def read_fields(
-    file,           # JSON
-    remedy:str,     # what makes it anew
-    **kinds,        # name -> type that must be there; `dict|None` may be missing
-) -> dict:          # the whole content
+        file,  # JSON
+        remedy: str,  # what makes it anew
+        **kinds,  # name -> type that must be there; `dict|None` may be missing
+) -> dict:  # the whole content
     "A JSON dict whose fields have the expected types; ValueError names the file, the field, its value"
     said = read_json(file)
     if not isinstance(said, dict):

@@ -14,30 +14,33 @@ class Html(str):
     "Markup that our own code has made: not to be escaped"
 
 def markup(
-    v, # `Html` stays as it is; of anything else the text is meant
-)->Html:
+        v,  # `Html` stays as it is; of anything else the text is meant
+) -> Html:
     "A value as it may stand between two tags, or between quotes in one"
     return v if isinstance(v, Html) else Html(escape(str(v)))
 
 # %% ../nbs/00_page.ipynb #html-table
 def html_table(
-    head,        # names of the columns
-    rows,        # of values, as many as columns each; `Html` for markup of our own
-    kind:str='', # class of the <div> around the table
-    style:str='', # CSS of every cell, for a notebook's own style sheet to give way
-)->Html:
+        head,  # names of the columns
+        rows,  # of values, as many as columns each; `Html` for markup of our own
+        kind: str = '',  # class of the <div> around the table
+        style: str = '',  # CSS of every cell, for a notebook's own style sheet to give way
+) -> Html:
     "A table; numbers have the class n, a wide one can be scrolled"
     look = f' style="{markup(style)}"' if style else ''
-    def cell(v): return f'<td{" class=n" if isinstance(v, (int, float)) else ""}{look}>{markup(v)}</td>'
+
+    def cell(v):
+        return f'<td{" class=n" if isinstance(v, (int, float)) else ""}{look}>{markup(v)}</td>'
+
     names = ''.join(f'<th>{markup(h)}</th>' for h in head)
     lines = ''.join(f'<tr>{"".join(map(cell, row))}</tr>' for row in rows)
     return Html(f'<div class="{markup(f"wide {kind}".strip())}"><table><tr>{names}</tr>{lines}</table></div>')
 
 def html_page(
-    title, # text
-    body:Html, # markup
-    style:str='', # CSS
-)->str: # a page that needs no other file
+        title,  # text
+        body: Html,  # markup
+        style: str = '',  # CSS
+) -> str:  # a page that needs no other file
     "A whole page"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     return (f'<!doctype html><html lang="en"><head>{head}<title>{markup(title)}</title>'
@@ -50,14 +53,18 @@ HOSTILE = ('<i x><img src=x onerror=alert(1)></i><script>alert(2)</script> a cat
            '&lt;script&gt;alert(6)&lt;/script&gt; <a href=javascript:alert(7)>a hen</a>')
 
 def foreign_markup(
-    page:str, # HTML
-)->list: # (tag, name of the attribute or '') that none of our pages has
+        page: str,  # HTML
+) -> list:  # (tag, name of the attribute or '') that none of our pages has
     "What `HOSTILE` has made of a page; [] is wanted"
     found = []
+
     class Parser(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            if tag in 'script iframe object embed form a link base video'.split(): found.append((tag, ''))
+            if tag in 'script iframe object embed form a link base video'.split():
+                found.append((tag, ''))
             found.extend((tag, k) for k, v in attrs if k[:2] == 'on' or k == 'href' or (k, v) == ('src', 'x'))
-            if tag == 'svg' and not dict(attrs).get('viewbox'): found.append((tag, ''))
+            if tag == 'svg' and not dict(attrs).get('viewbox'):
+                found.append((tag, ''))
+
     Parser().feed(page)
     return found

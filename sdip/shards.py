@@ -21,13 +21,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .data import IMAGE_EXTS, _some, path_text, read_json, sha256, write_json
-from .metadata import _text_prompt
-from .tables import decode_text
+from .data import IMAGE_EXTS
+from .core import first_few
+from .core import path_text, read_json, sha256, write_json
+from .metadata import text_prompt
+from .delimited import decode_text
 
 # %% ../nbs/00a_shards.ipynb #tar-names
 TAR_EXTS = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
-_LARGEST = dict(image=1 << 28, text=1 << 24) # bytes of one member
+_LARGEST = dict(image=1 << 28, text=1 << 24)  # bytes of one member
 
 def _tar_stem(tar):
     "A tar's name without its ending"
@@ -37,20 +39,29 @@ def _tar_stem(tar):
 def _member_key(name):
     "(key, ending) of a member: webdataset's first dot, or the last one where that makes no known ending"
     parts = ['%2E%2E' if p == '..' else p for p in name.split('/') if p not in ('', '.')]
-    if name[:1] == '/': parts[:0] = ['%2F']                     # a path out of the tar is of no sample in it
-    if not parts or parts[-1][0] == '.': return None, ''
+    if name[:1] == '/':
+        parts[:0] = ['%2F']  # a path out of the tar is of no sample in it
+    if not parts or parts[-1][0] == '.':
+        return None, ''
     known = (*IMAGE_EXTS, '.txt', '.caption', '.json')
     stem, _, ext = parts[-1].partition('.')
-    if f'.{ext.lower()}' not in known: stem, _, ext = parts[-1].rpartition('.')
+    if f'.{ext.lower()}' not in known:
+        stem, _, ext = parts[-1].rpartition('.')
     ext = f'.{ext.lower()}'
     return ('/'.join([*parts[:-1], stem]), ext) if stem and ext in known else (None, '')
 
 # %% ../nbs/00a_shards.ipynb #read-tar
-class _CutShort(Exception): "The tar ends before its end"
+class _CutShort(Exception):
+    "The tar ends before its end"
 
 _BROKEN = tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile
-_NO_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, # not here, or not beside others
-            errno.EINVAL, errno.EILSEQ)
+_NO_NAME = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,  # not here, or not beside others
+    errno.EINVAL,
+    errno.EILSEQ)
 
 def _tar_members(tar, passed):
     "(key, ending, bytes) of each picture and text; names that are passed over go into `passed`"
@@ -58,32 +69,42 @@ def _tar_members(tar, passed):
         with tarfile.open(tar, 'r:*') as t:
             for m in t:
                 key, ext = _member_key(m.name)
-                if key is None or not (m.isfile() or m.issparse()): continue
+                if key is None or not (m.isfile() or m.issparse()):
+                    continue
                 large = m.size > _LARGEST['image' if ext in IMAGE_EXTS else 'text']
-                if large or m.issparse(): passed.append(f'{m.name[:99]} ({m.size:,} bytes)')
-                else: yield key, ext, t.extractfile(m).read()
-    except (*_BROKEN, OSError) as e: raise _CutShort(e) from e
+                if large or m.issparse():
+                    passed.append(f'{m.name[:99]} ({m.size:,} bytes)')
+                else:
+                    yield key, ext, t.extractfile(m).read()
+    except (*_BROKEN, OSError) as e:
+        raise _CutShort(e) from e
     if tar.suffix.lower() == '.tar':
         with open(tar, 'rb') as f:
             f.seek(-min(1024, tar.stat().st_size), 2)
-            if f.read().strip(b'\0'): raise _CutShort('it lacks the end mark')
+            if f.read().strip(b'\0'):
+                raise _CutShort('it lacks the end mark')
 
 def _caption(data):
     "The caption in a sample's JSON; '' where there is none"
-    try: d = json.loads(data)
-    except (ValueError, RecursionError): return ''
-    if not isinstance(d, dict): return ''
+    try:
+        d = json.loads(data)
+    except (ValueError, RecursionError):
+        return ''
+    if not isinstance(d, dict):
+        return ''
     said = (_said_prompt(d[k]) for k in ('caption', 'prompt', 'text') if isinstance(d.get(k), str))
     return next(filter(None, said), '')
 
 # %% ../nbs/00a_shards.ipynb #read-tar-2
 def _said_prompt(text):
     "The prompt in a text, without settings and negative prompt"
-    return _text_prompt(text.lstrip('\ufeff').strip(), 'tar').text
+    return text_prompt(text.lstrip('\ufeff').strip(), 'tar').text
 
 def _member_text(data, name):
-    try: return _said_prompt(decode_text(data, name)[0])
-    except ValueError: return ''
+    try:
+        return _said_prompt(decode_text(data, name)[0])
+    except ValueError:
+        return ''
 
 def _read_members(tar, tmp):
     "Pictures into `tmp`; {key: {image, txt, caption}}, what cut it short, what was passed over"
@@ -91,42 +112,59 @@ def _read_members(tar, tmp):
     try:
         for key, ext, data in _tar_members(tar, passed):
             row, name = rows.setdefault(key, {}), f'{key}{ext}'
-            if name in seen: passed.append(f'{name[:99]} (there twice: the last one counts)')
+            if name in seen:
+                passed.append(f'{name[:99]} (there twice: the last one counts)')
             seen.add(name)
-            if ext == '.json': row['caption'] = _caption(data)
-            elif ext not in IMAGE_EXTS: row['txt'] = _member_text(data, f'{tar}: {name}')
-            elif row.get('image', name) != name: passed.append(f'{name[:99]} (a second picture of {key})')
-            elif why := _write_member(data, tmp, name): passed.append(f'{name[:99]} ({why})')
-            else: row['image'] = name
-    except (_CutShort, *_BROKEN) as e: return rows, str(e) or type(e).__name__, passed
+            if ext == '.json':
+                row['caption'] = _caption(data)
+            elif ext not in IMAGE_EXTS:
+                row['txt'] = _member_text(data, f'{tar}: {name}')
+            elif row.get('image', name) != name:
+                passed.append(f'{name[:99]} (a second picture of {key})')
+            elif why := _write_member(data, tmp, name):
+                passed.append(f'{name[:99]} ({why})')
+            else:
+                row['image'] = name
+    except (_CutShort, *_BROKEN) as e:
+        return rows, str(e) or type(e).__name__, passed
     return rows, '', passed
 
 def _write_member(data, folder, name):
     "Write a picture; '' or why this disk cannot hold its name"
-    if name.startswith('_tar.json/'): return 'a name of our own'
-    if '\0' in name: return 'no name that a file can have'
+    if name.startswith('_tar.json/'):
+        return 'a name of our own'
+    if '\0' in name:
+        return 'no name that a file can have'
     try:
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_bytes(data)
     except OSError as e:
-        if e.errno not in _NO_NAME: raise
+        if e.errno not in _NO_NAME:
+            raise
         return e.strerror
     return ''
 
 # %% ../nbs/00a_shards.ipynb #tar-note
 def _tar_note(folder):
     "Our note in a folder, None where it is not ours or no longer whole"
-    if not (folder/'_tar.json').is_file(): return None
-    try: note = read_json(folder/'_tar.json')
-    except ValueError: return None
-    if not isinstance(note, dict) or not isinstance(rows := note.get('rows'), dict): return None
-    if not isinstance(note.get('cut'), str) or not _strings(note.get('passed')): return None
-    if not all(isinstance(r, dict) and _strings([*r.values()]) for r in rows.values()): return None
+    if not (folder/'_tar.json').is_file():
+        return None
+    try:
+        note = read_json(folder/'_tar.json')
+    except ValueError:
+        return None
+    if not isinstance(note, dict) or not isinstance(rows := note.get('rows'), dict):
+        return None
+    if not isinstance(note.get('cut'), str) or not _strings(note.get('passed')):
+        return None
+    if not all(isinstance(r, dict) and _strings([*r.values()]) for r in rows.values()):
+        return None
     inside = os.path.realpath(folder) + os.sep
     images = [r['image'] for r in rows.values() if 'image' in r]
     return note if all(os.path.realpath(folder/i).startswith(inside) for i in images) else None
 
-def _strings(values): return isinstance(values, list) and all(isinstance(v, str) for v in values)
+def _strings(values):
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
 
 def _only_ours(folder, note):
     "Does a folder hold nothing but what its note lists?"
@@ -145,14 +183,17 @@ def _unpacked(tar, home):
     folder = home/f'{stem}.unpacked'
     note = _tar_note(folder)
     whole = note and all((folder/r['image']).is_file() for r in note['rows'].values() if 'image' in r)
-    if whole and {k: note.get(k) for k in here} == here: return folder, note
+    if whole and {k: note.get(k) for k in here} == here:
+        return folder, note
     digest = sha256(tar)
-    if whole and note.get('sha256') == digest: return folder, _renewed(folder, note, here)
+    if whole and note.get('sha256') == digest:
+        return folder, _renewed(folder, note, here)
     ours = note and note.get('tar', here['tar']) == here['tar'] and _only_ours(folder, note)
     if os.path.lexists(folder) and not ours:
-        folder = home/f'{stem}-{digest[:8]}.unpacked'        # somebody else's, or of another tar of that name
+        folder = home/f'{stem}-{digest[:8]}.unpacked'  # somebody else's, or of another tar of that name
         note = _tar_note(folder)
-        if note and note.get('sha256') == digest: return folder, note
+        if note and note.get('sha256') == digest:
+            return folder, note
         if os.path.lexists(folder):
             raise ValueError(f"{folder} is in the way, and this program did not make it: move it, or name "
                              f"another folder with unpack=")
@@ -161,24 +202,30 @@ def _unpacked(tar, home):
 # %% ../nbs/00a_shards.ipynb #unpack-tar-2
 def _renewed(folder, note, here):
     "The note with a tar's new times, so that it is not read again to tell that it is the same"
-    if note.get('tar') != here['tar']: return note                          # another tar of the same content
-    try: write_json(note := note | here, folder/'_tar.json')
-    except OSError: pass                                                    # a folder that is read only
+    if note.get('tar') != here['tar']:
+        return note  # another tar of the same content
+    try:
+        write_json(note := note | here, folder/'_tar.json')
+    except OSError:
+        pass  # a folder that is read only
     return note
 
 def _unpack_into(folder, tar, note):
     "Unpack beside the folder, then move in"
     tmp = folder.parent/f'.tmp-{uuid.uuid4().hex[:12]}-{folder.name}'
-    try: tmp.mkdir(parents=True)
+    try:
+        tmp.mkdir(parents=True)
     except OSError as e:
         raise type(e)(e.errno, f"cannot unpack {tar} into {folder.parent} ({e.strerror}): "
-                               f"name a folder that can be written with unpack=") from e
+                      f"name a folder that can be written with unpack=") from e
     try:
         rows, cut, passed = _read_members(tar, tmp)
         write_json(note := note | dict(cut=cut, passed=passed, rows=rows), tmp/'_tar.json')
-        if folder.exists(): shutil.rmtree(folder)                # ours, of the same tar before it changed
+        if folder.exists():
+            shutil.rmtree(folder)  # ours, of the same tar before it changed
         os.replace(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return note
 
 # %% ../nbs/00a_shards.ipynb #sample-ids
@@ -186,7 +233,8 @@ def _labels(tars):
     "A name for each tar: stems where they differ, else whole names, with folders, with numbers"
     for short in (_tar_stem, lambda t: t.name, lambda t: f'{t.absolute().parent.name}_{t.name}'):
         labels = [short(t) for t in tars]
-        if len(set(labels)) == len(tars): return labels
+        if len(set(labels)) == len(tars):
+            return labels
     return [f'{label}-{i}' for i, label in enumerate(labels)]
 
 def _sample_ids(tars, keys):
@@ -197,31 +245,34 @@ def _sample_ids(tars, keys):
     labels = _labels(tars)
     for spell in short, full, sure:
         ids = [spell(_tar_stem(t), label, key) for t, label, of in zip(tars, labels, keys) for key in of]
-        if len(set(ids)) == len(ids): break
+        if len(set(ids)) == len(ids):
+            break
     return ids
 
 # %% ../nbs/00a_shards.ipynb #webdataset
 def tar_rows(
-    tars, # list of files
-    home, # folder in which each gets a folder of its own
-) -> dict: # id, image (relative to `home`; None where a sample has none), prompt (likewise): lists; source
+    tars,  # list of files
+    home,  # folder in which each gets a folder of its own
+) -> dict:  # id, image (relative to `home`; None where a sample has none), prompt (likewise): lists; source
     "Samples of many tars, unpacked now where they were not before; `ValueError` where there are none"
     keys, image, prompt = [], [], []
     tars = [*dict.fromkeys(map(Path, tars))]
     for tar in tqdm(tars, desc='tars', disable=None if len(tars) > 20 else True):
         folder, note = _unpacked(tar, Path(home))
         if note['cut']:
-            warnings.warn(f"{tar} is cut short ({note['cut']}): {len(note['rows'])} samples were read; "
-                          f"download it again for the others", stacklevel=5)
+            warnings.warn(
+                f"{tar} is cut short ({note['cut']}): {len(note['rows'])} samples were read; "
+                f"download it again for the others", stacklevel=5)
         if note['passed']:
-            warnings.warn(f"{tar}: {len(note['passed'])} members are sparse, too large, repeated or badly "
-                          f"named and are left out: {_some(note['passed'])}", stacklevel=5)
+            warnings.warn(
+                f"{tar}: {len(note['passed'])} members are sparse, too large, repeated or badly "
+                f"named and are left out: {first_few(note['passed'])}", stacklevel=5)
         keys.append(list(note['rows']))
         for row in note['rows'].values():
             image.append(path_text(f"{folder.name}/{row['image']}") if 'image' in row else None)
             prompt.append(row.get('txt') or row.get('caption'))
     if not any(keys):
-        raise ValueError(f"{_some(map(str, tars))} hold no samples, expected members such as 000000000.jpg "
+        raise ValueError(f"{first_few(map(str, tars))} hold no samples, expected members such as 000000000.jpg "
                          f"and 000000000.txt: look into one with tar -tf")
     ids = [path_text(i) for i in _sample_ids(tars, keys)]
     return dict(id=ids, image=image, prompt=prompt, source=path_text(tars[0].parent.name) or 'tars')

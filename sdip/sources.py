@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import time
-import unicodedata
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -19,178 +18,29 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from tqdm import tqdm
 
-from .data import (IMAGE_EXTS, PAIR_COLUMNS, _encodes, _some, atomic_path, check_pairs, find_images,
-                       hash_items, image_paths, path_text, relative_paths, sha256, text_path)
+from .core import atomic_path, first_few, hash_items, path_text, sha256, text_path
+from .data import IMAGE_EXTS, PAIR_COLUMNS, check_pairs, find_images, image_paths, relative_paths
+from .delimited import COLUMN_NAMES, decode_text
+from .tables import TABLE_EXTS, find_column, read_table, table_suffix, text_cells, to_numbers
+from .locate import assemble_pairs, Finder, ids_from_paths, number_captions
 from .metadata import prompts_report, read_prompt
 from .shards import TAR_EXTS, tar_rows
-from .tables import (COLUMN_NAMES, TABLE_EXTS, decode_text, find_column, read_table, table_suffix,
-                         text_cells, to_numbers)
-
-# %% ../nbs/00a_sources.ipynb #assemble
-def _has(values):
-    "Where there is a text"
-    return np.array([isinstance(v, str) and v.strip() != '' for v in values], bool)
-
-def _assemble(path, rows, lines=None):
-    "A pairs table out of columns with holes (None), the holes counted and named"
-    rows = pd.DataFrame(rows, dtype='object')
-    for c in 'id', 'image', 'prompt':                    # JSON can name half of a character, a table cannot
-        rows[c] = np.array([None if isinstance(v, str) and not _encodes(v) else v for v in rows[c]], object)
-    if lines is None: lines = range(1, len(rows) + 1)
-    rows['name'] = [i if isinstance(i, str) and i else f'line {line}' for i, line in zip(rows['id'], lines)]
-    for c, v in dict(split='', group=-1, weight=1.).items():
-        if c not in rows: rows[c] = v
-    for c, what in dict(image='no picture file', prompt='no prompt', id='no id').items():
-        bad = ~_has(rows[c])
-        if not bad.any(): continue
-        if bad.all():
-            hint = 'is this the right table?'
-            if c == 'image': hint += ' Paths are taken from its folder, --images names another'
-            raise ValueError(f"{path}: all {len(rows)} rows have {what} ({_some(rows['name'])}): {hint}")
-        warnings.warn(f"{path}: {bad.sum()} of {len(rows)} rows have {what} and are left out: "
-                      f"{_some(rows['name'][bad], 5)}", stacklevel=4)
-        rows = rows[~bad]
-    rows = rows.astype(dict(group=np.int64, weight=np.float64))
-    return check_pairs(rows[list(PAIR_COLUMNS)].reset_index(drop=True))
-
-# %% ../nbs/00a_sources.ipynb #ids-from-paths
-def _ids_from_paths(
-    images, # n paths as text, None where there is none; the same picture may occur again
-) -> list: # n ids: stems where they differ, else paths without ending, else paths
-    "The shortest names that tell pictures apart"
-    distinct = list(dict.fromkeys(i for i in images if i))
-    for short in (lambda p: Path(p).stem, lambda p: Path(p).with_suffix('').as_posix(), str):
-        ids = {p: short(p) for p in distinct}
-        if len(set(ids.values())) == len(ids): break
-    return [ids[i] if i else None for i in images]
-
-def _number_captions(ids, images):
-    "(ids, groups): rows of one picture are a group, and get numbers where one id would repeat"
-    count = pd.Series(images, dtype=object).value_counts()
-    if not (count > 1).any(): return ids, np.full(len(ids), -1)
-    groups = pd.factorize(np.array([i or '' for i in images], object))[0]
-    if pd.Series([i for i in ids if i]).is_unique: return ids, groups
-    seen, out = {}, []
-    for i, image in zip(ids, images):
-        n = seen[image] = seen.get(image, -1) + 1
-        out.append(f'{i}-{n}' if image and i and count[image] > 1 else i)
-    return out, groups
-
-# %% ../nbs/00a_sources.ipynb #finder
-def _same_name(name): return unicodedata.normalize('NFC', name).casefold()
-
-def _plain_path(name):
-    "A path as it was meant: one kind of slash, no detours, one Unicode form"
-    parts = unicodedata.normalize('NFC', name.replace('\\', '/')).split('/')
-    return '/'.join(p for p in parts if p not in ('', '.'))
-
-class _Finder:
-    "Finds the pictures that a table names"
-    def __init__(self,
-        root, # the table's folder
-        images=None, # folder named by the user
-    ):
-        self.given = images is not None
-        self.bases = [Path(images)] if self.given else [Path(root), Path(root)/'images']
-        self.only = [] if self.given else _only_picture_folder(Path(root))
-        self.listed, self.reached, self.deep = {}, {}, None
-
-# %% ../nbs/00a_sources.ipynb #finder-spelling
-@patch
-def child(self:_Finder, folder, name):
-    "The one entry of a folder that differs from a name in case or Unicode form at most"
-    if folder not in self.listed:
-        self.listed[folder] = {}
-        try: names = os.listdir(folder)
-        except OSError: names = []
-        for n in names: self.listed[folder].setdefault(_same_name(n), []).append(n)
-    found = self.listed[folder].get(_same_name(name), [])
-    return folder/found[0] if len(found) == 1 else None
-
-@patch
-def literal(self:_Finder, name, bases):
-    "The first file of exactly that name"
-    return next((p for b in bases if os.path.isfile(p := b/name)), None)
-
-@patch
-def loose(self:_Finder, base, parts):
-    "The file that the parts lead to, each in any spelling"
-    for part in parts:
-        exact = base/part
-        base = exact if os.path.lexists(exact) else self.child(base, part)
-        if base is None: return None
-    return base if os.path.isfile(base) else None
-
-# %% ../nbs/00a_sources.ipynb #finder-guess
-@patch
-def first(self:_Finder, bases, ways):
-    "The first file that one of the ways, each a list of parts, leads to from one of the bases"
-    return next((p for parts in ways for b in bases if (p := self.loose(b, parts))), None)
-
-@patch
-def anywhere(self:_Finder, name):
-    "The one picture of a name in the folder that the user named, however deep"
-    if self.deep is None:
-        self.deep = {}
-        for f in find_images(self.bases): self.deep.setdefault(_same_name(f.name), []).append(f)
-    found = self.deep.get(_same_name(name), [])
-    return found[0] if len(found) == 1 else None
-
-@patch
-def guess(self:_Finder, name):
-    "By another spelling, or by the end of the path"
-    name = name if '/' in name else name.replace('\\', '/')
-    parts = [p for p in name.split('/') if p not in ('', '.')]
-    absolute = name.startswith('/') or bool(re.match(r'[A-Za-z]:', name))
-    bases = self.bases + (self.only if len(parts) == 1 else [])
-    if not absolute and (p := self.literal(name, bases) or self.first(bases, [parts])): return p
-    ends = [parts[k:] for k in range(1, len(parts))] if self.given or absolute else []
-    if not self.given: ends = [e for e in ends if len(e) > 1]            # a bare name alone says too little
-    if p := self.first(self.bases[:1], ends): return p
-    return self.anywhere(parts[-1]) if self.given and parts else None
-
-# %% ../nbs/00a_sources.ipynb #finder-call
-@patch
-def __call__(self:_Finder, name):
-    "The file, or None; `ValueError` where two names of the table would be one file"
-    if not name: return None
-    try:
-        p = self.literal(name, self.bases)
-        guessed = p is None
-        if guessed: p = self.guess(name)
-    except (OSError, ValueError): return None              # no name that a file could have
-    if p is None: return None
-    names = self.reached.setdefault(os.path.join(os.path.realpath(p.parent), p.name), {})
-    names[_plain_path(name)] = guessed
-    if len(names) > 1 and any(names.values()):
-        one, other = list(names)[:2]
-        raise ValueError(f"{one!r} and {other!r} would both be {p}: "
-                         f"the table was made where they are two files; "
-                         f"name their folder with --images, or correct the table")
-    return p
-
-# %% ../nbs/00a_sources.ipynb #picture-folder-beside
-def _only_picture_folder(root):
-    "[the folder below `root` that holds pictures], if there is one only"
-    found = []
-    for name in sorted(os.listdir(root))[:1000]:
-        try: inside = os.listdir(Path(root)/name) if name[0] != '.' else ()
-        except OSError: continue                                    # no folder, or none that we may read
-        if any(Path(f).suffix.lower() in IMAGE_EXTS for f in inside): found.append(Path(root)/name)
-    return found if len(found) == 1 else []
 
 # %% ../nbs/00a_sources.ipynb #split-column
-SPLIT_NAMES = {'': '', 'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid',
-               'val': 'valid', 'dev': 'valid', 'eval': 'valid', 'test': 'test', 'testing': 'test'}
+SPLIT_NAMES = {
+    '': '', 'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid', 'val': 'valid',
+    'dev': 'valid', 'eval': 'valid', 'test': 'test', 'testing': 'test'
+}
 
 def _text(value):
     "A table's cell as text, None where it is empty"
-    if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return None
+    if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value):
+        return None
     whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
-    if whole: return str(int(value))                            # ids that met a NaN
+    if whole:
+        return str(int(value))  # ids that met a NaN
     return str(value) or None
 
 def _splits(table, column):
@@ -207,9 +57,11 @@ def _groups(table, column):
     cells = [_text(v) for v in table.rows[column]]
     if all(c is None or re.fullmatch(r'-?\d{1,18}', c) for c in cells):
         groups = [-1 if c is None else int(c) for c in cells]
-        if min(groups, default=0) >= -1: return groups
-        raise ValueError(f"{table.where(int(np.argmin(groups)))}: group is {min(groups)}, expected 0 or more, or -1 "
-                         f"(or nothing) where a row belongs to none")
+        if min(groups, default=0) >= -1:
+            return groups
+        raise ValueError(
+            f"{table.where(int(np.argmin(groups)))}: group is {min(groups)}, expected 0 or more, or -1 "
+            f"(or nothing) where a row belongs to none")
     codes = pd.factorize(np.array([c or '' for c in cells], object))[0]
     return [-1 if c is None else int(k) for c, k in zip(cells, codes)]
 
@@ -217,9 +69,12 @@ def _said_columns(table):
     "What a table says of split, group, weight and source"
     at = {k: find_column(table, k, needed=False) for k in ('split', 'group', 'weight', 'source')}
     out = dict(split=_splits(table, at['split'])) if at['split'] else {}
-    if at['group']: out['group'] = _groups(table, at['group'])
-    if at['weight']: out['weight'] = to_numbers(table, at['weight'], empty=1.)
-    if at['source']: out['source'] = [_text(v) or path_text(table.path.stem) for v in table.rows[at['source']]]
+    if at['group']:
+        out['group'] = _groups(table, at['group'])
+    if at['weight']:
+        out['weight'] = to_numbers(table, at['weight'], empty=1.)
+    if at['source']:
+        out['source'] = [_text(v) or path_text(table.path.stem) for v in table.rows[at['source']]]
     return out
 
 # %% ../nbs/00a_sources.ipynb #by-id
@@ -230,7 +85,8 @@ def _by_id(ids, folder):
                          f"put the pictures there, or say --images FOLDER, "
                          f"or --image_col NAME for a column of paths")
     files = {}
-    for f in find_images(folder): files.setdefault(path_text(f.stem), []).append(f)
+    for f in find_images(folder):
+        files.setdefault(path_text(f.stem), []).append(f)
     if twice := [i for i in dict.fromkeys(ids) if len(files.get(i, ())) > 1]:
         a, b = files[twice[0]][:2]
         raise ValueError(f"{len(twice)} ids fit two pictures, such as {twice[0]!r}: {a} and {b}: "
@@ -239,18 +95,23 @@ def _by_id(ids, folder):
 
 def _by_row_number(table, folder):
     "Pictures named by the number of their row, from 0 or from 1"
-    rows = table.rows.index                                   # a row of several captions stands there several times
+    rows = table.rows.index  # a row of several captions stands there several times
     n, path, numbered = rows.max() + 1, table.path, {}
     for f in find_images(folder) if folder.is_dir() else []:
-        if f.stem.isdecimal(): numbered.setdefault(int(f.stem), []).append(f)
-    if not numbered or any(len(f) > 1 for f in numbered.values()): return None
+        if f.stem.isdecimal():
+            numbered.setdefault(int(f.stem), []).append(f)
+    if not numbered or any(len(f) > 1 for f in numbered.values()):
+        return None
     first = 0 if 0 in numbered else 1 if n in numbered else None
-    if first is None or max(numbered) >= n + first: return None
+    if first is None or max(numbered) >= n + first:
+        return None
     if table.blank:
-        raise ValueError(f"{path} names no pictures, and {table.blank} blank lines stand between its rows: whether "
-                         f"these count for the pictures' numbers cannot be known; remove them, or add a column image")
-    warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, "
-                  f"counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
+        raise ValueError(
+            f"{path} names no pictures, and {table.blank} blank lines stand between its rows: whether "
+            f"these count for the pictures' numbers cannot be known; remove them, or add a column image")
+    warnings.warn(
+        f"{path} names no pictures: the row's number was taken for the picture's name, "
+        f"counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
     return [numbered[i + first][0] if i + first in numbered else None for i in rows]
 
 # %% ../nbs/00a_sources.ipynb #table-pairs
@@ -273,12 +134,14 @@ def _table_pictures(table, images, image, ids):
                          f"expected paths: write them to files first")
     folder = Path(images or root/'images')
     if image:
-        find = _Finder(root, images or None)
+        find = Finder(root, images or None)
         texts = [_text(name) for name in names]
         return [find(os.fspath(text_path(t)) if t else None) for t in texts]
-    if ids is not None: return _by_id(ids, folder)
+    if ids is not None:
+        return _by_id(ids, folder)
     found = _by_row_number(table, folder)
-    if found is None: find_column(table, 'image')              # says what is missing
+    if found is None:
+        find_column(table, 'image')  # says what is missing
     return found
 
 # %% ../nbs/00a_sources.ipynb #table-pairs-door
@@ -288,7 +151,8 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     if not len(table.rows):
         raise ValueError(f"{path} has 0 rows, expected at least one pair: the first line names the columns")
     ours = table.kind == 'parquet' and set(PAIR_COLUMNS) <= set(table.rows)
-    if ours and not (image_col or prompt_col or images): return _own_table(table)
+    if ours and not (image_col or prompt_col or images):
+        return _own_table(table)
     prompt = find_column(table, 'prompt', prompt_col)
     table.rows = _several_captions(table.rows, prompt)
     table.line = table.line[table.rows.index]
@@ -300,37 +164,44 @@ def _table_pairs(path, image_col=None, prompt_col=None, images=None):
     said = _said_columns(table)
     if ids is None:
         names = [_text(v) for v in table.rows[image]] if image else where
-        ids = _ids_from_paths([w or name for w, name in zip(where, names)])
-    ids, groups = _number_captions(ids, where)
-    if path.stem == 'metadata' and 'split' not in said:       # an imagefolder's train/1.png tells its split
+        ids = ids_from_paths([w or name for w, name in zip(where, names)])
+    ids, groups = number_captions(ids, where)
+    if path.stem == 'metadata' and 'split' not in said:  # an imagefolder's train/1.png tells its split
         first = [SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
-        if all(f or not w for f, w in zip(first, where)): said['split'] = first
-    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path_text(path.stem), group=groups)
-    return _assemble(path, rows | said, table.line)
+        if all(f or not w for f, w in zip(first, where)):
+            said['split'] = first
+    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path_text(path.stem),
+                group=groups)
+    return assemble_pairs(path, rows | said, table.line)
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb
 def _their_json(path):
     "What somebody else's JSON says"
-    try: return json.loads(decode_text(path.read_bytes(), path)[0].lstrip('\ufeff'))
+    try:
+        return json.loads(decode_text(path.read_bytes(), path)[0].lstrip('\ufeff'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e}): mend it, or fetch it again") from e
 
 _METADATA = ('metadata.parquet', 'metadata-large.parquet')
 
-def _part_json(part): return part/f'{part.name}.json'
+def _part_json(part):
+    return part/f'{part.name}.json'
 
 def _parts(folder):
     "DiffusionDB's part folders by number: here, in images/, or in diffusiondb-large-part-N/"
     found = []
     for at in ('', 'images/', 'diffusiondb-large-part-*/'):
         found += [p for p in folder.glob(at + 'part-[0-9]*') if p.is_dir()]
-    if re.fullmatch(r'part-\d+', folder.name) and _part_json(folder).is_file(): found.append(folder)
+    if re.fullmatch(r'part-\d+', folder.name) and _part_json(folder).is_file():
+        found.append(folder)
     known = any((folder/n).is_file() for n in _METADATA) or any(_part_json(p).is_file() for p in found)
-    if not known: return {}                                     # somebody's own folders of that name
+    if not known:
+        return {}  # somebody's own folders of that name
     parts = {}
     for p in sorted(found, key=lambda p: p.name):
         number = p.name.split('-')[1]
-        if number.isdigit(): parts[int(number)] = p
+        if number.isdigit():
+            parts[int(number)] = p
     return parts
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb-rows
@@ -351,14 +222,16 @@ def _part_rows(part, meta):
 def _part_metadata(file, parts):
     "{part: rows} of the metadata, for the parts that are on disk"
     need = ['image_name', 'prompt', 'part_id']
-    try: meta = pd.read_parquet(file, columns=need)
+    try:
+        meta = pd.read_parquet(file, columns=need)
     except Exception as e:
         raise ValueError(f"{file} cannot be read with the columns {need} "
                          f"({type(e).__name__}: {str(e)[:200]}): is it DiffusionDB's own metadata?") from e
     absent = sorted(set(meta['part_id']) - set(parts))
     if absent:
-        warnings.warn(f"{file}: {len(absent)} of {meta['part_id'].nunique()} parts are not on disk "
-                      f"and are left out, first {absent[:3]}", stacklevel=4)
+        warnings.warn(
+            f"{file}: {len(absent)} of {meta['part_id'].nunique()} parts are not on disk "
+            f"and are left out, first {absent[:3]}", stacklevel=4)
     return dict(tuple(meta[meta['part_id'].isin(list(parts))].groupby('part_id')))
 
 # %% ../nbs/00a_sources.ipynb #diffusiondb-pairs
@@ -373,7 +246,7 @@ def _diffusiondb(folder, meta_file=None):
             ids.append(Path(name).stem)
             prompt.append(p)
             image.append(f'{at}/{name}'.removeprefix('./') if name in there else None)
-    return _assemble(folder, dict(id=ids, image=image, prompt=prompt, source='diffusiondb'))
+    return assemble_pairs(folder, dict(id=ids, image=image, prompt=prompt, source='diffusiondb'))
 
 # %% ../nbs/00a_sources.ipynb #coco
 def _has_list(obj, key):
@@ -397,8 +270,8 @@ def _coco_lists(path):
 def _coco(path, images=None):
     "One pair a caption; pairs of one picture are one group"
     files, notes = _coco_lists(path)
-    root, split = path.parent, path.stem.split('_')[-1]                     # captions_val2017 -> ../val2017
-    find = _Finder(root, images)
+    root, split = path.parent, path.stem.split('_')[-1]  # captions_val2017 -> ../val2017
+    find = Finder(root, images)
     if not images:
         find.bases = [root/split, root.parent/split, root.parent/'images'/split, root.parent/'images', root]
     names = {v['id']: v['file_name'] if isinstance(v.get('file_name'), str) else None for v in files}
@@ -412,7 +285,7 @@ def _coco(path, images=None):
     order = {i: k for k, i in enumerate(seen)}
     rows = dict(id=ids, image=[where.get(i) for i in at], prompt=[a['caption'] for a in notes],
                 source=path_text(path.stem), group=[order[i] for i in at])
-    return _assemble(path, rows)
+    return assemble_pairs(path, rows)
 
 # %% ../nbs/00a_sources.ipynb #picture-folder
 def _picture_folder(folder):
@@ -428,11 +301,13 @@ def _picture_folder(folder):
                          f"and no table of them: put a table with columns image and prompt into it, "
                          f"or a .txt beside each picture, or name the table itself")
     if read < len(images):
-        warnings.warn(f'{folder}: {len(images) - read} of {len(images)} pictures have no prompt '
-                      f'and are left out; {report}', stacklevel=4)
+        warnings.warn(
+            f'{folder}: {len(images) - read} of {len(images)} pictures have no prompt '
+            f'and are left out; {report}', stacklevel=4)
     good = [(n, p.text) for n, p in zip(names, prompts) if p.text]
     image, text = zip(*good)
-    pairs = _assemble(folder, dict(id=_ids_from_paths(image), image=image, prompt=text, source=path_text(folder.name)))
+    pairs = assemble_pairs(
+        folder, dict(id=ids_from_paths(image), image=image, prompt=text, source=path_text(folder.name)))
     pairs.attrs['read'] = report
     return pairs
 
@@ -444,14 +319,18 @@ _WEAK = {'title', 'comment', 'description', 'sentence', 'txt'}  # prompts only w
 def _columns_of(file):
     "Names of a table's columns; a table that cannot be read is an error, unless it is plainly no table of pairs"
     try:
-        if table_suffix(file) != '.parquet': return list(read_table(file).rows)
+        if table_suffix(file) != '.parquet':
+            return list(read_table(file).rows)
         import pyarrow.parquet as pq
-        with open(file, 'rb') as f: return pq.read_schema(f).names
+        with open(file, 'rb') as f:
+            return pq.read_schema(f).names
     except Exception as e:
-        with open(file, 'rb') as f: head = f.read(4096).replace(b'\0', b'').lower()
+        with open(file, 'rb') as f:
+            head = f.read(4096).replace(b'\0', b'').lower()
         packed = table_suffix(file) != file.suffix.lower()
         telling = any(w in head for w in (b'prompt', b'caption', b'image', b'file', b'text'))
-        if file.name not in _TABLES and not packed and not telling: return []
+        if file.name not in _TABLES and not packed and not telling:
+            return []
         said = str(e) if file.name in str(e) else f'{file} cannot be read ({type(e).__name__}: {e})'
         raise ValueError(f'{said}; if it is no table of pairs, move it out of the folder') from e
 
@@ -460,30 +339,35 @@ def _names_both(file):
     names = {re.sub(r'[\s-]+', '_', str(n).strip().lower()) for n in _columns_of(file)}
     prompts = set(COLUMN_NAMES['prompt']) - (set() if file.name in _TABLES else _WEAK)
     ids = set(COLUMN_NAMES['id']) if file.name in _TABLES else set()
-    if file.name == 'prompts.csv' and names & prompts and (file.parent/'images').is_dir(): return True    # by row number
+    if file.name == 'prompts.csv' and names & prompts and (file.parent/'images').is_dir():
+        return True  # by row number
     return bool(names & {*COLUMN_NAMES['image'], *ids}) and bool(names & prompts)
 
 # %% ../nbs/00a_sources.ipynb #folder-table
 def _folder_table(folder):
     "The table of a folder, or None"
-    if (folder/'pairs.parquet').is_file(): return folder/'pairs.parquet'
+    if (folder/'pairs.parquet').is_file():
+        return folder/'pairs.parquet'
     known = [folder/n for n in _TABLES if (folder/n).is_file()]
     other = []
     for f in sorted(folder.iterdir()):
-        if not f.is_file() or f.name[0] == '.' or f in known or f.name in _METADATA: continue
-        if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt': other.append(f)
+        if not f.is_file() or f.name[0] == '.' or f in known or f.name in _METADATA:
+            continue
+        if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt':
+            other.append(f)
     good = [f for f in known if _names_both(f)]
     if off := [f.name for f in known if f not in good]:
-        warnings.warn(f'{folder}: {_some(off)} names no pictures with prompts and is passed over',
+        warnings.warn(f'{folder}: {first_few(off)} names no pictures with prompts and is passed over',
                       stacklevel=4)
     good = good or [f for f in other if _names_both(f)]
     if len(good) > 1:
         raise ValueError(f"{folder} holds {len(good)} tables of pictures and prompts "
-                         f"({_some(f.name for f in good)}): name one of them")
+                         f"({first_few(f.name for f in good)}): name one of them")
     return good[0] if good else None
 
 # %% ../nbs/00a_sources.ipynb #kinds
-def _webdataset(tars, home): return _assemble(tars[0].parent, tar_rows(tars, home))
+def _webdataset(tars, home):
+    return assemble_pairs(tars[0].parent, tar_rows(tars, home))
 
 def _tars(path):
     return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
@@ -492,7 +376,8 @@ def _holds_pictures(path):
     "Are there pictures, however deep, but for what came out of tars?"
     for at, below, names in os.walk(path):
         below[:] = [d for d in below if d[0] != '.' and not d.endswith('.unpacked')]
-        if any(Path(n).suffix.lower() in IMAGE_EXTS and n[0] != '.' for n in names): return True
+        if any(Path(n).suffix.lower() in IMAGE_EXTS and n[0] != '.' for n in names):
+            return True
     return False
 
 def _has_metadata(path):
@@ -505,41 +390,53 @@ def _split_folders(path):
     named = {}
     for f in subs:
         split = SPLIT_NAMES.get(f.name.lower())
-        if split and (f in tables or _holds_pictures(f)): named[f] = split
-    if not any(f in tables for f in named): return {}
+        if split and (f in tables or _holds_pictures(f)):
+            named[f] = split
+    if not any(f in tables for f in named):
+        return {}
     lost = [f.name for f in subs if f not in named and (f in tables or _holds_pictures(f))]
     lost += [f.name for f in path.iterdir() if f.suffix.lower() in IMAGE_EXTS][:3]
     if lost:
-        warnings.warn(f'{path}: {_some(lost)} hold pictures, but are no splits by their names '
-                      f'(train, valid, test), and are left out', stacklevel=4)
+        warnings.warn(
+            f'{path}: {first_few(lost)} hold pictures, but are no splits by their names '
+            f'(train, valid, test), and are left out', stacklevel=4)
     return named
 
 # %% ../nbs/00a_sources.ipynb #kind-of
 def _in_dir(path):
     "What in a folder says its pairs, and how"
     meta = next((path/n for n in _METADATA if (path/n).is_file()), None)
-    if _parts(path) and not (path/'pairs.parquet').is_file(): return meta or path, 'diffusiondb'
-    if table := _folder_table(path): return table, 'table'
-    if _split_folders(path): return path, 'splits'
-    if not _tars(path): return path, 'pictures'
+    if _parts(path) and not (path/'pairs.parquet').is_file():
+        return meta or path, 'diffusiondb'
+    if table := _folder_table(path):
+        return table, 'table'
+    if _split_folders(path):
+        return path, 'splits'
+    if not _tars(path):
+        return path, 'pictures'
     if _holds_pictures(path):
         raise ValueError(f"{path} holds tars and pictures: name the tars, or move one of the two")
     return path, 'tars'
 
 def _kind(path):
     "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'coco' | 'tars' | 'pictures')"
-    if path.is_dir(): return _in_dir(path)
-    if path.name.lower().endswith(TAR_EXTS): return path, 'tars'
-    if path.suffix.lower() == '.json': return path, 'coco'
+    if path.is_dir():
+        return _in_dir(path)
+    if path.name.lower().endswith(TAR_EXTS):
+        return path, 'tars'
+    if path.suffix.lower() == '.json':
+        return path, 'coco'
     return path, 'diffusiondb' if path.name in _METADATA and _parts(path.parent) else 'table'
 
 # %% ../nbs/00a_sources.ipynb #load-one
 @contextmanager
 def _named(path):
     "What goes wrong inside names the source"
-    try: yield
+    try:
+        yield
     except ValueError as e:
-        if path.name in str(e): raise
+        if path.name in str(e):
+            raise
         raise ValueError(f"{path}: {e}") from e
 
 def _load_one(source, image_col, prompt_col, images, unpack, spare):
@@ -549,20 +446,27 @@ def _load_one(source, image_col, prompt_col, images, unpack, spare):
         raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
                          f"DiffusionDB's parts, tars, or pictures with their prompts")
     path, kind = _kind(path)
-    with _named(path): return _of_kind(path, kind, image_col, prompt_col, images, unpack, spare)
+    with _named(path):
+        return _of_kind(path, kind, image_col, prompt_col, images, unpack, spare)
 
 # %% ../nbs/00a_sources.ipynb #load-kind
 def _of_kind(path, kind, image_col, prompt_col, images, unpack, spare):
     root = path if path.is_dir() else path.parent
-    if kind == 'table': pairs = _table_pairs(path, image_col, prompt_col, images)
-    elif kind == 'diffusiondb' and not images: pairs = _diffusiondb(root, None if path.is_dir() else path)
-    elif kind == 'diffusiondb': pairs = _table_pairs(path, image_col, prompt_col, images)
-    elif kind == 'coco': pairs = _coco(path, images)
-    elif kind == 'splits': return _load_splits(path, image_col, prompt_col, images)
+    if kind == 'table':
+        pairs = _table_pairs(path, image_col, prompt_col, images)
+    elif kind == 'diffusiondb' and not images:
+        pairs = _diffusiondb(root, None if path.is_dir() else path)
+    elif kind == 'diffusiondb':
+        pairs = _table_pairs(path, image_col, prompt_col, images)
+    elif kind == 'coco':
+        pairs = _coco(path, images)
+    elif kind == 'splits':
+        return _load_splits(path, image_col, prompt_col, images)
     elif kind == 'tars':
         root = Path(unpack or (root if spare is None or os.access(root, os.W_OK) else spare))
         pairs = _webdataset(_tars(path) if path.is_dir() else [path], root)
-    else: pairs = _picture_folder(path)
+    else:
+        pairs = _picture_folder(path)
     pairs.attrs['root'] = str(root)
     return pairs
 
@@ -570,7 +474,8 @@ def _load_splits(path, image_col, prompt_col, images):
     parts = []
     for folder, split in _split_folders(path).items():
         part = _load_one(folder, image_col, prompt_col, images, None, None)
-        if not any(part['split']): part['split'] = split
+        if not any(part['split']):
+            part['split'] = split
         part['source'] = path_text(path.name)
         parts.append(part)
     return _join(parts)
@@ -578,44 +483,50 @@ def _load_splits(path, image_col, prompt_col, images):
 # %% ../nbs/00a_sources.ipynb #join
 def _join(parts, sources=None):
     "Several pairs tables as one: paths from the folder above all, ids and groups kept apart"
-    if len(parts) == 1: return parts[0]
+    if len(parts) == 1:
+        return parts[0]
     root = os.path.commonpath([os.path.realpath(p.attrs['root']) for p in parts])
     twice = pd.concat([p['id'] for p in parts]).duplicated().any()
     next_group, out = 0, []
     roots = [p.attrs['root'] for p in parts]
     for i, p in enumerate(parts):
         home = p.attrs['root']
-        if roots.count(home) > 1: home = Path(sources[i]).with_suffix('')
+        if roots.count(home) > 1:
+            home = Path(sources[i]).with_suffix('')
         [home] = relative_paths([home], root)
         p = p.assign(image=relative_paths(image_paths(p), root))
-        if twice: p['id'] = [f'{home}/{i}' if home != '.' else i for i in p['id']]
+        if twice:
+            p['id'] = [f'{home}/{i}' if home != '.' else i for i in p['id']]
         known = p['group'] >= 0
         p['group'] = np.where(known, p['group'] + next_group, -1)
         next_group = max(next_group, int(p['group'].max()) + 1)
         out.append(p)
     report = [p.attrs['read'] for p in parts if 'read' in p.attrs]
-    for p in out: p.attrs = {}
+    for p in out:
+        p.attrs = {}
     pairs = check_pairs(pd.concat(out, ignore_index=True))
     pairs.attrs = dict(root=root) | (dict(read='; '.join(report)) if report else {})
     return pairs
 
 # %% ../nbs/00a_sources.ipynb #load-pairs
 def load_pairs(
-    source, # folder or file, see the table above, or a list of them
-    image_col:str=None, # a table's column of picture paths, relative to its folder or absolute; guessed
-    prompt_col:str=None, # a table's column of prompts; guessed
-    images=None, # folder of the pictures, where a table or COCO's JSON lies elsewhere
-    unpack=None, # folder to unpack tars into; default beside them
-    spare=None, # folder to unpack tars into where their own cannot be written
-) -> pd.DataFrame: # attrs['root']: the folder of `image`; attrs['read']: how prompts in pictures were read
+    source,  # folder or file, see the table above, or a list of them
+    image_col: str = None,  # a table's column of picture paths, relative to its folder or absolute; guessed
+    prompt_col: str = None,  # a table's column of prompts; guessed
+    images=None,  # folder of the pictures, where a table or COCO's JSON lies elsewhere
+    unpack=None,  # folder to unpack tars into; default beside them
+    spare=None,  # folder to unpack tars into where their own cannot be written
+) -> pd.DataFrame:  # attrs['root']: the folder of `image`; attrs['read']: how prompts in pictures were read
     "Read pairs of picture and prompt from any of the usual places; `ValueError` names file, line and remedy"
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    if not sources: raise ValueError("there is no source of pairs, expected at least one folder or table")
+    if not sources:
+        raise ValueError("there is no source of pairs, expected at least one folder or table")
     if images and not Path(images).is_dir():
         raise ValueError(f"{images} is no folder, expected the pictures' folder: check --images")
     places = [os.path.realpath(s) for s in sources]
     twice = [p for p in dict.fromkeys(places) if places.count(p) > 1]
-    if twice: raise ValueError(f"{_some(twice)} is given twice: name each source once")
+    if twice:
+        raise ValueError(f"{first_few(twice)} is given twice: name each source once")
     return _join([_load_one(s, image_col, prompt_col, images, unpack, spare) for s in sources], sources)
 
 # %% ../nbs/00a_sources.ipynb #picture-digests
@@ -623,41 +534,49 @@ _NOTE = ['place', 'size', 'mtime', 'ctime', 'noted', 'sha256']
 
 def _read_note(note):
     "{place: row} of a note; {} where there is none"
-    if note is None or not Path(note).is_file(): return {}
-    try: return {row.place: row for row in pd.read_parquet(note)[_NOTE].itertuples(index=False)}
-    except Exception: return {}                           # damaged, or of another form: all is read again
+    if note is None or not Path(note).is_file():
+        return {}
+    try:
+        return {row.place: row for row in pd.read_parquet(note)[_NOTE].itertuples(index=False)}
+    except Exception:
+        return {}  # damaged, or of another form: all is read again
 
 def _picture_digests(files, note):
     "SHA-256 of each picture, read only where size or time changed since the note; '' where it cannot be read"
     now, rows, known = time.time_ns(), [], _read_note(note)
     for f in tqdm(files, desc='fingerprint', disable=None if len(files) > 2000 else True):
-        try: found = os.stat(f)
-        except OSError: found = None
+        try:
+            found = os.stat(f)
+        except OSError:
+            found = None
         place = path_text(os.path.realpath(f))
-        plain = found is not None and stat.S_ISREG(found.st_mode)        # a device could be read for ever
+        plain = found is not None and stat.S_ISREG(found.st_mode)  # a device could be read for ever
         here = (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if plain else (-1, -1, -1)
         old = known.get(place)
         same = old is not None and (old.size, old.mtime, old.ctime) == here
         same = same and max(here[1:]) < old.noted - 2_000_000_000
-        try: digest = '' if not plain else old.sha256 if same else sha256(f)
-        except (OSError, ValueError): digest = ''
+        try:
+            digest = '' if not plain else old.sha256 if same else sha256(f)
+        except (OSError, ValueError):
+            digest = ''
         rows.append((place, *here, now, digest))
     return pd.DataFrame(rows, columns=_NOTE)
 
 # %% ../nbs/00a_sources.ipynb #fingerprint
 def note_pictures(
-    pairs:pd.DataFrame, # of `load_pairs`
-    note, # a parquet file: place, size, times and sha256 of each picture
-) -> pd.DataFrame: # what is in it
+        pairs: pd.DataFrame,  # of `load_pairs`
+        note,  # a parquet file: place, size, times and sha256 of each picture
+) -> pd.DataFrame:  # what is in it
     "Write down the pictures' hashes, so that `fingerprint` need not read them again"
     found = _picture_digests(list(dict.fromkeys(image_paths(pairs))), note)
-    with atomic_path(note) as tmp: found.to_parquet(tmp, index=False)
+    with atomic_path(note) as tmp:
+        found.to_parquet(tmp, index=False)
     return found
 
 def fingerprint(
-    pairs:pd.DataFrame, # of `load_pairs`
-    note=None, # of `note_pictures`
-) -> dict: # rows, pictures: SHA-256 of the table's words and of its pictures; n
+        pairs: pd.DataFrame,  # of `load_pairs`
+        note=None,  # of `note_pictures`
+) -> dict:  # rows, pictures: SHA-256 of the table's words and of its pictures; n
     "What a source of pairs holds, by content"
     files = image_paths(pairs)
     distinct = list(dict.fromkeys(files))
