@@ -161,7 +161,7 @@ def test_modules_have_notebooks():
 
 def test_kernels():
     "kernels/ is what the table in 07 says, for one user: in the repository nobody, in a person's clone whoever they wrote in"
-    from sdip.submit import KERNELS, USER, kernel_metadata
+    from sdip.push import KERNELS, USER, kernel_metadata
     found = {p.parent.name: json.loads(p.read_text(encoding='utf-8')) for p in (ROOT/'kernels').glob('*/*')}
     assert sorted(found) == sorted(KERNELS), f'kernels/ has {sorted(found)}, the table in 07 {sorted(KERNELS)}'
     [user] = {meta['id'].split('/')[0] for meta in found.values()}

@@ -395,7 +395,7 @@ def test_push_assets():
     assert not Path('build').exists() and not list(Path('.').glob('*.egg-info')), 'the build left something in the clone'
     Path('small').mkdir()
     Path('small/dataset-metadata.json').write_text(json.dumps(dict(id='ada/sdip-assets', title='sdip assets', licenses=[dict(name='other')])))
-    upload = sys.executable, '-c', "from sdip.submit import upload_assets; print(upload_assets('small'))"
+    upload = sys.executable, '-c', "from sdip.push import upload_assets; print(upload_assets('small'))"
     here, seen = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='ok', url='new version'))))
     assert 'new version' in sh(*upload, **here) and seen[-1][0] == 'CreateDatasetVersion'
     here, _ = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='error', error='quota is used up'))))
@@ -438,7 +438,7 @@ def test_pushed_notebooks_run():
     "What the server got of the eight chapters runs from the attached wheel, in both of Kaggle's layouts, and 07 leaves a submission"
     from concurrent.futures import ThreadPoolExecutor
     from sdip.playground import draw
-    from sdip.submit import check_submission
+    from sdip.csv_file import check_submission
     sh(*RUN)
     here, seen = loopback(TAKEN)
     wheels = wheels_of(*LACKING)
@@ -486,8 +486,8 @@ def test_deadline():
     assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
 
 ENCODE = """import sys
-from sdip.encoders import TargetEncoder, encode
-from sdip.playground import sample_prompts
+from sdip.encoders import TargetEncoder; from sdip.encode import encode
+from sdip.grammar import sample_prompts
 prompts = sample_prompts(240)
 out, i, n = sys.argv[1], *map(int, sys.argv[2:])
 encode(prompts + prompts[::3], TargetEncoder(device='cpu'), out, shard_size=16, shard=(i, n) if n > 1 else None)
@@ -529,7 +529,7 @@ def test_original_says_what_is_missing():
 MAKE = """
 import sys
 from sdip.playground import make_pairs
-from sdip.run import random_stand_ins
+from sdip.find_weights import random_stand_ins
 make_pairs('world', n_train=40, n_valid=32, n_test=8, per_prompt=1, progress=False)
 random_stand_ins('nets')
 """
@@ -613,7 +613,7 @@ from sdip.data import find_images
 from sdip.sources import load_pairs
 from sdip.finetune_clip import Recipe, finetune
 from sdip.finetune_vit import make_regressor
-from sdip.training import DDP, share_among, world_of_processes
+from sdip.batches import DDP, share_among, world_of_processes
 
 class Exchanges(Callback):
     "Counts the steps, and how often gradients travel"
@@ -698,8 +698,8 @@ def test_two_processes():
 TOY_CLIP = '''
 import json
 from open_clip.model import CLIP
-from sdip.encoders import Preprocess, save_clip
-from sdip.training import CLIP_PREPROCESS
+from sdip.preprocess import Preprocess; from sdip.pretrained import save_clip
+from sdip.pretrain import CLIP_PREPROCESS
 toy = dict(embed_dim=16, vision_cfg=dict(layers=2, width=32, head_width=16, patch_size=8, image_size=16),
            text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
 save_clip(CLIP(**toy), toy, Preprocess.from_dict(CLIP_PREPROCESS | dict(size=16)), 'input/clip-vit-large-patch14')
@@ -796,7 +796,7 @@ def test_models_of_0_2_0():
             run.do(replace(s, do=lambda run: {}), 1, 1)
     """
     import numpy as np
-    from sdip.run import load_predictor
+    from sdip.predictor import load_predictor
     run, expected = old_run()
     same = lambda a, b: np.abs(a - b).max() < 1e-4
     for kind in 'clip', 'vit', 'knn', 'interrogator':
@@ -810,7 +810,8 @@ def test_models_of_0_2_0():
 def saved_anew(run, to):
     "A copy of a run, its models saved by the code of today, with receipts as `sdip_run` leaves them"
     from dataclasses import replace
-    from sdip.run import STAGES, Run, load_predictor
+    from sdip.artifacts import STAGES, Run
+    from sdip.predictor import load_predictor
     shutil.copytree(run, to)
     (to/'preds').mkdir()
     models = 'clip', 'vit', 'knn', 'interrogator'
@@ -839,7 +840,7 @@ def damage(file, how):
 
 def test_damaged_files_are_named_and_mended():
     "Each file that a predictor reads, damaged in three ways: it is named, and its stage is done again"
-    from sdip.run import RunPredictor
+    from sdip.predictor import RunPredictor
     run, _ = old_run()
     made = saved_anew(run, Path('new'))
     RunPredictor(made.folder, 'cpu')
@@ -920,9 +921,10 @@ def hostile_pickles(run, stand, new):
     "Weights that are code, by every loader of weights"
     from sdip.encoders import ClipEncoder
     from sdip.finetune_vit import VitRegressor
-    from sdip.interrogator import CocaCaptioner, make_captioner
-    from sdip.run import load_predictor
-    from sdip.training import Checkpoint
+    from sdip.captioners import CocaCaptioner
+    from sdip.interrogator import make_captioner
+    from sdip.predictor import load_predictor
+    from sdip.callbacks import Checkpoint
     for f in evil_files():
         yield f'CLIP by name, {f}', lambda: ClipEncoder('ViT-B-32', f), True
         yield f'CLIP archive, {f}', lambda: ClipEncoder(f), True
@@ -945,7 +947,8 @@ def hostile_tokenizers(run, new):
     from sdip.encoders import ClipEncoder
     from sdip.finetune_vit import make_regressor
     from sdip.interrogator import make_captioner, make_interrogator
-    from sdip.run import load_outside, load_predictor
+    from sdip.find_weights import load_outside
+    from sdip.predictor import load_predictor
     for kwargs in {}, dict(tokenizer_kwargs=dict(trust_remote_code=True)):
         def ask(c): c['model_cfg']['text_cfg'].update(hf_tokenizer_name='x/y', **kwargs)
         files = with_code() | dict(open_clip_config_dot_json=ask)
@@ -965,8 +968,9 @@ def hostile_configs(run, stand, new):
     "Configs of transformers' and timm's folders, and of saved regressors, that say more than sizes"
     from sdip.encoders import TargetEncoder, _minilm_folder
     from sdip.finetune_vit import VitRegressor
-    from sdip.interrogator import BlipCaptioner
-    from sdip.run import load_outside, load_predictor
+    from sdip.captioners import BlipCaptioner
+    from sdip.find_weights import load_outside
+    from sdip.predictor import load_predictor
     auto = dict(AutoModel='evil.Evil', AutoConfig='evil.Evil', AutoTokenizer=['evil.Evil', None])
     for file in 'config.json', 'tokenizer_config.json', 'preprocessor_config.json':
         at = changed(stand/'captioner', next(new), evil_dot_py=with_code()['evil_dot_py'])
@@ -994,11 +998,11 @@ def hostile_configs(run, stand, new):
 def hostile_arrays(run, new):
     "Arrays of objects, which are pickles, in place of every array that is read"
     import numpy as np
-    from sdip.encoders import encode
-    from sdip.ensemble import load_preds
+    from sdip.encode import encode
+    from sdip.blending import load_preds
     from sdip.interrogator import Interrogator
     from sdip.knn import KNNRegressor
-    from sdip.run import Run
+    from sdip.artifacts import Run
     objects, bad = np.empty(2, object), Path('evil/o.npy')
     objects[:] = Evil(), Evil()
     np.save(bad, objects, allow_pickle=True)
@@ -1017,7 +1021,7 @@ def hostile_arrays(run, new):
 
 def hostile_loads():
     "(what, function that loads it, must it be refused as ValueError?)"
-    from sdip.run import random_stand_ins
+    from sdip.find_weights import random_stand_ins
     run, stand, new = old_run()[0], Path('stand'), (Path(f'made/{i}') for i in range(999))
     random_stand_ins(stand, roles=('captioner', 'vit'))
     yield from hostile_pickles(run, stand, new)
@@ -1393,11 +1397,12 @@ def readers_of_texts():
     "As `readers_of_pairs`; (): any words will do, for there is no file"
     from functools import partial
     from hypothesis import strategies as st
-    from sdip.data import plain_prompt, read_json
+    from sdip.data import plain_prompt
+    from sdip.core import read_json
     from sdip.lock import read_fields
     from sdip.metadata import parse_parameters
-    from sdip.submit import check_submission, read_submission, write_submission
-    from sdip.tables import decode_text
+    from sdip.csv_file import check_submission, read_submission, write_submission
+    from sdip.delimited import decode_text
     import numpy as np
     piece = st.sampled_from(PIECES)
     texts = st.lists(piece | st.text(max_size=4) | piece.map(lambda s: s*2000), max_size=12).map(''.join)
@@ -1417,12 +1422,14 @@ def readers_of_texts():
 def readers_of_models():
     "As `readers_of_pairs`: a run folder, file by file"
     from hypothesis import strategies as st
-    from sdip.encoders import ClipEncoder, read_tensors
-    from sdip.ensemble import Ensemble, load_preds, save_preds
+    from sdip.encoders import ClipEncoder
+    from sdip.pretrained import read_tensors
+    from sdip.ensemble import Ensemble
+    from sdip.blending import load_preds, save_preds
     from sdip.interrogator import Interrogator
     from sdip.knn import KNNRegressor
     from sdip.lock import LOCK, folder_lock
-    from sdip.run import load_predictor
+    from sdip.predictor import load_predictor
     import io, numpy as np, torch
     run, _ = old_run()
     clip = ClipEncoder(run/'base_clip', device='cpu')
@@ -1472,7 +1479,7 @@ def test_readers_say_what_is_wrong():
 
 SHARDS = '''import sys, time
 import numpy as np
-from sdip.encoders import encode
+from sdip.encode import encode
 def two(items):
     time.sleep(.01)
     return np.stack([np.random.default_rng(int(i)).normal(size=384) for i in items])
@@ -1480,7 +1487,7 @@ encode([str(i) for i in range(3000)], two, sys.argv[1], shard_size=100, key='k')
 '''
 PRETRAIN = '''import sys
 from dataclasses import replace
-from sdip.training import VIT_RECIPE, pretrain_vit
+from sdip.pretrain import VIT_RECIPE, pretrain_vit
 pretrain_vit(sys.argv[1], replace(VIT_RECIPE, epochs=4, prompts=400, n=192, bs=32), quiet=True)
 '''
 TUNE = '--pairs', 'world', '--set', 'unfreezing=((1,1),(None,1))', 'bs=16', 'minutes=0', '--out'
