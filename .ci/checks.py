@@ -1,5 +1,5 @@
 "The form of the repository: what no notebook can test about itself. Run by .ci/run; see harness.py."
-import ast, json, os, re, resource, subprocess, sys
+import ast, json, os, re, resource, subprocess, sys, tempfile
 from collections import Counter
 from pathlib import Path
 import yaml
@@ -70,6 +70,93 @@ def test_figures_have_alt_text():
     drawn = lambda cell: any(k.startswith('image/') for o in cell['outputs'] for k in o.get('data', {}))
     none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p, 'code') if drawn(c) and len(str(alt(c) or '')) < 15),
          'a cell with a figure starts with a line: #| fig-alt: "what a person would see"')
+
+# how it reads
+
+LINE, SHORT, LONG = 110, (25, 75), 30    # columns; cells of a notebook; lines of a code cell
+EXPORTED, PUBLIC = 450, 260              # lines a module, names in all
+LONG_CELLS = {}                          # notebook: ids of cells that are one thought and longer than LONG
+
+def exported(cell): return re.match(r'#\| (export|exporti|exports)\b', source(cell)) is not None
+
+def lines(cell): return [o for o in source(cell).splitlines() if o.strip() and not o.startswith('#|')]
+
+def own(path, kind='code'): return [c for c in cells(path, kind) if c['id'] not in ('home', 'imports', 'imports-tests')]
+
+def ruff(*args, **kw):
+    return subprocess.run([Path(sys.executable).parent/'ruff', 'check', '--isolated', '--no-cache', '--line-length', str(LINE),
+                           '--output-format', 'concise', '--select', 'E4,E7,E9,E501,F', '--ignore', 'E731', *args], text=True, capture_output=True, **kw)
+
+def test_ruff():
+    "One statement a line, lines one can read, no name unused or unknown"
+    found = ruff('--exclude', 'sdip/_modidx.py', 'sdip', cwd=ROOT)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+def test_cells_read_like_modules():
+    "Demonstrations and tests keep the same lines: each code cell alone, where a name may come from another"
+    with tempfile.TemporaryDirectory() as d:
+        for p in notebooks():
+            for c in cells(p, 'code'):
+                if not re.search(r'^\s*[%!]', source(c), re.M):
+                    code = ''.join(o for o in c['source'] if not o.startswith('#|'))
+                    (Path(d)/f"{p.stem}.{c['id']}.py").write_text(code + '\n', encoding='utf-8')
+        found = ruff('--ignore', 'F,E402,E703', d)    # a last ; keeps a value from being shown
+    assert found.returncode == 0, found.stdout.replace(d + os.sep, '') + found.stderr
+
+def test_form_of_chapters():
+    "What a reader meets: printed as a report; what is over the limits fails"
+    faults, names = [], Counter()
+    print(f"{'notebook':24} cells  exported  first output  code cells, lines: median, 90 %, longest")
+    for p in notebooks():
+        every, code = cells(p), [c for c in own(p) if lines(c)]
+        size = sorted(len(lines(c)) for c in code) or [0]
+        out = sum(len(lines(c)) for c in code if exported(c) and not source(c).startswith('#| export cli'))
+        first = next((i for i, c in enumerate(every, 1) if c.get('outputs')), 0)
+        print(f'{p.stem:24} {len(every):5}  {out:8}  {first:12}  {size[len(size)//2]}, {size[int(.9*len(size))]}, {size[-1]}')
+        if len(every) > SHORT[1]: faults.append(f'{p.name} has {len(every)} cells')
+        if out > EXPORTED: faults.append(f'{p.name} exports {out} lines')
+        if not 0 < first <= 10: faults.append(f'{p.name} shows nothing within its first ten cells')
+        faults += [f"{p.name} {c['id']} has {len(lines(c))} lines" for c in code
+                   if len(lines(c)) > LONG and c['id'] not in LONG_CELLS.get(p.stem, ())]
+    for p in sorted((ROOT/'sdip').glob('[!_]*.py')):
+        tree = ast.parse(p.read_text(encoding='utf-8'))
+        [found] = [ast.literal_eval(o.value) for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__']
+        names[p.stem] = len(found)
+    print(f'{sum(names.values())} public names:', ', '.join(f'{m} {n}' for m, n in names.items()))
+    if sum(names.values()) > PUBLIC: faults.append(f'{sum(names.values())} public names')
+    none(faults, f'cells a notebook up to {SHORT[1]}, exported lines up to {EXPORTED}, lines a code cell up to {LONG}, public names up to {PUBLIC}')
+
+def test_imports_run_forward():
+    "A module imports from chapters before its own, and no private names"
+    place = {m[1]: i for i, p in enumerate(notebooks()) for c in cells(p, 'code') if (m := re.match(r'#\| default_exp (\w+)', source(c)))}
+    def faults():
+        for module, i in place.items():
+            for node in ast.walk(ast.parse((ROOT/'sdip'/f'{module}.py').read_text(encoding='utf-8'))):
+                if not isinstance(node, ast.ImportFrom) or node.level != 1 and not (node.module or '').startswith('sdip.'): continue
+                other = (node.module or '').removeprefix('sdip.')
+                if module != 'cli' and place.get(other, -1) > i: yield f'{module} imports from {other}'
+                if module != 'cli': yield from (f'{module} imports {other}.{o.name}' for o in node.names if o.name[0] == '_' and o.name != '__version__')
+    none(sorted(set(faults())), 'imports that run back up, or take private names')
+
+def test_public_functions_are_documented():
+    "Each parameter of a public function says what it is"
+    from fastcore.docments import docments
+    import importlib, inspect
+    def faults():
+        for p in sorted((ROOT/'sdip').glob('[!_]*.py')):
+            module = importlib.import_module(f'sdip.{p.stem}')
+            for name in getattr(module, '__all__', []):
+                thing = getattr(module, name)
+                parts = {name: thing} if inspect.isfunction(thing) else {}
+                if inspect.isclass(thing) and thing.__module__ == module.__name__:
+                    parts = {f'{name}.{k}': v for k, v in vars(thing).items() if (k[0] != '_' or k == '__init__' and k in thing.__dict__)}
+                    if hasattr(thing, '__dataclass_fields__'): parts = {k: v for k, v in parts.items() if not k.endswith('__init__')}
+                for at, f in parts.items():
+                    f = f.__func__ if isinstance(f, (classmethod, staticmethod)) else f
+                    if not inspect.isfunction(f) or f.__module__ != module.__name__: continue
+                    said = docments(f, returns=False)
+                    yield from (f'{p.stem}.{at}({k})' for k in inspect.signature(f).parameters if k not in ('self', 'cls') and not said.get(k))
+    none(faults(), 'parameters without a docment')
 
 # README, site, workflows
 
@@ -176,9 +263,9 @@ def test_kernels():
 
 def test_chapters_find_sdip():
     "The first code cell of the chapters, which finds sdip wherever they run, is one and the same"
-    homes = {p.name: source(cells(p, 'code')[0]) for p in notebooks() if re.match(r'0[1-7]|00[a-z]?_(?!cli)', p.name)}
+    homes = {p.name: source(cells(p, 'code')[0]) for p in notebooks() if re.match(r'0[1-7]|00[a-z]?_(?!cli)|tour', p.name)}
     [home] = set(homes.values())
-    assert len(home.splitlines()) <= 6 and home.startswith('#| hide\nimport os, sys;'), homes
+    assert len(home.splitlines()) <= 8 and home.endswith('setup_notebook()'), homes
     code = home + "\nfrom importlib.util import find_spec; print(find_spec('sdip').origin)"
     alone = subprocess.run([sys.executable, '-I', '-S', '-c', code], cwd=ROOT/'nbs', check=True, capture_output=True, text=True).stdout    # nothing is installed
     assert alone.strip() == str(ROOT/'sdip/__init__.py'), f'in a clone that is not installed the chapters find {alone}'
