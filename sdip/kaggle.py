@@ -21,11 +21,11 @@ def skip_marked(
 def setup_notebook(
     path: list = None,  # where modules are looked for; None: `sys.path`
     shell=None,  # the IPython shell; None: the one that runs this notebook
-) -> bool:  # was there a wheel, so that something was done?
+) -> None:
     "Make a pushed notebook ready; a clone needs nothing. RuntimeError: a package cannot be installed"
     wheel = next((Path(p) for p in path or sys.path if Path(p).match('sdip-*.whl')), None)
     if wheel is None:
-        return False
+        return
     install = 'pip install -q --no-color --no-index --no-deps -f . -r requirements.txt'
     command = [sys.executable, '-m', *install.split()]
     done = subprocess.run(command, cwd=wheel.parent, capture_output=True, text=True)
@@ -34,4 +34,3 @@ def setup_notebook(
                            f'{done.stderr.strip()[-500:]}')
     shell = shell or get_ipython()  # noqa: F821
     shell.input_transformers_cleanup.append(skip_marked)
-    return True
