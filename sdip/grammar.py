@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .drawings import COLOUR_WORDS, COLOURS, COUNTS, SIZE_WORDS, SIZES, SUBJECTS
+from .drawings import COLOUR_WORDS, COLOURS, COUNTS, SIZE_WORDS, SIZES
 from .media import MEDIA
+from .objects import SUBJECTS
 from .settings import SETTINGS, TIME_WORDS, TIMES, WEATHER_WORDS, WEATHERS
 
 # %% ../nbs/00c_grammar.ipynb #saddles

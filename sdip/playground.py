@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from .core import atomic_path
 from .data import check_own_pairs, check_pairs, save_pairs
-from .drawings import COLOURS, INK, SIZES, SUBJECTS, mix, Pen
+from .drawings import COLOURS, INK, SIZES, mix, Pen
 from .media import MEDIA
+from .objects import SUBJECTS
 from .settings import SETTINGS, draw_weather, plain_backdrop, relight, snow_cover
 from .grammar import ROOMS, SADDLES, parse, pick, sample_prompts, Scene, scene_split, seeded_rng
 

@@ -24,8 +24,9 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 
 from .core import EMB_DIM, read_json, write_json
-from .drawings import COLOURS, SIZES, SUBJECTS
+from .drawings import COLOURS, SIZES
 from .media import MEDIA
+from .objects import SUBJECTS
 from .settings import SETTINGS, TIMES, WEATHERS
 from .grammar import RELATIONS, grammar_phrases, parse, sample_prompts, scene_split, Thing
 from .playground import RENDERER, draw
