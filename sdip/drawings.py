@@ -206,22 +206,6 @@ COLOURS = dict(red=(214, 38, 38), orange=(245, 135, 25), yellow=(250, 220, 45), 
                teal=(25, 165, 165), blue=(45, 85, 215), purple=(130, 55, 185), pink=(250, 130, 185),
                brown=(125, 75, 40), black=(38, 36, 44), white=(245, 245, 242), grey=(140, 142, 148))
 
-# %% ../nbs/00b_drawings.ipynb #colour-words
-COLOUR_WORDS = dict(gray='grey', silver='grey', crimson='red', scarlet='red', gold='yellow', golden='yellow',
-                    cyan='teal', turquoise='teal', aqua='teal', violet='purple', lavender='purple',
-                    lilac='purple', magenta='pink', fuchsia='pink', salmon='pink', navy='blue', azure='blue',
-                    emerald='green', lime='green', olive='green', beige='brown', tan='brown', bronze='brown',
-                    amber='orange', peach='orange', maroon='red', ruby='red', ebony='black', ivory='white',
-                    cream='white') | {'snow white': 'white'}
-
-# %% ../nbs/00b_drawings.ipynb #sizes
-COUNTS = dict(one=1, two=2, three=3, four=4)
-SIZES = dict(tiny=('tiny', 'miniature'), small=('small', 'little'), big=('big', 'large'),
-             giant=('giant', 'huge', 'enormous'))
-SIZE_WORDS = dict(mini='tiny', minuscule='tiny', microscopic='tiny', teeny='tiny', petite='small',
-                  oversized='big', gigantic='giant', massive='giant', colossal='giant', immense='giant',
-                  monumental='giant')
-
 # %% ../nbs/00b_drawings.ipynb #subject-class
 @dataclass(frozen=True)
 class Subject:

@@ -24,11 +24,11 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 
 from .core import EMB_DIM, read_json, write_json
-from .drawings import COLOURS, SIZES
 from .media import MEDIA
 from .objects import SUBJECTS
 from .settings import SETTINGS, TIMES, WEATHERS
-from .grammar import RELATIONS, grammar_phrases, parse, sample_prompts, scene_split, Thing
+from .world import scene_split, scene_values, Thing
+from .grammar import grammar_phrases, parse, sample_prompts
 from .playground import RENDERER, draw
 from .preprocess import pick_device, Preprocess
 from .pretrained import CLIP_CONFIG as CLIP_FILE, save_clip
@@ -391,9 +391,7 @@ def pretrain_clip(
 # %% ../nbs/00h_pretrain.ipynb #attributes
 def scene_questions() -> dict:  # question -> its possible answers
     "What can be asked about a scene"
-    return dict(subject=list(SUBJECTS), colour=['', *COLOURS], count=[1, 2, 3, 4], size=['', *SIZES],
-                setting=['', *SETTINGS], medium=['', *MEDIA], time=['day', *TIMES],
-                weather=['clear', *WEATHERS], relation=['', *RELATIONS])
+    return scene_values()
 
 def scene_answers(
     scenes,  # list of n scenes
