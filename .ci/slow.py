@@ -699,7 +699,7 @@ TOY_CLIP = '''
 import json
 from open_clip.model import CLIP
 from sdip.preprocess import Preprocess; from sdip.pretrained import save_clip
-from sdip.pretrain import CLIP_PREPROCESS
+from sdip.contrastive import CLIP_PREPROCESS
 toy = dict(embed_dim=16, vision_cfg=dict(layers=2, width=32, head_width=16, patch_size=8, image_size=16),
            text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
 save_clip(CLIP(**toy), toy, Preprocess.from_dict(CLIP_PREPROCESS | dict(size=16)), 'input/clip-vit-large-patch14')

@@ -168,29 +168,30 @@ def sdip_generate(
 @call_parse
 @_polite(_GOES_ON)
 def sdip_pretrain(
-        out: str,  # folder for the weights; a killed run goes on there
-        what: str = 'clip',  # clip: the base CLIP; vit: the backbone
-        steps: int = None,  # batches in all; default: those of the shipped weights
-        seed: int = 1,  # of weights, prompts and pictures
-        threads: int = None,  # of the CPU
+    out: str,  # folder for the weights; a killed run goes on there
+    what: str = 'clip',  # clip: the base CLIP; vit: the backbone
+    steps: int = None,  # batches in all; default: those of the shipped weights
+    seed: int = 1,  # of weights, prompts and pictures
+    threads: int = None,  # of the CPU
 ):
     "Train one of the playground's towers on drawn pictures"
-    import time, torch
+    import time
     from dataclasses import replace
+    import torch
     from sdip.lock import folder_lock
     from sdip.pretrain import CLIP_RECIPE, VIT_RECIPE, pretrain_clip, pretrain_vit
     if what not in ('clip', 'vit'):
         raise ValueError(f'--what {what!r} is unknown, known are clip and vit')
     if threads:
         torch.set_num_threads(threads)
-    recipe, start = replace(CLIP_RECIPE if what == 'clip' else VIT_RECIPE, seed=seed), time.perf_counter()
+    train, recipe = (pretrain_clip, CLIP_RECIPE) if what == 'clip' else (pretrain_vit, VIT_RECIPE)
+    recipe, start = replace(recipe, seed=seed), time.perf_counter()
     if steps:
         recipe = replace(recipe, epochs=max(1, round(steps/(recipe.steps/recipe.epochs))))
-    print(
-        f'{what}: {recipe.steps} steps of {recipe.bs} pictures, {recipe.epochs*recipe.n:,} drawn; '
-        f'what is done stands in {out}/checkpoint.pt after each of {recipe.epochs} epochs', flush=True)
+    print(f'{what}: {recipe.steps} steps of {recipe.bs} pictures, {recipe.epochs*recipe.n:,} drawn; '
+          f'{out}/checkpoint.pt holds what is done after each of {recipe.epochs} epochs', flush=True)
     with folder_lock(out, 'sdip_pretrain'):
-        (pretrain_clip if what == 'clip' else pretrain_vit)(out, recipe)
+        train(out, recipe)
     print(f'{time.perf_counter() - start:.0f} s; weights in {out}')
 
 # %% ../nbs/01_dedup_weighting.ipynb #cli-dedup

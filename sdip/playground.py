@@ -314,10 +314,11 @@ def draw_data_set(
     loose: float,  # share of training prompts whose pictures ignore a part of them
     size: int,  # pixels
     seed: int,  # other prompts and other pictures
+    progress: bool = True,  # show a bar
 ) -> str:  # a line that says what there is
     "`make_pairs` in a folder that nobody else writes to"
     with folder_lock(out, 'sdip_generate'):
-        pairs = make_pairs(out, n, max(n // 10, 1), max(n // 5, 1), per_prompt, loose, size, seed)
+        pairs = make_pairs(out, n, max(n // 10, 1), max(n // 5, 1), per_prompt, loose, size, seed, progress)
     return f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}"
 
 # %% ../nbs/00c_playground.ipynb #draw-file

@@ -208,7 +208,7 @@ Run.pairs = read_pairs
 
 # %% ../nbs/08_run.ipynb #stage-base-clip
 def _train_clip(run, table, valid, folder, epochs, desc):
-    from sdip.pretrain import ClipRecipe, train_clip
+    from sdip.contrastive import ClipRecipe, train_clip
     recipe = ClipRecipe(epochs=epochs, lr=run.args['base_lr'], seed=run.args['seed'])
     return train_clip(image_paths(table, run.folder), table.prompt.tolist(), image_paths(valid, run.folder),
                       valid.prompt.tolist(), run/folder, groups=table.group.to_numpy(), recipe=recipe,
