@@ -33,6 +33,7 @@ def contrastive_loss(
     own = torch.arange(len(img), device=img.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
 
+# %% ../nbs/00h_contrastive.ipynb #contrastive-accuracy
 def contrastive_accuracy(
     pred: tuple,  # image rows (b, d), text rows (b, d), scale
     rows=None,  # unused
@@ -51,6 +52,7 @@ CLIP_PREPROCESS = dict(
     size=64, interpolation='bicubic', resize_mode='shortest',
     mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711])
 
+# %% ../nbs/00h_contrastive.ipynb #clip-parts
 def clip_parts(
     config: dict,  # open_clip's model config
 ) -> tuple:  # Preprocess of its pictures, tokenizer of its texts

@@ -26,6 +26,8 @@ _COLOUR_WORDS = dict(gray='grey', silver='grey', crimson='red', scarlet='red', g
                      emerald='green', lime='green', olive='green', beige='brown', tan='brown', bronze='brown',
                      amber='orange', peach='orange', maroon='red', ruby='red', ebony='black', ivory='white',
                      cream='white') | {'snow white': 'white'}
+
+# %% ../nbs/00c_grammar.ipynb #reader-size-words
 _SIZE_WORDS = dict(mini='tiny', minuscule='tiny', microscopic='tiny', teeny='tiny', petite='small',
                    oversized='big', gigantic='giant', massive='giant', colossal='giant', immense='giant',
                    monumental='giant')
@@ -45,6 +47,7 @@ _MORE_RELATIONS = dict(  # what the reader knows besides
 def _plurals(w):
     return {w + 's', w + 'es'} | ({w[:-1] + 'ies'} if w.endswith('y') else set())
 
+# %% ../nbs/00c_grammar.ipynb #vocabulary-add-nouns
 def _add_nouns(add):
     "Subjects and their plurals"
     for s, o in SUBJECTS.items():
@@ -143,6 +146,7 @@ def _join(objs, new, related):
         return False
     return True
 
+# %% ../nbs/00c_grammar.ipynb #reader-take-noun
 @patch
 def _noun(self: _Reader, i, kind, value, words):
     "A subject, with what waited for it; and the relation to the thing before, if one waited"
@@ -181,6 +185,7 @@ def _take(self: _Reader, i, kind, value, words):
 _FILLERS = set('a an the of at to is are for from some style painted front among during through floating '
                'sailing on in inside under over near by'.split())
 
+# %% ../nbs/00c_grammar.ipynb #read
 def read(
     prompt: str,  # English, any wording
 ) -> tuple:  # (Scene, list of the words that leave no trace in it, in their order)
@@ -213,6 +218,7 @@ def seeded_rng(
     digest = hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()
     return np.random.default_rng(int(digest[:16], 16))
 
+# %% ../nbs/00c_grammar.ipynb #pick
 def pick(
     rng,  # numpy Generator
     items,  # a sequence
@@ -226,6 +232,8 @@ SADDLES = dict(  # name -> (x, y) of the seat
     turtle=(-.1, -.42), snail=(.2, -.5), duck=(-.3, .1), fish=(-.15, -.5), bicycle=(-.28, -.45),
     car=(.02, -.42), train=(-.12, -.2), airplane=(0, -.5), rocket=(0, -.7), boat=(-.35, .5),
     cube=(0, -.6), mushroom=(0, -.84), pumpkin=(0, -.5))
+
+# %% ../nbs/00c_grammar.ipynb #rooms
 ROOMS = dict(  # name -> (x, y, radius) of the room
     house=(0, .38, .5), castle=(0, .4, .46), car=(0, .1, .46), teapot=(0, .25, .5),
     pumpkin=(0, .17, .52), apple=(0, .2, .54), cube=(0, .02, .54), balloon=(0, -.3, .54),
@@ -247,6 +255,7 @@ def _maybe(rng, share, items, other=''):
     "One of `items` in this share of cases, else `other`"
     return pick(rng, list(items)) if rng.random() < share else other
 
+# %% ../nbs/00c_grammar.ipynb #random-things-made
 def _random_things(rng):
     "One or two `Thing`s, and their relation"
     two = rng.random() < .23
@@ -305,6 +314,7 @@ def _write_object(o, rng):
         return noun
     return article(noun) if rng.random() < .9 else f'one {noun}'
 
+# %% ../nbs/00c_grammar.ipynb #write-objects-all
 def _write_objects(scene, rng):
     "The objects and what is between them, in either order"
     objs = [_write_object(o, rng) for o in scene.objects]
@@ -330,6 +340,7 @@ _TEMPLATES = [  # o: the objects, at: the place; of and tag: the medium in front
     '{tag}: {o} {at}'
 ]
 
+# %% ../nbs/00c_grammar.ipynb #write-prompt-made
 def write_prompt(
     scene: Scene,  # what to say
     rng,  # numpy Generator: chooses the wording

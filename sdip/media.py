@@ -15,12 +15,14 @@ from PIL import Image, ImageDraw, ImageFilter
 # %% ../nbs/00b_media.ipynb #media-helpers
 _GREY = np.float32([.3, .59, .11])  # how bright red, green and blue are
 
+# %% ../nbs/00b_media.ipynb #blur
 def _blur(x, r):
     "Box blur of a picture or mask, radius r/64 of its height"
     a = (x.clip(0, 1)*255).astype(np.uint8)
     im = Image.fromarray(a[..., 0] if a.shape[2] == 1 else a).filter(ImageFilter.BoxBlur(r*len(x)/64))
     return np.asarray(im, np.float32).reshape(x.shape)/255
 
+# %% ../nbs/00b_media.ipynb #noise
 def _noise(x, n, rng):
     "Smooth random field (h, w, 1) in 0..1 with n x n bumps"
     im = Image.fromarray(rng.integers(0, 256, (n, n), dtype=np.uint8))
@@ -34,6 +36,7 @@ def _slope(g):
     b[:, 1:-1] = g[:, 2:] - g[:, :-2]
     return np.sqrt(a*a + b*b)*(len(g)/128)
 
+# %% ../nbs/00b_media.ipynb #outlines-drawn
 def _outlines(x, m, back=.35, inside=1.7):
     "Drawn lines (h, w, 1) in 0..1: the outline of the subjects, their details, and less of the background"
     if len(x) > 64:
@@ -181,6 +184,7 @@ def _by_tile(label, low, span, rng):
     "A random factor in low..low+span for each tile, (h, w, 1)"
     return (low + span*rng.random(label.max() + 1, np.float32))[label][..., None]
 
+# %% ../nbs/00b_media.ipynb #oil-painting
 @medium('oil painting', 'oil painting', 'oil painting, oil on canvas, thick oil paint',
         'oil painting, oil on canvas, oil paint, oils, impasto, painting, acrylic painting')
 def _oil(x, m, rng):
@@ -214,6 +218,7 @@ def _hatch(h, gap, way=1):
     y, x = np.mgrid[:h, :h]*64/h
     return ((np.sin((x + way*y)*2*np.pi/gap) + 1)/2).astype(np.float32)[..., None]
 
+# %% ../nbs/00b_media.ipynb #pencil-sketch
 @medium('pencil sketch', 'pencil sketch, pencil drawing', 'pencil sketch, graphite drawing, pencil on paper',
         'pencil sketch, pencil drawing, pencil, graphite, graphite drawing, sketch, drawing, ink drawing, '
         'line art')

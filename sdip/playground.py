@@ -47,6 +47,7 @@ def _spots(n):
     rows = -(-n // k)
     return [((i%k + .5)/k, (i//k + .5)/rows + .02, .46/k) for i in range(n)]
 
+# %% ../nbs/00c_playground.ipynb #unrelated
 def _unrelated(things, rng):
     "Places of things that nothing relates; the larger ones come first and end up behind"
     n, things = len(things), [things[i] for i in rng.permutation(len(things))]
@@ -65,12 +66,14 @@ def _riders(up, x, y, q, r):
         k = q*_SCALES[u.size]**.5/(1 + .6*(len(up) - 1))
         yield u, x + (j - (len(up) - 1)/2)*1.6*k, max(y - k + .3*min(k, .7*r), .92*k), k
 
+# %% ../nbs/00c_playground.ipynb #guests
 def _guests(up, x, y, q):
     "Places of `up` in a room of radius q around (x, y)"
     for j, u in enumerate(up):
         k = .8*q*_SCALES[u.size]**.5/(1 + .6*(len(up) - 1))
         yield u, x + (j - (len(up) - 1)/2)*1.6*k, y, k
 
+# %% ../nbs/00c_playground.ipynb #on-or-in-all
 def _on_or_in(low, up, riding):
     "Each place of `low`, then those of the things `up` that ride on it or sit inside, then the next"
     out = []
@@ -129,6 +132,7 @@ def _look(thing):
         draw, rgb = SUBJECTS[thing.subject].draw, SUBJECTS[thing.subject].rgb
     return draw, COLOURS[thing.colour] if thing.colour else rgb
 
+# %% ../nbs/00c_playground.ipynb #place-all
 def _place(im, scene, rng):
     "Draw the objects of a scene upon `im`; returns their mask, an 'L' image"
     mask = Image.new('L', im.size)
@@ -241,6 +245,7 @@ def is_whole_png(
 def _hex(*parts):
     return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()
 
+# %% ../nbs/00c_playground.ipynb #to-draw
 def _to_draw(prompts, split, group, per_prompt, loose, seed):
     "What to draw for each row: (prompt, scene, seed of the picture, source, split, group)"
     for g, prompt in enumerate(prompts, group):
@@ -262,6 +267,7 @@ def _draw_missing(ids, rows, folder, size, progress):
             with atomic_path(path) as tmp:
                 draw(scene, pic, size).save(tmp, compress_level=1)
 
+# %% ../nbs/00c_playground.ipynb #drawn-pairs
 def _drawn_pairs(folder, ids, rows):
     "The pairs table, saved"
     prompt, _, _, source, split, group = zip(*rows)

@@ -65,6 +65,7 @@ def _choose(self: DrawnRows, g):
     rng = np.random.default_rng([self.seed, g])
     return int(rng.integers(len(self.scenes))), rng
 
+# %% ../nbs/00h_pretrain.ipynb #drawn-scene
 @patch
 def scene(
     self: DrawnRows,
@@ -73,6 +74,7 @@ def scene(
     "What picture g shows"
     return self.scenes[self._choose(int(g))[0]]
 
+# %% ../nbs/00h_pretrain.ipynb #drawn-pixels
 @patch
 def _picture(self: DrawnRows, g):
     "Number of the scene, and the pixels (S, S, 3)"
@@ -90,6 +92,7 @@ def _moved(px, shift, rng):
     corners = rng.integers(0, 2*shift + 1, (len(px), 2))
     return np.stack([w[y:y + size, x:x + size] for w, (y, x) in zip(wide, corners)])
 
+# %% ../nbs/00h_pretrain.ipynb #drawn-batch
 @patch
 def __getitems__(self: DrawnRows, rows):
     "A batch: pixels (b, S, S, 3), the scenes' rows of `ys`, random rows of `beside`, the numbers"
@@ -128,6 +131,7 @@ def _alike(self: FreshSampler, order, rng):
     rank = {k: rng.random() for k in sorted(set(looks))}
     return order[np.argsort([rank[k] for k in looks], kind='stable')]
 
+# %% ../nbs/00h_pretrain.ipynb #fresh-iter
 @patch
 def __iter__(self: FreshSampler):
     self.rows.pixels.clear()  # last epoch's pictures are not shown again
@@ -193,6 +197,7 @@ class _Task:
     n_inp: int  # tensors of a batch that the model takes
     name: str  # of the bar
 
+# %% ../nbs/00h_pretrain.ipynb #pretrain-loop
 def _pretrain(task, train, valid, recipe, folder, key, device=None, quiet=False):
     "The run that both towers share -> Learner"
     one_process_only('Pretraining')
@@ -214,6 +219,7 @@ def _train_prompts(recipe):
     scenes, n = [parse(p) for p in prompts], recipe.prompts
     return prompts[:n], prompts[n:], scenes[:n], scenes[n:]
 
+# %% ../nbs/00h_pretrain.ipynb #model-card
 def _model_card(recipe, history):
     "How the weights were made"
     import open_clip
@@ -234,6 +240,7 @@ def _caption(words, rng):
         what = article(colour + pick(rng, words['subjects']))
     return what + (' ' + pick(rng, words['settings']) if rng.random() < .6 else '')
 
+# %% ../nbs/00h_pretrain.ipynb #short-text
 def _short_text(words, rng):
     "A caption, a phrase, or one before the other"
     kinds = ['media']*3 + ['times', 'weathers', 'modifiers', 'settings', 'subjects', 'colours']
@@ -252,6 +259,7 @@ def short_texts(
     texts = dict.fromkeys(_short_text(words, rng) for _ in range(n))
     return [t for t in texts if _allowed(t)]
 
+# %% ../nbs/00h_pretrain.ipynb #allowed
 def _allowed(text):
     "Is its scene a training scene, or none?"
     try:
@@ -300,6 +308,7 @@ def taught_loss(
     texts = contrastive_loss((img[:half], read[:half], scale))
     return pictures + 0.5*texts + 2*follow
 
+# %% ../nbs/00h_pretrain.ipynb #taught-accuracy
 def taught_accuracy(
     pred: tuple,  # as `TaughtClip` gives it
     numbers=None,  # unused
@@ -315,6 +324,7 @@ _SHIPPED_CLIP = dict(
     vision_cfg=dict(layers=[1, 2, 2, 1], width=16, image_size=64, patch_size=None),
     text_cfg=dict(context_length=32, vocab_size=49408, width=96, heads=3, layers=2))
 
+# %% ../nbs/00h_pretrain.ipynb #taught-rows-made
 def _taught_rows(recipe, config, reader, folder):
     "Rows to train on, rows to watch, and what they depend on"
     prep, tokenize = clip_parts(config)
@@ -388,6 +398,7 @@ def answers_loss(
     sizes = [len(v) for v in scene_values().values()]
     return sum(F.cross_entropy(p.float(), a) for p, a in zip(pred.split(sizes, 1), answers.split(sizes, 1)))
 
+# %% ../nbs/00h_pretrain.ipynb #subject-accuracy
 def subject_accuracy(
     pred: torch.Tensor,  # (b, answers) logits
     answers: torch.Tensor,  # (b, answers) probabilities
@@ -400,6 +411,7 @@ def subject_accuracy(
 # %% ../nbs/00h_pretrain.ipynb #pretrain-vit
 _SHIPPED_VIT = dict(name='vit_tiny_patch16_224', kw=dict(patch_size=16, embed_dim=160, depth=6, num_heads=4))
 
+# %% ../nbs/00h_pretrain.ipynb #pretrain-vit-run
 def pretrain_vit(
     folder: str,  # gets config.json, model.safetensors (fp16), history.json
     recipe: PretrainRecipe = VIT_RECIPE,  # how

@@ -321,6 +321,8 @@ TIME_WORDS = dict(
     night='night, nighttime, midnight, moonlit sky, moonlit, moonlight, night sky, starry sky, '
           'starry night, starry',
     sunset='sunset, dusk, evening, sundown, golden hour, evening sky, sunset sky, twilight, dawn, sunrise')
+
+# %% ../nbs/00b_settings.ipynb #weather-words
 WEATHER_WORDS = dict(
     clear='sunny, clear sky, clear skies',
     rain='rain, rainy, raining, rainstorm, storm, stormy, thunderstorm',
