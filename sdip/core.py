@@ -98,31 +98,39 @@ def skill(
 
 # %% ../nbs/00_core.ipynb #bootstrap-interval
 def bootstrap_interval(
-    values,  # (n,) one number a picture, such as `row_cosine`
-    n: int = 1000,  # how many times to draw again
-    level: float = .95,  # how much of the means the interval holds
-    seed: int = 0,  # of the draws
-    groups=None,  # (n,) what is drawn as a whole, such as the prompt of each picture; None: every number alone
-) -> tuple:  # (low, high)
-    "Percentile bootstrap interval of the mean of `values`"
+    values,  # (n,) one number a picture, such as `row_cosine`; or (n, k), k columns of them
+    groups=None,  # (n,) what is resampled as a whole, such as each picture's prompt; None: every row alone
+    n: int = 1000,  # number of resamples
+    level: float = .95,  # share of the resampled means that the interval holds
+    seed: int = 0,  # of the resampling
+):  # (low, high) of (n,) values; (k, 2) of (n, k) values
+    "Percentile bootstrap interval of the mean. ValueError: no values, NaN among them, groups of another length"
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+    if values.ndim not in (1, 2) or not len(values) or not np.isfinite(values).all():
         odd = (~np.isfinite(values)).sum()
         raise ValueError(f"values has shape {values.shape} and {odd} non-finite numbers, "
                          "expected a non-empty list of finite ones, one a picture")
     group = np.arange(len(values))
     if groups is not None:
-        group = pd.factorize(np.asarray(groups), use_na_sentinel=False)[0]
-    if group.shape != values.shape:
+        group = pd.factorize(np.asarray(groups), sort=True, use_na_sentinel=False)[0]
+    if group.shape != (len(values),):
         raise ValueError(f"groups has shape {group.shape} for {len(values)} values: "
                          "say of each to which group it belongs")
-    total, count = np.bincount(group, values), np.bincount(group)  # (g,) of each group: sum and number
-    rng, g, means = np.random.default_rng(seed), len(count), []
-    for _ in range(n):
+    low, high = np.quantile(_resampled_means(values.reshape(len(values), -1), group, n, seed),
+                            [(1-level)/2, (1+level)/2], axis=0)  # each (k,)
+    return (float(low[0]), float(high[0])) if values.ndim == 1 else np.column_stack([low, high])
+
+# %% ../nbs/00_core.ipynb #resampled-means
+def _resampled_means(values, group, n, seed):  # (m, k), (m,) int from 0 -> (n, k)
+    "Means of the columns, over groups drawn with replacement"
+    count = np.bincount(group)  # (g,) rows of each group
+    total = np.stack([np.bincount(group, column) for column in values.T], axis=1)  # (g, k) their sums
+    rng, g = np.random.default_rng(seed), len(count)
+    means = np.empty((n, values.shape[1]))
+    for row in means:
         drawn = rng.integers(0, g, g)
-        means.append(total[drawn].sum()/count[drawn].sum())
-    lo, hi = np.quantile(means, [(1-level)/2, (1+level)/2])
-    return float(lo), float(hi)
+        row[:] = total[drawn].sum(0)/count[drawn].sum()
+    return means
 
 # %% ../nbs/00_core.ipynb #atomic-path
 def _full(e):
