@@ -18,9 +18,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import check_emb, right_shape
-from .data import clean_prompts
 from .pretrained import MODEL_PLACES, clip_digest, model_folders
 from .encoders import ClipEncoder, shipped
+from .prompts import clean_prompts
 
 # %% ../nbs/04_bank.ipynb #append-rows
 def append_rows(file, rows, n):  # rows (m, ...) after the first n of the file; what lay behind those goes

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import hash_items, unit
-from .data import OPEN_CHOICE, plain_prompt
+from .prompts import OPEN_CHOICE, plain_prompt
 from .tables import read_texts
 from .encode import encode
 

@@ -212,7 +212,7 @@ def dedup_table(
     mode: str = 'exact',  # see `dedup`
 ):  # -> (kept, dropped, report): DataFrames, `dropped` with columns `reason`, `near` (a prompt) and `cosine`, and text
     "Rows of a table worth keeping, the others with the reason, and a report"
-    from sdip.data import clean_prompts, duplicate_of
+    from sdip.prompts import clean_prompts, duplicate_of
     for c in filter(None, (column, priority)):
         if c not in table:
             raise ValueError(f"the table has no column {c!r}, it has {list(table)}: choose one of them")

@@ -18,11 +18,12 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import EMB_DIM, atomic_path, check_emb, right_shape, unit, write_json
-from .data import clean_prompts, image_paths, ImageError, read_image
+from .data import image_paths, ImageError, read_image
 from .lock import check_files, file_digests, read_fields
 from .encoders import ClipEncoder
 from .bank import (COLUMNS, KINDS, SETTINGS, append_rows, check_rows, clip_reference, load_clip_reference,
                        prompt_groups, rows_digest, Shelf)
+from .prompts import clean_prompts
 
 # %% ../nbs/04_knn.ipynb #share
 def _share(w):  # (q, k), 0 or more -> float32, rows sum to 1; rows of zeros stay

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .data import IMAGE_FORMATS, OPEN_CHOICE
+from .data import IMAGE_FORMATS
 from .core import regular_file
 from .delimited import decode_text
+from .prompts import OPEN_CHOICE
 
 # %% ../nbs/00a_metadata.ipynb #parameters
 # Repeats are bounded: no hostile file takes hours

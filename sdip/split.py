@@ -16,9 +16,9 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from .core import check_emb, unit
-from .data import clean_prompts, duplicate_of
 from .near_duplicates import BestMatch, check_threshold, near_pairs, pair_cosines, Rows, Sketch
 from .dedup_weighting import dedup
+from .prompts import clean_prompts, duplicate_of
 
 # %% ../nbs/01a_split.ipynb #components
 def _components(n, links):
