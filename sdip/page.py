@@ -46,6 +46,28 @@ def html_page(
     return (f'<!doctype html><html lang="en"><head>{head}<title>{markup(title)}</title>'
             f'<style>{style}</style></head><body>{markup(body)}</body></html>')
 
+# %% ../nbs/00_page.ipynb #thumbnail
+def thumbnail(
+    image,  # what `read_image` takes
+    size: int = 128,  # pixels of the longer side
+    alt: str = '',  # what the picture shows
+) -> Html:  # an <img> tag that holds a JPEG; '' for a picture that cannot be read
+    "A small picture as markup"
+    from base64 import b64encode
+    from io import BytesIO
+    from PIL import Image
+    from sdip.data import ImageError, read_image
+    try:
+        im = read_image(image)
+    except ImageError:
+        return Html('')
+    scale = size/max(im.size)
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    im, out = im.resize([max(1, round(s*scale)) for s in im.size], how), BytesIO()
+    im.save(out, 'JPEG', quality=85)
+    data = b64encode(out.getvalue()).decode()
+    return Html(f'<img alt="{markup(alt)}" width="{im.width}" src="data:image/jpeg;base64,{data}">')
+
 # %% ../nbs/00_page.ipynb #foreign-markup
 HOSTILE = ('<i x><img src=x onerror=alert(1)></i><script>alert(2)</script> a cat',
            '"><svg onload=alert(3)> a dog', "' onmouseover='alert(4) an owl",
