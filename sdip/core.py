@@ -71,6 +71,7 @@ def row_cosine(
     cos = np.einsum('nd,nd->n', unit(pred), unit(targ), dtype=np.float64)  # (n,)
     return cos.clip(-1, 1).astype(np.float32)
 
+# %% ../nbs/00_core.ipynb #mean-cosine
 def mean_cosine(
     pred,  # (n, d) predictions, any length
     targ,  # (n, d) the truth, any length
@@ -217,7 +218,7 @@ def _json_value(o):
         return o.tolist()
     if isinstance(o, os.PathLike):
         return Path(o).as_posix()
-    raise ValueError(f"{type(o).__name__} {str(o)[:60]!r} cannot stand in JSON: "
+    raise ValueError(f"{type(o).__name__} {str(o)[:60]!r} cannot be written as JSON: "
                      "convert it to numbers, strings, lists and dicts")
 
 # %% ../nbs/00_core.ipynb #encodes
@@ -317,7 +318,7 @@ def check_sha256(
         raise ValueError(f"{file} has SHA-256 {digest}, expected {expected}: {remedy}")
     return digest
 
-# %% ../nbs/00_core.ipynb #hash-items
+# %% ../nbs/00_core.ipynb #item-bytes
 def _item_bytes(o):  # -> (kind, bytes)
     if isinstance(o, str):
         return 'str', o.encode('utf-8', 'surrogatepass')
@@ -334,6 +335,7 @@ def _item_bytes(o):  # -> (kind, bytes)
     raise ValueError(f"cannot hash a {type(o).__name__}: "
                      "expected strings, bytes, paths, numbers, numpy arrays or PIL images")
 
+# %% ../nbs/00_core.ipynb #hash-items
 def hash_items(
     items,  # strings, bytes, paths (as names), numbers, arrays, PIL images; an array is hashed row by row
 ) -> str:  # 64 hexadecimal digits

@@ -80,6 +80,7 @@ COLUMN_NAMES = dict(  # kind -> the names that people give such a column, in low
     phrase=('phrase', 'phrases', 'name', 'label'),
 )
 
+# %% ../nbs/00_delimited.ipynb #column-key
 def column_key(
     name,  # of a column
 ) -> str:  # 'image_path' of ' Image Path'
@@ -122,6 +123,7 @@ def _long_cells():
     finally:
         csv.field_size_limit(old)
 
+# %% ../nbs/00_delimited.ipynb #records
 def _records(text, sep, quoting, space):  # yields (cells, start, end, number of lines) of each record
     "Split text, from the header on, into records, each with its place; `space`: skip blanks after `sep`"
     end = 0
@@ -203,7 +205,7 @@ def _check_short(rows, widths, places, path):
 
 # %% ../nbs/00_delimited.ipynb #parse-delimited
 def _typed_quotes(lines):
-    "Do cells of a TSV stand in quotes that they need in no program, below a header without?"
+    "Are cells of a TSV in quotes that no program needs, below a header without?"
     quoted = lambda cell: len(cell) > 1 and cell[0] == cell[-1] == '"'
     if not lines or any(quoted(c) for c in lines[0].split('\t')):
         return False
@@ -234,6 +236,7 @@ class _Delimited:
         self.lines = [line for line in lines if line]
         self.plain = len({line.count(self.sep) for line in self.lines}) < 2  # cells alike in number
 
+# %% ../nbs/00_delimited.ipynb #open-delimited
 def _open_delimited(text, suffix, path):  # -> _Delimited
     excel = re.match(r'sep=(.)\r?\n', text)
     skip = excel.end() if excel else 0

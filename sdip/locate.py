@@ -63,6 +63,7 @@ def _child(self: Finder, folder, name):
     found = self.listed[folder].get(_same_name(name), [])
     return folder/found[0] if len(found) == 1 else None
 
+# %% ../nbs/00a_locate.ipynb #finder-loose
 @patch
 def _loose(self: Finder, base, parts):
     "The file that the parts lead to, each in any spelling"
@@ -84,6 +85,7 @@ def _first(self: Finder, bases, ways):
     "The first file that one of the ways, each a list of parts, leads to from one of the bases"
     return next((p for parts in ways for b in bases if (p := self._loose(b, parts))), None)
 
+# %% ../nbs/00a_locate.ipynb #finder-anywhere
 @patch
 def _anywhere(self: Finder, name):
     "The one picture of a name in the folder that the user named, however deep"
@@ -111,12 +113,13 @@ def _guess(self: Finder, name):
         return p
     return self._anywhere(parts[-1]) if self.given and parts else None
 
-# %% ../nbs/00a_locate.ipynb #finder-call
+# %% ../nbs/00a_locate.ipynb #plain-path
 def _plain_path(name):
     "A path as it was meant: one kind of slash, no detours, one Unicode form"
     parts = unicodedata.normalize('NFC', name.replace('\\', '/')).split('/')
     return '/'.join(p for p in parts if p not in ('', '.'))
 
+# %% ../nbs/00a_locate.ipynb #finder-call
 @patch
 def __call__(
     self: Finder,

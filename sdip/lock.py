@@ -26,6 +26,7 @@ def _boot():
     except OSError:
         return ''
 
+# %% ../nbs/00_lock.ipynb #started
 def _started(pid):
     "When a process was started, in the kernel's ticks; '' where that is not known; None: it is gone"
     if os.name != 'posix':

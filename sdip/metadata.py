@@ -56,7 +56,7 @@ def format_parameters(
     line = ', '.join(f'{k}: {quote(v)}' for k, v in ordered.items())
     return '\n'.join([prompt] + [f'Negative prompt: {negative}']*bool(negative) + [line])
 
-# %% ../nbs/00a_metadata.ipynb #parse-parameters
+# %% ../nbs/00a_metadata.ipynb #setting-value
 def _setting_value(text):
     "A setting's value: quoted as JSON quotes, else as it is"
     text = text.strip()
@@ -71,6 +71,7 @@ def _first_line(lines, test):
     "Index of the first line that passes; their number where none does"
     return next((i for i, line in enumerate(lines) if test(line)), len(lines))
 
+# %% ../nbs/00a_metadata.ipynb #parse-parameters
 def parse_parameters(
     text: str,  # of a `parameters` chunk
 ) -> tuple:  # (prompt, negative prompt, {setting: string})
@@ -207,6 +208,7 @@ def _node_texts(inputs, graph):
             texts.append(_constant(to, graph, set()))
     return texts
 
+# %% ../nbs/00a_metadata.ipynb #texts-above
 def _texts_above(start, graph):
     "Distinct texts from which a node's conditioning is made"
     texts, todo, seen = [], [start], set()
@@ -300,6 +302,7 @@ def _comment(data):  # bytes or text of EXIF's UserComment -> as it was written
     except UnicodeDecodeError:
         return rest.decode('latin-1').strip('\0').strip()
 
+# %% ../nbs/00a_metadata.ipynb #exif-fields
 def _exif_fields(data):
     "UserComment out of EXIF, from where it belongs or from where Fooocus puts it"
     exif = data

@@ -18,7 +18,7 @@ from .data import IMAGE_FORMATS
 # %% ../nbs/00_prompts.ipynb #open-choice
 OPEN_CHOICE = re.compile(r'\{[^{}]*\|[^{}]*\}|__[\w/*-]+__')
 
-# %% ../nbs/00_prompts.ipynb #plain-prompt
+# %% ../nbs/00_prompts.ipynb #prompt-syntax
 _NETWORK = re.compile(r'<(?:lora|lyco|locon|loha|dora|hypernet|embedding)\s*:[^<>]*>', re.I)
 # [snow:rain:0.5], [snow|rain]: both are painted
 _EDIT = re.compile(r'\[([^\[\]():|]*)[:|]([^\[\]():|]*)(?::\s*[\d.]+\s*)?\]')
@@ -26,6 +26,7 @@ _EDIT = re.compile(r'\[([^\[\]():|]*)[:|]([^\[\]():|]*)(?::\s*[\d.]+\s*)?\]')
 _EMPHASIS = re.compile(r'[(\[{]([^()\[\]{}]*?)(?::\s*[+-]?\d*\.?\d+\s*)?[)\]}]')
 _ESCAPED = {'\\(': '\ue000', '\\)': '\ue001', '\\[': '\ue002', '\\]': '\ue003'}
 
+# %% ../nbs/00_prompts.ipynb #plain-prompt
 def plain_prompt(
     prompt: str,  # as people type it into AUTOMATIC1111 and its kin
 ) -> str:  # what it asks for

@@ -164,6 +164,7 @@ def _tar_note(folder):
     images = [r['image'] for r in rows.values() if 'image' in r]
     return note if all(os.path.realpath(folder/i).startswith(inside) for i in images) else None
 
+# %% ../nbs/00a_shards.ipynb #only-ours
 def _only_ours(folder, note):
     "Does a folder hold nothing but what its note lists?"
     listed = {r['image'] for r in note['rows'].values() if 'image' in r} | {'_tar.json'}
@@ -182,6 +183,7 @@ def _renewed(folder, note, here):
         pass  # a folder that is read only
     return note
 
+# %% ../nbs/00a_shards.ipynb #unpack-into
 def _unpack_into(folder, tar, note):
     "Unpack beside the folder, then move in"
     tmp = folder.parent/f'.tmp-{uuid.uuid4().hex[:12]}-{folder.name}'
@@ -261,6 +263,7 @@ def _warn_incomplete(tar, note):
         warnings.warn(f"{tar}: {len(note['passed'])} members are sparse, too large, repeated or badly "
                       f"named and are left out: {first_few(note['passed'])}", stacklevel=6)
 
+# %% ../nbs/00a_shards.ipynb #tar-rows
 def tar_rows(
     tars,  # list of files
     home,  # folder in which each gets a folder of its own
