@@ -195,7 +195,7 @@ def _why_unreadable(src, e):  # reason and remedy for whatever opening `src` rai
     return f'the file is damaged or cut short ({said}): download or render it again, or leave it out'
 
 # %% ../nbs/00_data.ipynb #read-image
-def _read(src, max_pixels):
+def _read_source(src, max_pixels):
     if isinstance(src, np.ndarray):
         return _to_rgb(_array_image(src), max_pixels)
     if isinstance(src, Image.Image):
@@ -220,7 +220,7 @@ def read_image(
 ) -> Image.Image:  # RGB, upright, a new image without metadata
     "Read a picture of nearly any kind as RGB. ImageError names what cannot be read, and why"
     try:
-        return _read(src, max_pixels)
+        return _read_source(src, max_pixels)
     except Exception as e:
         raise ImageError(f'{_picture_name(src)}: {_why_unreadable(src, e)}') from e
 
@@ -248,7 +248,7 @@ def _in_folder(folder):  # yields (path, is it a picture?) of files with a pictu
         todo += [at/n for n in names if n[0] != '.']
 
 # %% ../nbs/00_data.ipynb #same-look
-def _look(path):
+def _picture_look(path):
     "(width / height, (16, 16, 3) colours); None where it cannot be read"
     try:
         im = read_image(path)
@@ -276,8 +276,8 @@ def _drop_copies(files):
         if len(alike) == 1:
             continue
         first, *rest = sorted(alike, key=lambda f: IMAGE_EXTS.index(f.suffix.lower()))
-        look = _look(first)
-        gone |= {f for f in rest if not _has_own_text(f) and _same_look(look, _look(f))}
+        look = _picture_look(first)
+        gone |= {f for f in rest if not _has_own_text(f) and _same_look(look, _picture_look(f))}
     if gone:
         warnings.warn(f"{len(gone)} pictures are copies of one beside them under another ending "
                       f"and are left out: {first_few(sorted(map(str, gone)))}", stacklevel=3)

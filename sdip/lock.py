@@ -119,7 +119,7 @@ def _create(file, text, instead=False):  # -> descriptor, or None; instead: of t
     return fd
 
 # %% ../nbs/00_lock.ipynb #owner
-def _owner(fd):
+def _lock_owner(fd):
     "Content of a lock file, {} where it cannot be understood"
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
@@ -154,7 +154,7 @@ def _take(file, what):  # -> (descriptor of our lock file, when a dead owner too
             fd = os.open(file, os.O_RDWR)
         except FileNotFoundError:
             continue  # released just now
-        free, owner, new = _flock(fd), _owner(fd), None
+        free, owner, new = _flock(fd), _lock_owner(fd), None
         there = _same_file(fd, file)
         dead = there and _is_dead(owner, free)
         if dead:
