@@ -61,6 +61,7 @@ def save_preds(
     with atomic_path(path) as tmp:
         np.savez(tmp, ids=ids, emb=emb, model=np.array(model))
 
+# %% ../nbs/06_blending.ipynb #load-preds
 def load_preds(
     path,  # file written by `save_preds`
 ) -> Preds:  # ids (n,) str, emb (n, 384) float32, model str
@@ -78,7 +79,7 @@ def load_preds(
         raise ValueError(f"{path} holds ids {ids.shape} for rows {emb.shape}: write it with save_preds")
     return Preds(ids.astype(str), emb, model)
 
-# %% ../nbs/06_blending.ipynb #named-preds
+# %% ../nbs/06_blending.ipynb #read-preds
 def _read_preds(preds):  # dict, or list of files or `Preds` -> [(name or None, Preds or array)]
     read = lambda p: load_preds(p) if isinstance(p, (str, Path)) else p
     if isinstance(preds, dict):
@@ -91,6 +92,7 @@ def _read_preds(preds):  # dict, or list of files or `Preds` -> [(name or None, 
                          "pass a dictionary model name -> array")
     return pairs
 
+# %% ../nbs/06_blending.ipynb #named-preds
 def _named_preds(preds):  # -> [(name, Preds or array)], each name once and its own
     pairs = _read_preds(preds)
     names = [p.model if isinstance(p, Preds) else name for name, p in pairs]
@@ -139,6 +141,7 @@ def row_grams(
             gram[:, j, k] = gram[:, k, j] = dot(u, units[k])
     return dots, gram
 
+# %% ../nbs/06_blending.ipynb #blend-cosines
 def _over_length(top, square):  # (n,), (n,) -> (n,): top / sqrt(square); 0 where the blend has no length
     return top/np.sqrt(np.maximum(square, 1e-12))
 
@@ -302,12 +305,13 @@ def _cosine_and_grad(w, dots, gram):  # (m,), (n, m), (n, m, m) -> mean cosine o
     grad = (inv@dots - (top*inv**3) @ gw)/len(dots)  # (m,)
     return float((top*inv).mean()), grad
 
-# %% ../nbs/06_blending.ipynb #joint-ratios
+# %% ../nbs/06_blending.ipynb #climb
 def _climb(w, dots, gram):  # (m,) -> (m,) with a higher score; zeros stay zero
     loss = lambda w: tuple(-v for v in _cosine_and_grad(w, dots, gram))
     bounds = [(0, None if v else 0) for v in w]
     return minimize(loss, w, jac=True, method='L-BFGS-B', bounds=bounds, options=dict(ftol=1e-12)).x
 
+# %% ../nbs/06_blending.ipynb #joint-ratios
 def joint_ratios(
     dots: np.ndarray,  # (n, m)
     gram: np.ndarray,  # (n, m, m)

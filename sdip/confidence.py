@@ -66,6 +66,7 @@ def fit_trust(
     return dict(centre=centre.tolist(), mean=mean.tolist(), std=std.tolist(), coef=coef.tolist(),
                 base=float(base), rank=rank)
 
+# %% ../nbs/06_confidence.ipynb #expected-trust
 def expected_trust(
     models: list,  # as for `fit_trust`, of new rows
     trust: dict,  # of `fit_trust`

@@ -23,6 +23,12 @@ def _unusable(given):  # n cells -> clean prompts; reason '' or why a row goes; 
     near[copy] = [prompts[i] for i in first[copy]]
     return prompts, reason, near
 
+# %% ../nbs/01c_dedup_table.ipynb #counts
+def _counts(reason):  # (n,), '' for rows that stay -> a line
+    why = [r for r in dict.fromkeys(reason) if r and not r.startswith('near')]
+    counts = ', '.join(f"{(reason == r).sum()} {r}" for r in why)
+    return f"{len(reason)} rows: {(reason == '').sum()} kept; {counts or 'nothing unusable'}"
+
 # %% ../nbs/01c_dedup_table.ipynb #dedup-table
 def dedup_table(
     table,  # DataFrame with a column of prompts
@@ -50,11 +56,6 @@ def dedup_table(
     keep = reason == ''
     dropped = table[~keep].assign(reason=reason[~keep], near=near[~keep], cosine=cosine[~keep])
     return table[keep], dropped, '\n'.join([_counts(reason), found.report(words)])
-
-def _counts(reason):  # (n,), '' for rows that stay -> a line
-    why = [r for r in dict.fromkeys(reason) if r and not r.startswith('near')]
-    counts = ', '.join(f"{(reason == r).sum()} {r}" for r in why)
-    return f"{len(reason)} rows: {(reason == '').sum()} kept; {counts or 'nothing unusable'}"
 
 # %% ../nbs/01c_dedup_table.ipynb #dedup-rows
 def dedup_rows(

@@ -102,6 +102,9 @@ def _warn_few(groups, models):
         remedy = "hold out more rows, or blend fewer models"
         warnings.warn(f"{said}: their ratios fit noise; {remedy}", stacklevel=3)
 
+def _norm_range(norms):  # (n,) -> smallest, median, largest
+    return tuple(np.quantile(norms, [0, .5, 1]).tolist())
+
 # %% ../nbs/06_ensemble.ipynb #fit-ensemble
 def fit_ensemble(
     preds,  # model name -> (n, 384) array in the order of targets, or `.npz` of `save_preds`
@@ -131,9 +134,6 @@ def fit_ensemble(
         curves={names[j]: asdict(s) for j, s in searches.items()},
         errors=error_correlation(dots, gram, here[seen]).tolist(),
         trust=fit_trust([[a[seen] for a in models[j]] for j in np.flatnonzero(w)], held, group))
-
-def _norm_range(norms):  # (n,) -> smallest, median, largest
-    return tuple(np.quantile(norms, [0, .5, 1]).tolist())
 
 # %% ../nbs/06_ensemble.ipynb #blended
 def _blended(self, preds, ids):  # -> ratios above 0; [(units (n, 384), here, norms)] of their models

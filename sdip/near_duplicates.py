@@ -26,6 +26,7 @@ def _row_norms(x):  # (n, d) array -> (n,) float64, read a block at a time
         norms.append(np.sqrt(np.einsum('nd,nd->n', rows, rows)))
     return np.concatenate(norms)
 
+# %% ../nbs/00j_near_duplicates.ipynb #row-checks
 def _check_norms(norm, name, ids):  # (n,), what errors call the rows, their ids -> a note for a person
     bad = np.flatnonzero(~np.isfinite(norm))
     if len(bad):
@@ -80,6 +81,7 @@ def take(
         return torch.from_numpy(self.x[i]).to(dtype)
     return self.x[torch.from_numpy(i).to(self.device)].to(dtype)
 
+# %% ../nbs/00j_near_duplicates.ipynb #rows-unit
 @patch
 def unit(
     self: Rows,
@@ -172,7 +174,7 @@ def pair_cosines(
         out[k] = (dot/(x.norm[i[k]]*y.norm[j[k]])).cpu().numpy()
     return out
 
-# %% ../nbs/00j_near_duplicates.ipynb #candidates
+# %% ../nbs/00j_near_duplicates.ipynb #two-ways
 def _product(u, v, same):  # (p, w), (q, w) -> (p, q); a row is not paired with itself
     s = u @ v.T
     if same:
@@ -192,6 +194,7 @@ def _in_full(a, b, threshold):  # -> (row of a, row of b, float32 cosine), tenso
     r, c = (s >= threshold - SLACK).nonzero().T
     return r, c, s[r, c]
 
+# %% ../nbs/00j_near_duplicates.ipynb #candidates
 def _candidates(a, b, threshold):
     "Pairs that may be near: (row of a, row of b, cosine, 0 where not known yet), each (k,), sorted by row"
     r, c = _by_sketch(a, b, threshold)
@@ -252,7 +255,7 @@ class BestMatch:
         up = v > self.score[r]
         self.score[r[up]], self.code[r[up]] = v[up], code[up]
 
-# %% ../nbs/00j_near_duplicates.ipynb #greedy-inside
+# %% ../nbs/00j_near_duplicates.ipynb #compare
 def _compare(t, bank, best, threshold, tile):  # show every row of `t` the rows of `bank`
     for at in range(0, len(t), tile):
         for b in bank.tiles(tile):
@@ -260,6 +263,7 @@ def _compare(t, bank, best, threshold, tile):  # show every row of `t` the rows 
             if len(r):
                 best.see(at + r, b.code[c], v)
 
+# %% ../nbs/00j_near_duplicates.ipynb #greedy-inside
 def _greedy_inside(t, best, threshold):  # -> (p,) bool, which rows stay; updates `best` of those that go
     alive = best.score < np.float32(threshold)
     r, c, v = near_pairs(t, t, threshold)
@@ -311,6 +315,7 @@ def assign(self: _Cells, u):  # (b, d) unit rows -> (b,) their cells; (b, k) cel
         self.far.index_reduce_(0, h, -s, 'amax')
     return torch.cat(home).cpu().numpy(), torch.cat(opened)
 
+# %% ../nbs/00j_near_duplicates.ipynb #cells-share
 @patch
 def _open_share(self: _Cells, sample, n):  # -> of all pairs of n rows, about how many are left to look at
     with warnings.catch_warnings():
@@ -388,6 +393,7 @@ class _Kept:
         if home is not None:
             self.home[new] = home
 
+# %% ../nbs/00j_near_duplicates.ipynb #walk-tiles
 def _walk_tiles(todo, home, kept, found, threshold, tile):  # the rows of one block, tile by tile
     before = kept.n
     for at in range(0, len(todo), tile):
