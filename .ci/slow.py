@@ -1397,7 +1397,7 @@ def readers_of_texts():
     "As `readers_of_pairs`; (): any words will do, for there is no file"
     from functools import partial
     from hypothesis import strategies as st
-    from sdip.data import plain_prompt
+    from sdip.prompts import plain_prompt
     from sdip.core import read_json
     from sdip.lock import read_fields
     from sdip.metadata import parse_parameters

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse, Param
 
-# %% ../nbs/00_cli.ipynb #polite
+# %% ../nbs/00_cli.ipynb #stoppable
 class _Stopped(KeyboardInterrupt):
     "A signal asked the command to end"
 
@@ -27,19 +27,20 @@ def _stop(number, frame):
 
 @contextmanager
 def _stoppable():
-    "SIGTERM and SIGHUP end the work as Ctrl-C does: everything that tidies up is run"
-    mine = [
-        s for s in ('SIGTERM', 'SIGHUP')
-        if hasattr(signal, s) and threading.current_thread() is threading.main_thread()
-    ]
-    mine = [s for s in mine if signal.getsignal(getattr(signal, s)) is not signal.SIG_IGN]  # nohup's promise
-    old = {s: signal.signal(getattr(signal, s), _stop) for s in mine}
+    "SIGTERM and SIGHUP end the work as Ctrl-C does, so that all clean-up is run"
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in 'SIGTERM', 'SIGHUP':
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                old[number] = signal.signal(number, _stop)
     try:
         yield
     finally:
-        for s, handler in old.items():
-            signal.signal(getattr(signal, s), handler or signal.SIG_DFL)
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
+# %% ../nbs/00_cli.ipynb #end
 def _end(name, status, line):
     "Print a last line, whatever has become of the terminal, and leave"
     try:
@@ -49,16 +50,37 @@ def _end(name, status, line):
     raise SystemExit(status) from None
 
 def _sentence(e):
-    "What an OSError says, without the number and the name twice"
-    said = e.strerror or str(e)
-    return said if e.filename is None or str(e.filename) in said else f'{e.filename}: {said}'
+    "Text of an OSError, without the number and the name twice"
+    text = e.strerror or str(e)
+    return text if e.filename is None or str(e.filename) in text else f'{e.filename}: {text}'
+
+# %% ../nbs/00_cli.ipynb #one-line
+@contextmanager
+def _one_line(name, left):
+    "Whatever ends the work, ends it with one line; `left`: what a stopped one leaves"
+    try:
+        yield
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, 'w')
+        _end(name, 141, f'nobody reads its output any more: stopped; {left}')
+    except KeyboardInterrupt as e:
+        _end(name, 128 + (e.args[0] if e.args else signal.SIGINT), f'stopped; {left}')
+    except MemoryError as e:
+        raise SystemExit(f'{name}: out of memory ({e}): give it less at a time, or a larger machine')
+    except OSError as e:
+        raise SystemExit(f'{name}: {_sentence(e)}')
+    except (ValueError, ImportError) as e:
+        raise SystemExit(f'{name}: {e}')
+
+# %% ../nbs/00_cli.ipynb #polite
+_GOES_ON = 'the same command goes on from here'
 
 def _polite(left='nothing half-written was left'):
-    "Decorator of a command: one line for a slip, a warning or a stop; `left` is said of stopped work"
+    "Decorator of a command: one line for a mistake, a warning or a stop"
     def decorate(func):
         name, inside = func.__name__, os.sep + 'sdip' + os.sep
 
-        def tell(message, category, file, *_):
+        def tell(message, category, file, *_):  # others' warnings are dropped
             if inside in file or file.startswith('<'):
                 print(f'{name}: {message}', file=sys.stderr)
 
@@ -67,67 +89,57 @@ def _polite(left='nothing half-written was left'):
             for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no text
                 if hasattr(stream, 'reconfigure'):
                     stream.reconfigure(errors='backslashreplace')
-            with warnings.catch_warnings(), _stoppable():
+            with warnings.catch_warnings(), _stoppable(), _one_line(name, left):
                 warnings.showwarning = tell
-                try:
-                    return func(*args, **kw)
-                except BrokenPipeError:
-                    sys.stdout = open(os.devnull, 'w')
-                    _end(name, 141, f'nobody reads its output any more: stopped; {left}')
-                except KeyboardInterrupt as e:
-                    _end(name, 128 + (e.args[0] if e.args else signal.SIGINT), f'stopped; {left}')
-                except MemoryError as e:
-                    raise SystemExit(
-                        f'{name}: out of memory ({e}): give it less at a time, or a larger machine')
-                except OSError as e:
-                    raise SystemExit(f'{name}: {_sentence(e)}')
-                except (ValueError, ImportError) as e:
-                    raise SystemExit(f'{name}: {e}')
+                return func(*args, **kw)
 
         return run
 
     return decorate
 
-_GOES_ON = 'the same command goes on from here'
-
 # %% ../nbs/00_cli.ipynb #force
-def _free(force, *paths, given=()):
-    "Refuse to replace files, unless told to or a run's own, and what is `given` in any case; devices are written to"
-    used = {_which(p): p for p in map(Path, filter(None, given))}
-    for p in map(Path, filter(None, paths)):
-        if p.exists() and not p.is_file() and not p.is_dir():
-            continue
-        if _which(p) in used:
-            raise ValueError(
-                f'{p} would replace {used[_which(p)]}, which this command also names: give another name')
-        used[_which(p)] = p
-        if p.is_file() and not force and not _of_run(p):
-            raise ValueError(f'{p} exists: give another name, or replace it with --force')
-
 def _which(path):
     "The same for two names of one file"
     try:
-        return (found := os.stat(path)).st_dev, found.st_ino
+        found = os.stat(path)
     except OSError:
         return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 def _of_run(path):
     "Is a file one of those that `sdip_run` makes anew in its folder each time?"
     if path.name not in ('submission.csv', 'report.html'):
         return False
     try:
-        said = json.loads((path.absolute().parent/'run.json').read_text(encoding='utf-8'))
+        settings = json.loads((path.absolute().parent/'run.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return False
-    return isinstance(said, dict) and {'args', 'sdip'} <= set(said)
+    return isinstance(settings, dict) and {'args', 'sdip'} <= set(settings)
 
+# %% ../nbs/00_cli.ipynb #free
+def _free(force, *paths, given=()):
+    "ValueError where a file would be replaced: without `force`, or one that the command reads (`given`)"
+    used = {_which(p): p for p in map(Path, filter(None, given))}
+    for p in map(Path, filter(None, paths)):
+        if p.exists() and not p.is_file() and not p.is_dir():
+            continue
+        if _which(p) in used:
+            other = used[_which(p)]
+            raise ValueError(f'{p} would replace {other}, which this command also names: give another name')
+        used[_which(p)] = p
+        if p.is_file() and not force and not _of_run(p):
+            raise ValueError(f'{p} exists: give another name, or replace it with --force')
+
+# %% ../nbs/00_cli.ipynb #one-spelling
 def _one_spelling(args):
-    "--image-col is --image_col"
-    options = [a.partition('=') for a in args]
-    return [
-        o.replace('-', '_').replace('__', '--', 1) + eq + v if o.startswith('--') and len(o) > 2 else o + eq +
-        v for o, eq, v in options
-    ]
+    "Arguments with underscores in the names of options"
+    out = []
+    for arg in args:
+        option, equals, value = arg.partition('=')
+        if option.startswith('--') and len(option) > 2:
+            option = '--' + option[2:].replace('-', '_')
+        out.append(option + equals + value)
+    return out
 
 if Path(sys.argv[0]).name.startswith('sdip_'):
     sys.argv[1:] = _one_spelling(sys.argv[1:])  # a command runs, not a module
@@ -194,48 +206,44 @@ def sdip_pretrain(
         train(out, recipe)
     print(f'{time.perf_counter() - start:.0f} s; weights in {out}')
 
-# %% ../nbs/01_dedup_weighting.ipynb #cli-dedup
-@call_parse
-@_polite()
-def sdip_dedup(
-        table:
-    str,  # a table with a column of prompts (.csv, .tsv, .jsonl, .parquet), or a .txt of one prompt a line
-        out: str = 'kept.csv',  # where the kept rows go; of the same kind as the table: byte for byte
-        dropped: str = None,  # where the dropped rows go, with the reason
-        report: str = None,  # where a page about it goes, .html
-        prompt_col: str = None,  # the prompts' column; default: guessed
-        column: str = None,  # another name of --prompt_col
-        threshold: float = 0.95,  # cosine from which two prompts count as the same
-        priority:
-    str = None,  # a column of numbers: of a family the row with the highest stays; default: the first
-        mode: str = 'exact',  # 'fast' for more than two million rows: recall is measured and printed
-        minilm: str = None,  # folder of all-MiniLM-L6-v2; else the package, else the hub
-        force: bool = False,  # replace files that are there
-):
-    "Drop unusable, repeated and near-duplicate prompts from a table"
-    from sdip.core import atomic_path
-    from sdip.tables import TABLE_EXTS, find_column, read_table, text_cells, write_rows
+# %% ../nbs/01c_dedup_table.ipynb #cli-dedup-files
+def _check_dedup_files(out, dropped, report):
+    from sdip.tables import TABLE_EXTS
     for f in filter(None, (out, dropped)):
         if not f.lower().endswith(TABLE_EXTS):
             raise ValueError(f"{f} is no table: name a file that ends in one of {' '.join(TABLE_EXTS)}")
     if report and not report.lower().endswith('.html'):
         raise ValueError(f"{report} is no .html file: the report is a page")
+
+# %% ../nbs/01c_dedup_table.ipynb #cli-dedup
+@call_parse
+@_polite()
+def sdip_dedup(
+    table: str,  # a table with a column of prompts (.csv, .tsv, .jsonl, .parquet), or a .txt, one a line
+    out: str = 'kept.csv',  # where the kept rows go; of the same kind as the table: byte for byte
+    dropped: str = None,  # where the dropped rows go, with the reason
+    report: str = None,  # where a page about it goes, .html
+    prompt_col: str = None,  # the prompts' column; default: guessed
+    column: str = None,  # another name of --prompt_col
+    threshold: float = 0.95,  # cosine from which two prompts count as the same
+    priority: str = None,  # a column of numbers: the highest of a family stays; default: the first
+    mode: str = 'exact',  # 'fast' for more than two million rows: recall is measured and printed
+    minilm: str = None,  # folder of all-MiniLM-L6-v2; else the package, else the hub
+    force: bool = False,  # replace files that are there
+):
+    "Drop unusable, repeated and near-duplicate prompts from a table"
+    from sdip.tables import find_column, read_table, text_cells
+    _check_dedup_files(out, dropped, report)
     _free(force, out, dropped, report, given=[table])
     given = read_table(table)
     name = find_column(given, 'prompt', prompt_col or column)
     text_cells(given, name)  # refuses what is no text
-    from sdip.dedup_weighting import dedup_html, dedup_rows
+    from sdip.dedup_table import dedup_rows, write_dedup
     from sdip.encoders import TargetEncoder
-    kept, gone, text = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
-    write_rows(given, kept.index, out, name)
-    why = {c if c not in given.rows else f'dedup_{c}': gone[c] for c in ('reason', 'near', 'cosine')}
-    if dropped:
-        write_rows(given, gone.index, dropped, name, **why)
-    if report:
-        with atomic_path(report) as tmp:
-            tmp.write_text(dedup_html(kept, gone, text, name), encoding='utf-8')
-    print(text, *(f'{what} in {f}' for what, f in dict(kept=out, dropped=dropped, report=report).items()
-                  if f), sep='\n')
+    found = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
+    write_dedup(given, name, found, out, dropped, report)
+    files = dict(kept=out, dropped=dropped, report=report)
+    print(found[2], *(f'{what} in {f}' for what, f in files.items() if f), sep='\n')
 
 # %% ../nbs/03_finetune_vit.ipynb #command
 @call_parse

@@ -10,7 +10,7 @@ import numpy as np
 
 from .core import atomic_path
 from .page import Html, html_page, html_table, markup
-from .data import clean_prompts, duplicate_of
+from .prompts import clean_prompts, duplicate_of
 from .dedup_weighting import dedup
 
 # %% ../nbs/01c_dedup_table.ipynb #unusable

@@ -19,12 +19,13 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .core import atomic_path, first_few, hash_items
-from .data import check_own_pairs, check_pairs, clean_prompts, save_pairs
+from .data import check_own_pairs, check_pairs, save_pairs
 from .lock import folder_lock
 from .metadata import format_parameters
 from .playground import is_whole_png
 from .preprocess import pick_device
 from .tables import read_texts
+from .prompts import clean_prompts
 
 # %% ../nbs/00i_generate.ipynb #picture-seed
 def picture_seed(
