@@ -50,6 +50,53 @@ def save_clip(
                folder/CLIP_CONFIG)
     return folder
 
+# %% ../nbs/00d_pretrained.ipynb #tiny-clip
+def tiny_clip(
+        folder,  # made if missing
+        seed: int = 0,  # of the random weights
+        **size,  # parts of the architecture to replace, such as embed_dim=256 or quick_gelu=True
+) -> Path:  # the folder
+    "A CLIP of random weights, for tests only: 32 pixels a side, 16 tokens, 32-d embeddings"
+    import open_clip
+    vision = dict(image_size=32, layers=1, width=64, head_width=32, patch_size=8)
+    text = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=1)
+    cfg = dict(embed_dim=32, vision_cfg=vision, text_cfg=text) | size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(**cfg).eval()
+    return save_clip(model, cfg, Preprocess(32, mean=(.5, )*3, std=(.25, )*3), folder)
+
+# %% ../nbs/00d_pretrained.ipynb #check-fits
+def check_sha256(
+        path,  # a file
+        expected: str,  # its SHA-256; None: any
+        said_by: str,  # who expects it, such as 'its config.json', for the error
+) -> str:  # the file's SHA-256
+    "SHA-256 of a file; ValueError where another one was expected"
+    got = sha256(path)
+    if expected and got != expected:
+        raise ValueError(f"{path} has SHA-256 {got}, expected {expected} ({said_by}): "
+                         "another file, or a damaged one; fetch it again")
+    return got
+
+def check_fits(
+        want: dict,  # name -> tensor or shape: what the network has
+        got: dict,  # name -> tensor or shape: what the file has
+        origin,  # the file, for the error
+):
+    "ValueError where a tensor is missing, unexpected or of another shape"
+    want, got = ({k: tuple(getattr(v, 'shape', v)) for k, v in d.items()} for d in (want, got))
+    faults = {
+        'missing': [k for k in want if k not in got],
+        'unexpected': [k for k in got if k not in want],
+        'of another shape': [f'{k} {got[k]}, expected {want[k]}' for k in want if got.get(k, want[k]) != want[k]],
+    }
+    said = [f"{what} {len(keys)} ({', '.join(keys[:3])}{', ..' if len(keys) > 3 else ''})"
+            for what, keys in faults.items() if keys]
+    if said:
+        raise ValueError(f"{origin} belongs to another architecture: {'; '.join(said)}: "
+                         "name the right one, or give weights that fit")
+
 # %% ../nbs/00d_pretrained.ipynb #read-state
 def _is_archive(file):
     "Is it TorchScript (code beside numbers, in a zip)?"
