@@ -966,7 +966,7 @@ def hostile_tokenizers(run, new):
 
 def hostile_configs(run, stand, new):
     "Configs of transformers' and timm's folders, and of saved regressors, that say more than sizes"
-    from sdip.encoders import TargetEncoder, _minilm_folder
+    from sdip.encoders import TargetEncoder, minilm_folder
     from sdip.finetune_vit import VitRegressor
     from sdip.captioners import BlipCaptioner
     from sdip.find_weights import load_outside
@@ -992,7 +992,7 @@ def hostile_configs(run, stand, new):
         yield f'saved CLIP regressor, {key}', lambda: load_predictor(at), True
     modules = json.dumps([dict(idx=0, name='0', path='', type='evil.Evil')])
     code = with_code()['evil_dot_py']
-    at = changed(_minilm_folder(), next(new), modules_dot_json=modules, evil_dot_py=code)
+    at = changed(minilm_folder(), next(new), modules_dot_json=modules, evil_dot_py=code)
     yield 'MiniLM, its modules', lambda: TargetEncoder(at), False
 
 def hostile_arrays(run, new):
