@@ -84,7 +84,7 @@ def write_submission(
 _ELEMENT = {str(k): k for k in range(EMB_DIM)}
 _EMPTY = "line {}: it is empty, expected a name and a value"
 
-def _value(text):
+def _parsed(text):
     "A float, None where the text is no number to a parser outside of Python"
     if '_' in text or not text.isascii():
         return None
@@ -116,7 +116,7 @@ def _scan(path):
         for row in rows:
             name, text = row if len(row) == 2 else ('', '')
             id, _, k = name.rpartition('_')
-            element, value = _ELEMENT.get(k), _value(text)
+            element, value = _ELEMENT.get(k), _parsed(text)
             if id and element is not None and value is not None:
                 cells.append(index.setdefault(id, len(index))*EMB_DIM + element)
                 values.append(value)

@@ -21,7 +21,7 @@ from .core import atomic_path, hash_items, read_json, right_shape, write_json
 from .lock import read_fields
 
 # %% ../nbs/00f_encode.ipynb #encode-distinct
-def _distinct(items):
+def _distinct_items(items):
     "(distinct items as first seen, (n,) number of each item's); what is no string or path counts as distinct"
     if isinstance(items, np.ndarray) or not all(isinstance(o, (str, os.PathLike)) for o in items):
         return items, np.arange(len(items))
@@ -44,13 +44,13 @@ class _Occurrences:
         return rows[np.r_[True, np.diff(self.which[rows]) > 0]]
 
 # %% ../nbs/00f_encode.ipynb #encode-plan
-def _owner(encoder):
+def _object_of(encoder):
     "The object that a method belongs to; anything else is its own"
     return getattr(encoder, '__self__', encoder)
 
 def _fingerprint(encoder, key):
     "What names this encoder in the manifest: `key`, or its (or its owner's) fingerprint"
-    owner = _owner(encoder)
+    owner = _object_of(encoder)
     if key is None:
         key = getattr(owner, 'fingerprint', None)
     if key is None:
@@ -60,7 +60,7 @@ def _fingerprint(encoder, key):
 
 def _plan(items, names, few, encoder, shard_size, key):
     "The manifest of a job: two jobs of one plan give the same bytes"
-    owner = _owner(encoder)
+    owner = _object_of(encoder)
     prep = getattr(owner, 'prep', None)
     names = items if names is None else names
     return dict(encoder=_fingerprint(encoder, key), weights=getattr(owner, 'sha256', None),
@@ -108,7 +108,7 @@ def _read_shard(out, k, size, tag):
         p.unlink(missing_ok=True)
 
 # %% ../nbs/00f_encode.ipynb #encode-foreign
-def _refuse_foreign(out, tag):
+def _refuse_strays(out, tag):
     "ValueError where shards of another model, or of other items, lie in this folder"
     for p in sorted(out.glob('shard-*.npy')):
         theirs = p.name.split('.')[1].split('-')
@@ -143,7 +143,7 @@ def _intact(joined, old, spans, rows):
     return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == crcs[k]}, False
 
 # %% ../nbs/00f_encode.ipynb #encode-join
-def _join(out, plan, spans, rows, joined):
+def _join_shards(out, plan, spans, rows, joined):
     "Write emb.npy from shards, and from the rows of the old one that are still good"
     def shard(k):  # (b, d)
         lo, hi = spans[k]
@@ -171,7 +171,7 @@ def _join(out, plan, spans, rows, joined):
 # %% ../nbs/00f_encode.ipynb #encode-reports
 def _save_report(out, k, lo, encoder):
     "Keep what the encoder reported about shard k, with numbers of the distinct items"
-    said = getattr(_owner(encoder), 'report', None) or []
+    said = getattr(_object_of(encoder), 'report', None) or []
     file = out/f'report-{k:05d}.json'
     if said:
         write_json([dict(r, row=int(r['row']) + lo) for r in said], file)
@@ -180,19 +180,19 @@ def _save_report(out, k, lo, encoder):
 
 def _load_report(out, encoder, rows):
     "Hand all reports back to the encoder, one line for each row of the whole"
-    if not hasattr(_owner(encoder), 'report'):
+    if not hasattr(_object_of(encoder), 'report'):
         return
     lines = []
     for p in sorted(out.glob('report-*.json')):
         said = read_json(p)
         with right_shape(p):
             lines += [dict(r, row=int(i)) for r in said for i in rows(r['row'], r['row'] + 1)]
-    _owner(encoder).report = lines
+    _object_of(encoder).report = lines
 
 # %% ../nbs/00f_encode.ipynb #encode-amp
 def _amp(encoder, amp):
     "Half precision arithmetic where the encoder lies on CUDA"
-    device = getattr(_owner(encoder), 'device', None)
+    device = getattr(_object_of(encoder), 'device', None)
     on = bool(amp) and getattr(device, 'type', 'cpu') == 'cuda'
     return torch.autocast('cuda', dtype=torch.float16) if on else nullcontext()
 
@@ -215,8 +215,8 @@ def _check_encode(items, engine, shard_size, i, m):
 # %% ../nbs/00f_encode.ipynb #encode-shard
 def _encode_shard(items, encoder, out, k, lo, tag, amp):
     "Compute shard k; write what was reported, then the rows"
-    if hasattr(_owner(encoder), 'report'):
-        _owner(encoder).report = []  # of other work
+    if hasattr(_object_of(encoder), 'report'):
+        _object_of(encoder).report = []  # of other work
     with _amp(encoder, amp):
         rows = np.asarray(encoder(items))
     if rows.ndim != 2 or len(rows) != len(items):
@@ -252,10 +252,10 @@ def encode(
     ValueError: `out` holds other items or another encoder; arguments that make no sense"""
     n, out, (i, m) = len(items), Path(out), shard or (0, 1)
     _check_encode(items, engine, shard_size, i, m)
-    few, which = _distinct(items)
+    few, which = _distinct_items(items)
     plan, rows = _plan(items, names, few, encoder, shard_size, key), _Occurrences(which)
     tag, old, joined = _tag(plan), _claim(out, plan), _read_joined(out, n)
-    _refuse_foreign(out, tag)
+    _refuse_strays(out, tag)
     spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
     intact, whole = _intact(joined, old, spans, rows)
     todo = [(k, *spans[k]) for k in range(i, len(spans), m) if k not in intact]
@@ -263,6 +263,6 @@ def encode(
     if shard is not None:
         return None
     if not whole:
-        _join(out, plan, spans, rows, joined)
+        _join_shards(out, plan, spans, rows, joined)
     _load_report(out, encoder, rows)
     return _read_joined(out, n)

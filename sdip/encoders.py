@@ -99,24 +99,6 @@ class TargetEncoder:
         self.model = _sentence_transformer(_check_minilm(minilm_folder(path)), self.device)
         self.fingerprint = f"all-MiniLM-L6-v2 {MINILM_SHA256[:16]}"
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        prompts,  # list of n strings
-    ) -> np.ndarray:  # (n, 384) float32, unit rows
-        "The targets of these prompts, in their order; ValueError where one of them is empty"
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one string, expected a list: write [prompt]")
-        bad = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
-        if bad:
-            raise ValueError(f"{len(bad)} of {len(prompts)} prompts are empty or no text, "
-                             f"first rows {bad[:5]}: drop them with clean_prompts")
-        distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        emb = np.zeros((len(distinct), EMB_DIM), np.float32)
-        for rows, batch in self._batches(list(distinct)):
-            emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
-        return unit(emb)[[distinct[p] for p in prompts]]  # (distinct, 384) -> (n, 384)
-
 # %% ../nbs/00e_encoders.ipynb #target-batches
 @patch
 def _batches(self: TargetEncoder, texts):
@@ -132,6 +114,26 @@ def _batches(self: TargetEncoder, texts):
             line[:len(ids[i])] = torch.tensor(ids[i])
         mask = (x != tok.pad_token_id).long()
         yield rows, dict(input_ids=x.to(self.device), attention_mask=mask.to(self.device))
+
+# %% ../nbs/00e_encoders.ipynb #target-call
+@patch
+@torch.inference_mode()
+def __call__(
+    self: TargetEncoder,
+    prompts,  # list of n strings
+) -> np.ndarray:  # (n, 384) float32, unit rows
+    "The targets of these prompts, in their order; ValueError where one of them is empty"
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string, expected a list: write [prompt]")
+    bad = [i for i, p in enumerate(prompts) if not isinstance(p, str) or not p.strip()]
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(prompts)} prompts are empty or no text, "
+                         f"first rows {bad[:5]}: drop them with clean_prompts")
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    emb = np.zeros((len(distinct), EMB_DIM), np.float32)
+    for rows, batch in self._batches(list(distinct)):
+        emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
+    return unit(emb)[[distinct[p] for p in prompts]]  # (distinct, 384) -> (n, 384)
 
 # %% ../nbs/00e_encoders.ipynb #clip-encoder
 class ClipEncoder:

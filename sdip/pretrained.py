@@ -215,8 +215,9 @@ def model_folders(
 _TOP = ('embed_dim', 'quick_gelu', 'custom_text', 'init_logit_scale', 'init_logit_bias',
         'nonscalar_logit_scale', 'output_dict')
 _TOWERS = dict(vision_cfg='CLIPVisionCfg', text_cfg='CLIPTextCfg', multimodal_cfg='MultimodalCfg')
-_WORDS = ('pos_embed_type', 'pool_type', 'block_type', 'proj_type', 'tokenizer_mode', 'hf_tokenizer_name',
-          'hf_model_name', 'hf_proj_type', 'hf_pooler_type', 'timm_model_name', 'timm_pool', 'timm_proj')
+_WORD_FIELDS = ('pos_embed_type', 'pool_type', 'block_type', 'proj_type', 'tokenizer_mode',
+                'hf_tokenizer_name', 'hf_model_name', 'hf_proj_type', 'hf_pooler_type',
+                'timm_model_name', 'timm_pool', 'timm_proj')
 _INNER = dict(norm_kwargs={'eps'}, act_kwargs={'approximate'}, tokenizer_kwargs={'clean', 'strip_sep_token'})
 
 def _is_number(v):
@@ -231,7 +232,7 @@ def _odd_fields(cfg, known, where=''):
         elif isinstance(v, list):
             fine = all(map(_is_number, v))
         else:
-            fine = _is_number(v) or k in _WORDS
+            fine = _is_number(v) or k in _WORD_FIELDS
         if not (fine and k in known):
             yield where + k
 
