@@ -27,7 +27,7 @@ def _csv_lines(id, row):
         return (_QUOTED % tuple(row)).replace('\0', id.replace('"', '""'))
     return (_UNQUOTED % tuple(row)).replace('\0', id)
 
-# %% ../nbs/07_csv.ipynb #write-submission
+# %% ../nbs/07_csv.ipynb #check-ids
 def _check_ids(ids):
     "A list of non-empty strings, each once; else a ValueError"
     ids = list(ids)
@@ -43,6 +43,7 @@ def _check_ids(ids):
                          "expected each picture once")
     return ids
 
+# %% ../nbs/07_csv.ipynb #check-rows
 def _single(values):
     "float32; what is too large becomes infinite"
     with np.errstate(over='ignore'):
@@ -80,7 +81,7 @@ def write_submission(
                 f.write(_csv_lines(id, row))
     return Path(path)
 
-# %% ../nbs/07_csv.ipynb #line-faults
+# %% ../nbs/07_csv.ipynb #parsed
 _ELEMENT = {str(k): k for k in range(EMB_DIM)}
 _EMPTY = "line {}: it is empty, expected a name and a value"
 
@@ -93,6 +94,7 @@ def _parsed(text):
     except ValueError:
         return None
 
+# %% ../nbs/07_csv.ipynb #line-fault
 def _line_fault(row, line):
     "What is wrong with the fields of a line"
     if not row:
@@ -128,7 +130,7 @@ def _scan(path):
         end -= 1
     return list(index), np.frombuffer(cells, np.int64), np.frombuffer(values, np.float64), odd
 
-# %% ../nbs/07_csv.ipynb #structure
+# %% ../nbs/07_csv.ipynb #row-faults
 def _row_faults(ids, cells):
     "Pictures without all of their 384 rows, and with rows that occur twice"
     once, count = np.unique(cells, return_counts=True)  # a strange file may name millions of images
@@ -142,6 +144,7 @@ def _row_faults(ids, cells):
         some = first_few(f'{ids[c // EMB_DIM]}_{c % EMB_DIM}' for c in many)
         yield f"{len(many)} images have rows that occur more than once: {some}; drop the repeats"
 
+# %% ../nbs/07_csv.ipynb #structure
 def _structure(path):
     "(ids, cells, values, faults that make an array impossible)"
     try:
@@ -194,6 +197,7 @@ def _value_faults(ids, cells, values):
         if len(rows):
             yield f"{len(rows)} images {what}: {first_few(ids[i] for i in rows)}; {remedy}"
 
+# %% ../nbs/07_csv.ipynb #image-faults
 def _image_faults(found, expected, ordered):
     "Pictures that are missing, were not expected, or stand in another order"
     there, wanted = set(found), set(expected)

@@ -29,6 +29,7 @@ def _distinct_items(items):
     which = np.fromiter((seen.setdefault(o, len(seen)) for o in items), np.int64, len(items))
     return list(seen), which
 
+# %% ../nbs/00f_encode.ipynb #encode-occurrences
 class _Occurrences:
     "Which rows of the whole hold which distinct items"
     def __init__(self, which):
@@ -43,7 +44,7 @@ class _Occurrences:
         rows = self(lo, hi)
         return rows[np.r_[True, np.diff(self.which[rows]) > 0]]
 
-# %% ../nbs/00f_encode.ipynb #encode-plan
+# %% ../nbs/00f_encode.ipynb #encode-fingerprint
 def _object_of(encoder):
     "The object that a method belongs to; anything else is its own"
     return getattr(encoder, '__self__', encoder)
@@ -58,6 +59,7 @@ def _fingerprint(encoder, key):
                          "whenever the encoder does")
     return key if owner is encoder else f'{key} {encoder.__name__}'
 
+# %% ../nbs/00f_encode.ipynb #encode-plan
 def _plan(items, names, few, encoder, shard_size, key):
     "The manifest of a job: two jobs of one plan give the same bytes"
     owner = _object_of(encoder)

@@ -167,12 +167,13 @@ class ClipEncoder:
         for note in self.notes:
             warnings.warn(note, stacklevel=2)
 
-# %% ../nbs/00e_encoders.ipynb #clip-from-folder
+# %% ../nbs/00e_encoders.ipynb #clip-found
 @patch
 def _found(self: ClipEncoder, file, expected):
     "Remember the file of weights and its SHA-256; refuse another than expected"
     self.file, self.sha256 = Path(file), check_sha256(file, expected)
 
+# %% ../nbs/00e_encoders.ipynb #clip-from-folder
 @patch
 def _from_folder(self: ClipEncoder, folder, expected):
     "open_clip's or transformers' folder: everything stands in its configs"
@@ -285,6 +286,7 @@ def _fill(self: ClipEncoder, model, state):
     model.load_state_dict(state)
     return model
 
+# %% ../nbs/00e_encoders.ipynb #clip-activation
 def _activation(model, cfg):
     "'quick_gelu' or 'gelu', as found in the blocks of the finished network"
     acts = {type(m).__name__ for name, m in model.named_modules() if name.endswith('mlp.gelu')} or {'GELU'}
@@ -292,7 +294,7 @@ def _activation(model, cfg):
     assert acts == {'QuickGELU' if quick else 'GELU'}, f"built {acts}, wanted quick_gelu={quick}"
     return 'quick_gelu' if quick else 'gelu'
 
-# %% ../nbs/00e_encoders.ipynb #clip-prep
+# %% ../nbs/00e_encoders.ipynb #clip-check-tokenizer
 @patch
 def _check_tokenizer(self: ClipEncoder):
     "ValueError where the text tower was trained with another tokenizer than CLIP's, and brings none"
@@ -301,6 +303,7 @@ def _check_tokenizer(self: ClipEncoder):
         raise ValueError(f"{self.name} has {cfg['vocab_size']} tokens, CLIP's tokenizer {ours}: "
                          "another tokenizer was used, and it is not known")
 
+# %% ../nbs/00e_encoders.ipynb #clip-prep
 @patch
 def _choose_prep(self: ClipEncoder, prep):
     "What the caller says, else what the weights say, else an assumption that is noted"
@@ -365,6 +368,7 @@ def origin(self: ClipEncoder):
                 file=str(self.file), sha256=self.sha256, activation=self.activation,
                 preprocess=self.prep.to_dict(), notes=self.notes)
 
+# %% ../nbs/00e_encoders.ipynb #clip-save
 @patch
 def save(
     self: ClipEncoder,

@@ -52,13 +52,14 @@ class Preprocess:
         "What JSON can hold; `from_dict` reads it"
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-# %% ../nbs/00d_preprocess.ipynb #pixels
+# %% ../nbs/00d_preprocess.ipynb #middle
 def _middle(img, most=50):
     "A strip cut to its middle, `most` times as long as wide; any other picture as it is"
     w, h = img.size
     dx, dy = max(0, w - most*h) // 2, max(0, h - most*w) // 2
     return img.crop((dx, dy, w - dx, h - dy)) if dx or dy else img
 
+# %% ../nbs/00d_preprocess.ipynb #pixels
 @patch
 def pixels(
     self: Preprocess,
@@ -105,6 +106,7 @@ def square_size(
         raise ValueError(f"image size is {size}, only squares are known: set the size when the model is made")
     return int(s[0])
 
+# %% ../nbs/00d_preprocess.ipynb #prep-from-dict
 @patch(cls_method=True)
 def from_dict(
     cls: Preprocess,
@@ -150,6 +152,7 @@ def checked_prep(
                          "0..1: were they written for bytes?")
     return prep
 
+# %% ../nbs/00d_preprocess.ipynb #side
 def _side(size):
     "One side from transformers' 224, dict(height=, width=) or dict(shortest_edge=)"
     if isinstance(size, dict):
@@ -208,6 +211,7 @@ def _label(img):
     "What to call a picture in a report"
     return path_text(img) if isinstance(img, (str, Path)) else type(img).__name__
 
+# %% ../nbs/00d_preprocess.ipynb #array-batches
 def _array_batches(images, prep, bs, starts):
     "Slices of prepared pixels"
     want = (prep.size, prep.size, 3)

@@ -61,11 +61,12 @@ def tiny_clip(
         model = open_clip.CLIP(**cfg).eval()
     return save_clip(model, cfg, Preprocess(32, mean=(.5, )*3, std=(.25, )*3), folder)
 
-# %% ../nbs/00d_pretrained.ipynb #check-fits
+# %% ../nbs/00d_pretrained.ipynb #counted
 def _counted(keys):
     "How many, and the first three"
     return f"{len(keys)} ({', '.join(keys[:3])}{', ..' if len(keys) > 3 else ''})"
 
+# %% ../nbs/00d_pretrained.ipynb #check-fits
 def check_fits(
     want: dict,  # name -> tensor or shape: what the network has
     got: dict,  # name -> tensor or shape: what the file has
@@ -151,6 +152,7 @@ def _model_type(folder):
     if config.is_file():
         return read_fields(config, SAVE_AGAIN, model_type=str | None).get('model_type')
 
+# %% ../nbs/00d_pretrained.ipynb #check-clip-folder
 def _check_clip_folder(folder):
     "ValueError where a folder is no CLIP's, or has no weights"
     there = sorted(f.name for f in folder.iterdir())
@@ -223,6 +225,7 @@ _INNER = dict(norm_kwargs={'eps'}, act_kwargs={'approximate'}, tokenizer_kwargs=
 def _is_number(v):
     return v is None or isinstance(v, (bool, int, float))
 
+# %% ../nbs/00d_pretrained.ipynb #odd-fields
 def _odd_fields(cfg, known, where=''):
     "Names of what a config says beyond how a network is built"
     for k, v in cfg.items():

@@ -41,7 +41,7 @@ def kernel_metadata(
                    kernel_sources=[], model_sources=[])
     return about | machine | sources
 
-# %% ../nbs/07_push.ipynb #kernel-write
+# %% ../nbs/07_push.ipynb #kernels-folder
 def _kernels(folder):
     "The folder of the metadata, or a line that says where to be"
     if not Path(folder).is_dir():
@@ -49,6 +49,7 @@ def _kernels(folder):
                          "of the repository")
     return Path(folder)
 
+# %% ../nbs/07_push.ipynb #kernel-write
 def write_kernels(
     user: str,  # your name on Kaggle, as in kaggle.com/NAME
     attach=(),  # more data sets to attach, as owner/slug
@@ -81,6 +82,7 @@ def _pip(*args):
     if done.returncode:
         raise ValueError(f"pip {args[0]} failed: " + ' '.join(done.stdout.strip().splitlines()[-3:]))
 
+# %% ../nbs/07_push.ipynb #builds-alone
 def _builds_alone():
     "Can pip build a wheel with the setuptools that is here, without fetching another?"
     try:
@@ -106,6 +108,7 @@ def _sdip_wheel(root, out):
         shutil.copytree(Path(root)/'sdip', Path(tmp)/'sdip', ignore=shutil.ignore_patterns('__pycache__'))
         _pip('wheel', '--no-deps', *['--no-build-isolation']*_builds_alone(), '-w', out, tmp)
 
+# %% ../nbs/07_push.ipynb #other-wheels
 def _other_wheels(wheels, out):
     "What Kaggle lacks, for its Python, from the index or from a folder of wheels"
     local = ['--no-index', '-f', wheels] if wheels else []

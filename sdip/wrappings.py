@@ -19,13 +19,14 @@ from .lock import read_fields
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess, checked_prep
 from .pretrained import CLIP_CONFIG, read_clip_config, read_tensors, refuse_code
 
-# %% ../nbs/00d_wrappings.ipynb #read-state
+# %% ../nbs/00d_wrappings.ipynb #archives
 def openai_archives() -> dict:  # SHA-256 -> model name
     "The archives that OpenAI published: the hash stands in their addresses"
     from open_clip import get_pretrained_url, list_openai_models
     names = list_openai_models()  # the -quickgelu names come last
     return {get_pretrained_url(m, 'openai').split('/')[-2]: m for m in names}
 
+# %% ../nbs/00d_wrappings.ipynb #read-weights
 def _is_archive(file):
     "Is it TorchScript (code beside numbers, in a zip)?"
     if not zipfile.is_zipfile(file):
@@ -66,6 +67,7 @@ _RENAMES = [
     ('mlp.fc2', 'mlp.c_proj'),
 ]
 
+# %% ../nbs/00d_wrappings.ipynb #hf-name
 def _open_clip_name(name):
     "open_clip's name of one of transformers' tensors"
     for old, new in _RENAMES:
@@ -149,7 +151,7 @@ def open_clip_cfg(
     return dict(embed_dim=cfg.projection_dim, quick_gelu=acts == {'quick_gelu'}, vision_cfg=vision,
                 text_cfg=text)
 
-# %% ../nbs/00d_wrappings.ipynb #quick-gelu-known
+# %% ../nbs/00d_wrappings.ipynb #named-cfg
 def _named_cfg(name):
     "open_clip's config of a model's name"
     import open_clip
@@ -160,6 +162,7 @@ def _named_cfg(name):
                          "(open_clip.list_models())")
     return cfg
 
+# %% ../nbs/00d_wrappings.ipynb #tags
 def _tags(name):
     "tag -> its settings, of all weights that are published under a model's name"
     import open_clip
@@ -204,7 +207,7 @@ def quick_beside(
     vision = cfg.get('vision_config') or {}
     return vision.get('hidden_act', 'quick_gelu') == 'quick_gelu'  # transformers' default, left out
 
-# %% ../nbs/00d_wrappings.ipynb #folder-prep
+# %% ../nbs/00d_wrappings.ipynb #open-clip-prep
 def _open_clip_prep(folder):
     "What open_clip_config.json says of the preprocessing; None where it says nothing"
     if not (folder/CLIP_CONFIG).is_file():
@@ -216,6 +219,7 @@ def _open_clip_prep(folder):
             return None
         return checked_prep(Preprocess.from_open_clip(dict(cfg, size=size)))
 
+# %% ../nbs/00d_wrappings.ipynb #folder-prep
 def folder_prep(
     folder: Path,  # with configs of any format
 ) -> Preprocess:  # None where none of them says anything
