@@ -338,19 +338,18 @@ def sdip_interrogate(
 @call_parse
 @_polite('what was not sent is sent by the same command')
 def sdip_push(
-        notebook: Param('chapter to push, such as 07_submit', str, nargs='?', opt=False) = None,
-        user: str = None,  # your name on Kaggle, with --write
-        write: bool = False,  # write kernels/*/kernel-metadata.json for --user
-        attach: str = '',  # with --write: more data sets for the notebooks, owner/slug,owner/slug
-        assets: bool = False,  # build the data set that the notebooks attach, and upload it
-        run: str = None,  # with --assets: finished run folder
-        weights: str = '',  # with --assets: more files or folders of weights, separated by commas
-        wheels: str = None,  # with --assets: folder of wheels to take instead of the package index
-        to: str = None,  # with --assets: only build it, in this folder
+    notebook: Param('chapter to push, such as 07_submit', str, nargs='?', opt=False) = None,  # one of KERNELS
+    user: str = None,  # your name on Kaggle, with --write
+    write: bool = False,  # write kernels/*/kernel-metadata.json for --user
+    attach: str = '',  # with --write: more data sets for the notebooks, owner/slug,owner/slug
+    assets: bool = False,  # build the data set that the notebooks attach, and upload it
+    run: str = None,  # with --assets: finished run folder
+    weights: str = '',  # with --assets: more files or folders of weights, separated by commas
+    wheels: str = None,  # with --assets: folder of wheels to take instead of the package index
+    to: str = None,  # with --assets: only build it, in this folder
 ):
     "Send notebooks and what they need to Kaggle; run at the top of a clone"
-    import tempfile
-    from sdip.push import build_assets, kaggle_client, kernel_user, push, upload_assets, write_kernels
+    from sdip.push import push, send_assets, write_kernels
     if write != bool(user):
         raise ValueError("--user and --write go together: sdip_push --user YOU --write")
     if not (write or assets or notebook):
@@ -359,17 +358,7 @@ def sdip_push(
     if write:
         print(*write_kernels(user, split(attach)), sep='\n')
     if assets:
-        if not to:
-            kaggle_client(kernel_user())  # before the work, not after it
-        with tempfile.TemporaryDirectory() as tmp:
-            built = build_assets(to or tmp, kernel_user(), run, split(weights), wheels)
-            print(
-                *sorted(f'{p.stat().st_size/1e6:9.1f} MB  {p.relative_to(built)}' for p in built.rglob('*')
-                        if p.is_file()), sep='\n')
-            if not to:
-                print(
-                    f'{upload_assets(built)}: Kaggle unpacks it for some minutes; push notebooks when its page shows the new version'
-                )
+        send_assets(run, split(weights), wheels, to)
     if notebook:
         print(push(notebook))
 
@@ -377,11 +366,11 @@ def sdip_push(
 @call_parse
 @_polite()
 def sdip_submit(
-        action: str,  # check or score
-        submission: str,  # the submission CSV
-        images: str = None,  # check: folder of pictures that must be in it
-        sample: str = None,  # check: sample submission with the ids that must be in it
-        truth: str = None,  # score: CSV of the same form with the true embeddings
+    action: str,  # check or score
+    submission: str,  # the submission CSV
+    images: str = None,  # check: folder of pictures that must be in it
+    sample: str = None,  # check: sample submission with the ids that must be in it
+    truth: str = None,  # score: CSV of the same form with the true embeddings
 ):
     "Check a submission for every fault, or score it against a known truth"
     from sdip.csv_file import check_submission, read_submission

@@ -256,7 +256,8 @@ def check_model_cfg(
     file,  # where it stands, for the error
 ):
     "ValueError where an architecture of unknown origin says more than how to build a network"
-    import open_clip.coca_model, open_clip.model
+    import open_clip.coca_model
+    import open_clip.model
     towers = {k: cfg.get(k, {}) for k in _TOWERS}
     if odd := [k for k, v in towers.items() if not isinstance(v, dict)]:
         raise ValueError(f"{file}: {', '.join(odd)} is no dict: {SAVE_AGAIN}")
@@ -318,7 +319,9 @@ def check_timm_args(
     file,  # where they stand, for the error
 ):
     "ValueError where the arguments of a timm model say more than its sizes"
-    import inspect, timm
+    import inspect
+
+    import timm
     if not isinstance(args, dict):
         raise ValueError(f"{file}: model_args is no dict: {SAVE_AGAIN}")
     own = inspect.signature(timm.create_model).parameters
