@@ -22,6 +22,7 @@ from .grammar import grammar_phrases
 from .preprocess import image_batches, pick_device, Preprocess
 from .pretrained import cached_snapshot, hub_folder, read_tensors, refuse_code
 from .encoders import ClipEncoder
+from .bank import image_rows
 from .candidates import LEADING, PhraseTable
 
 # %% ../nbs/05_captioners.ipynb #captions-of
@@ -69,18 +70,23 @@ class SceneCaptioner:
             n_fills: int = 2,  # sentences a caption
             captions=None,  # list of str, instead of the combinations
             matrix=None,  # (captions, d), computed before
+            cache=None,  # folder where the captions' embeddings are kept, see `PhraseTable`
     ):
-        self.clip, phrases = clip, phrases or scene_phrases()
+        self.clip, self.report, phrases = clip, [], phrases or scene_phrases()
         self.table = PhraseTable(captions or scene_captions(phrases), LEADING, clip, phrases.get('media', ()),
-                                 n_fills, matrix=matrix)
+                                 n_fills, matrix=matrix, cache=cache)
 
     def rank(self, emb, k=1, reference=0):  # (n, d) -> n lists of k captions, nearest first
         "Captions for pictures that are embedded already."
         return self.table.rank(emb, k, reference)
 
-    def __call__(self, images):  # list of n pictures -> n captions, '' for one that cannot be read
+    def __call__(
+        self,
+        images,  # list of n pictures: what `read_image` takes
+        emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
+    ) -> list:  # n captions, '' for one that cannot be read, see `.report`
         "Captions for pictures."
-        emb = self.clip.encode_images(images)
+        emb, self.report = image_rows(self.clip, images, emb)
         return [c if np.isfinite(e).all() else '' for (c, ), e in zip(self.rank(np.nan_to_num(emb)), emb)]
 
 # %% ../nbs/05_captioners.ipynb #coca-class

@@ -16,7 +16,6 @@ from .pretrained import check_model_cfg, check_timm_args
 from .artifacts import Run
 from .find_weights import find_outside, load_outside
 from .report import expected_cosines, Prediction
-from .run import interrogator_kind
 
 # %% ../nbs/08a_predictor.ipynb #run-predictor
 _PREDICTING = 'pairs', 'weights', 'base_clip', 'ensemble'  # stages whose files every prediction reads
@@ -88,11 +87,11 @@ def load_outside_interrogator(
                 f"{folder} captions with {path} (SHA-256 {digest}), which is gone, and there is none in {', '.join(found['looked'])}: put it into one of them"
             )
         path = found['path']
-    model = interrogator_kind(said['words']).load(folder,
-                                                  captioner=load_outside('captioner', path, digest,
-                                                                         device), device=device)
+    from sdip.interrogator import Interrogator
+    captioner = load_outside('captioner', path, digest, device)
+    model = Interrogator.load(folder, captioner=captioner, device=device)
     if said['words'] == 'writeup':
-        model.counts = said['counts']
+        model.mode, model.counts = 'writeup', said['counts']  # version 0.2.0 did not save them
     return model
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
