@@ -922,7 +922,7 @@ def hostile_pickles(run, stand, new):
     from sdip.encoders import ClipEncoder
     from sdip.finetune_vit import VitRegressor
     from sdip.captioners import CocaCaptioner
-    from sdip.interrogator import make_captioner
+    from sdip.folder import make_captioner
     from sdip.predictor import load_predictor
     from sdip.callbacks import Checkpoint
     for f in evil_files():
@@ -946,7 +946,7 @@ def hostile_tokenizers(run, new):
     "A CLIP's folder that asks for a tokenizer's code, through every door"
     from sdip.encoders import ClipEncoder
     from sdip.finetune_vit import make_regressor
-    from sdip.interrogator import make_captioner, make_interrogator
+    from sdip.folder import make_captioner, make_interrogator
     from sdip.find_weights import load_outside
     from sdip.predictor import load_predictor
     for kwargs in {}, dict(tokenizer_kwargs=dict(trust_remote_code=True)):
