@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import atomic_path, right_shape, unit, write_json
-from .data import clean_prompts, image_paths
+from .data import image_paths
+from .prompts import clean_prompts
 from .lock import check_files, file_digests
 from .encoders import ClipEncoder
 from .bank import bank_facts, bank_spans, check_rows, clip_reference, FIT_AGAIN, image_rows, KINDS

@@ -6,8 +6,6 @@
 __all__ = ['Interrogator', 'Words']
 
 # %% ../nbs/05_interrogator.ipynb #imports
-import base64
-import io
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,9 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import atomic_path, EMB_DIM, path_text, right_shape, row_cosine, write_json
-from .data import ImageError, read_image
 from .lock import check_files, file_digests, read_fields
-from .page import Html, html_table
+from .page import html_table, thumbnail
 from .grammar import grammar_phrases
 from .encoders import ClipEncoder, TargetEncoder
 from .bank import clip_reference, image_rows, load_clip_reference
@@ -195,7 +192,7 @@ class Words(pd.DataFrame):
         rows = []
         for r in self[:20].itertuples():
             phrases = '; '.join(f'{p} {s:+.2f}' for p, s in r.phrases)
-            shown, name = _thumbnail(self._source(r.image)), Path(r.image).name
+            shown, name = thumbnail(self._source(r.image), 64), Path(r.image).name
             rows.append((shown, r.prompt or 'cannot be read', phrases, f'{r.similarity:.2f}', name))
         more = f'<p>and {len(self) - 20} more</p>' if len(self) > 20 else ''
         names = ['', 'prompt', 'phrases', 'similarity', 'picture']
@@ -205,18 +202,6 @@ class Words(pd.DataFrame):
         pictures = getattr(self, 'pictures', None)
         number = re.fullmatch(r'picture (\d+)', name) if pictures is not None else None
         return pictures[int(number[1])] if number else name
-
-# %% ../nbs/05_interrogator.ipynb #thumbnail
-def _thumbnail(src, side=64):  # an <img> tag; nothing where a picture cannot be read
-    try:
-        im = read_image(src)
-    except ImageError:
-        return ''
-    im.thumbnail((side, side))
-    out = io.BytesIO()
-    im.save(out, 'JPEG', quality=80)
-    data = base64.b64encode(out.getvalue()).decode()
-    return Html(f'<img alt="" width="{im.width}" src="data:image/jpeg;base64,{data}">')
 
 # %% ../nbs/05_interrogator.ipynb #interrogate
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'read_source', 'stage_data', 'stage_targets', 'stage_pairs', 'read_pairs', 'stage_base_clip',
            'stage_similarity', 'stage_weights', 'save_predictions', 'stage_clip', 'stage_vit', 'stage_knn',
-           'phrase_lists', 'interrogator_kind', 'stage_interrogator', 'with_ratios', 'stage_ensemble',
-           'stage_submission', 'mean_vector', 'stage_scores', 'walk']
+           'phrase_lists', 'stage_interrogator', 'with_ratios', 'stage_ensemble', 'stage_submission', 'mean_vector',
+           'stage_scores', 'walk']
 
 # %% ../nbs/08_run.ipynb #imports
 import os
@@ -387,22 +387,17 @@ def phrase_lists(
     return lists
 
 # %% ../nbs/08_run.ipynb #stage-interrogator
-def interrogator_kind(words):  # 'writeup' or 'classic' -> the class
-    from sdip.interrogator import Interrogator
-    from sdip.calibration import WriteupInterrogator
-    return WriteupInterrogator if words == 'writeup' else Interrogator
-
 def _real_interrogator(run, pictures, prompts):
     "BLIP's caption and phrases ranked by the bigger CLIP; what `load_outside_interrogator` needs stands beside"
     from sdip.encoders import ClipEncoder
+    from sdip.interrogator import Interrogator
     a = run.args
     ranker = ClipEncoder(run.load_source('ranker').save(run/'ranker'))
     reference = None if a['favourites'] else ranker.encode_images(pictures)
     lists = phrase_lists(a['phrases'], a['phrases_from'], prompts)
-    model = interrogator_kind(a['words'])(ranker, run.load_source('captioner'), lists, reference=reference,
-                                          n_fills=1)  # the lists are long
-    if a['words'] == 'writeup':
-        model.counts = a['phrases']
+    counts = a['phrases'] if a['words'] == 'writeup' else None
+    model = Interrogator(ranker, run.load_source('captioner'), lists, reference=reference, mode=a['words'],
+                         counts=counts, n_fills=1)  # the lists are long
     write_json(dict(words=a['words'], counts=a['phrases'], captioner=run.sources()['captioner']),
                run/'interrogator/outside.json')
     return model
