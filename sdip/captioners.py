@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import SAVE_AGAIN, right_shape
+from .core import check_sha256, right_shape, SAVE_AGAIN
 from .lock import read_fields
 from .settings import SETTINGS
 from .grammar import grammar_phrases
 from .preprocess import image_batches, pick_device, Preprocess
-from .pretrained import cached_snapshot, check_sha256, hub_folder, read_tensors, refuse_code, save_clip
+from .pretrained import cached_snapshot, hub_folder, read_tensors, refuse_code, save_clip
 from .encoders import ClipEncoder
 from .bank import image_rows
 from .candidates import LEADING, PhraseTable
@@ -265,7 +265,7 @@ class BlipCaptioner:
         self.options = dict(max_new_tokens=max_new_tokens, no_repeat_ngram_size=no_repeat_ngram_size,
                             num_beams=num_beams, do_sample=False)
         folder, self.file = _blip_folder(source)
-        self.sha256 = check_sha256(self.file, sha256, 'sha256=')
+        self.sha256 = check_sha256(self.file, sha256)
         dtype = torch.float16 if self.device.type == 'cuda' else torch.float32
         self.model = _load_blip(folder, self.file, dtype).to(self.device).eval()
         with right_shape(folder):

@@ -281,15 +281,14 @@ def sdip_finetune(
     print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) +
           f'; model in {out or f"runs/{kind}"}')
 
-# %% ../nbs/05_interrogator.ipynb #command
+# %% ../nbs/05b_folder.ipynb #command
 @call_parse
 @_polite('finished pictures are kept where --work names a folder')
 def sdip_interrogate(
         images: Param("files and folders of pictures", str, nargs='+'),
-        model:
-    str = None,  # folder of a saved interrogator; default: runs/playground/interrogator, else what comes with the package
-        mode: Param("how phrases are chosen", str, choices=['classic', 'fast', 'best',
-                                                            'negative']) = 'classic',
+        model: str = None,  # folder of an interrogator; default: runs/playground/interrogator, else built in
+        mode: Param("how phrases are chosen", str,
+                    choices=['classic', 'fast', 'best', 'negative']) = 'classic',
         phrases: Param("files of phrases, one a line, instead of the model's lists", str, nargs='+') = None,
         names: str = None,  # file of names to keep out of the phrases, one a line
         captioner: str = None,  # blip:FOLDER, coca:FOLDER or coca:NAME:PRETRAINED; default: the model's own
@@ -300,39 +299,11 @@ def sdip_interrogate(
         force: bool = False,  # replace a CSV that is there
 ):
     "Put pictures into words"
-    import sys
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-    from sdip.data import find_images
-    from sdip.core import hash_items
-    from sdip.lock import folder_lock
-    from sdip.interrogator import interrogate_folder, make_captioner, make_interrogator, words_to_csv
-    _free(force, csv, given=[*([images] if isinstance(images, str) else images), *(phrases or ()), names])
-    default = Path('runs/playground/interrogator')
-    if model is None and clip is None and default.is_dir():
-        model = default
-    key = ' '.join(
-        map(str, [
-            model, phrases, names, captioner, clip,
-            [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]
-        ]))
-    with TemporaryDirectory() as tmp:
-        teller = make_captioner(captioner)
-        ask = lambda: make_interrogator(model, phrases or (), names or (), (lambda images: ['']*len(images))
-                                        if teller else None, clip, cache)
-        files = find_images([images] if isinstance(images, str) else images)
-        with folder_lock(work or tmp, 'sdip_interrogate'):
-            table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
-    for line in table.attrs['report']:
-        print(line['error'], file=sys.stderr)
-    if len(table.attrs['report']) == len(table):
-        raise ValueError(f'none of {len(table)} pictures could be read: there are no words to write')
-    if csv:
-        words_to_csv(table, csv)
-        return print(f'{csv}: words for {len(table) - len(table.attrs["report"])} of {len(table)} pictures')
-    alone = len({f.name for f in files}) == len(files)  # else the path tells pictures apart
-    for file, row in zip(files, table.itertuples()):
-        print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt, sep='\t')
+    from sdip.folder import interrogate_files
+    images = [images] if isinstance(images, str) else images
+    _free(force, csv, given=[*images, *(phrases or ()), names])
+    models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
+    interrogate_files(images, models, mode, work, csv, cache)
 
 # %% ../nbs/07_push.ipynb #push-command
 @call_parse

@@ -8,11 +8,13 @@ __all__ = ['interrogate_folder', 'words_to_csv']
 # %% ../nbs/05b_folder.ipynb #imports
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
 from .core import atomic_path, hash_items, read_json, right_shape, write_json
-from .lock import read_fields
+from .data import find_images
+from .lock import folder_lock, read_fields
 from .encoders import ClipEncoder, shipped
 from .candidates import read_phrases
 from .captioners import BlipCaptioner, captions_of, CocaCaptioner, SceneCaptioner
@@ -160,3 +162,26 @@ def tell_words(
     alone = len({f.name for f in files}) == len(files)  # else the path tells pictures apart
     for file, row in zip(files, table.itertuples()):
         print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt, sep='\t')
+
+# %% ../nbs/05b_folder.ipynb #interrogate-files
+def interrogate_files(
+        images,  # list of files and folders
+        models: dict,  # model, phrases, names, captioner, clip: as for `make_interrogator`, or None
+        mode: str,  # see `Interrogator.interrogate`
+        work=None,  # folder where finished pictures are kept; None: a temporary one
+        csv=None,  # see `tell_words`
+        cache=None,  # see `PhraseTable`
+):
+    "What `sdip_interrogate` does. ValueError: no pictures, no words, or models that cannot be made."
+    model, phrases, names, captioner, clip = models.values()
+    default = Path('runs/playground/interrogator')
+    if model is None and clip is None and default.is_dir():
+        model = default
+    content = [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]
+    key = ' '.join(map(str, [model, phrases, names, captioner, clip, content]))
+    teller, files = make_captioner(captioner), find_images(images)
+    mute = (lambda images: ['']*len(images)) if teller else None  # its captions come from the first pass
+    ask = lambda: make_interrogator(model, phrases or (), names or (), mute, clip, cache)
+    with TemporaryDirectory() as tmp, folder_lock(work or tmp, 'sdip_interrogate'):
+        table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
+    tell_words(table, files, csv)
