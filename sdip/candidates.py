@@ -109,7 +109,7 @@ def token_room(
     "How many tokens of text a CLIP takes, its start and end marks not counted."
     if not hasattr(clip, 'tokenizer'):
         return None
-    return clip.model_cfg['text_cfg'].get('context_length', 77) - 1 - _end(clip, [''])[0]
+    return clip.model_cfg['text_cfg'].get('context_length', 77) - 1 - _end_mark(clip, [''])[0]
 
 def token_counts(
         clip,  # ClipEncoder
@@ -118,9 +118,9 @@ def token_counts(
     "Tokens of each text, by where the tokenizer puts its own end mark."
     if not hasattr(clip, 'tokenizer'):
         return np.zeros(len(texts), int)
-    return _end(clip, texts) - _end(clip, [''])[0]
+    return _end_mark(clip, texts) - _end_mark(clip, [''])[0]
 
-def _end(clip, texts, long=512):  # (n,) position of the end mark in a context that nothing fills
+def _end_mark(clip, texts, long=512):  # (n,) position of the end mark in a context that nothing fills
     tok = clip.tokenizer
     end = tok.eot_token_id if hasattr(tok, 'eot_token_id') else tok.tokenizer.eos_token_id
     found = np.asarray(tok(list(texts), context_length=long)) == end  # (n, long)
