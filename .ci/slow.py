@@ -722,7 +722,7 @@ def test_notebook_launcher():
             assert old in text, old
             text = text.replace(old, new)
         return text
-    code = ['import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-test'], real('two'),
+    code = ['import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-tests'], real('two'),
             "import two\ndef watched(): two.real_run('launched'); two.real_run('mlp2', 'mlp')",
             f"notebook_launcher(watched, num_processes=2, use_port='{free_port()}')",
             'torch.cuda.device_count = lambda: 1', real('one'), "two.real_run('alone'); two.real_run('mlp1', 'mlp', accumulate=2)"]

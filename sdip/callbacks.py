@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'cosine_loss', 'cosine', 'half_type', 'half_precision', 'amp_callbacks', 'OnDevice', 'TellEpoch',
-           'History', 'CsvLog', 'EMA', 'score_of', 'KeepBest', 'LastWord', 'Thaw', 'digest', 'Checkpoint']
+           'History', 'CsvLog', 'Say', 'EMA', 'score_of', 'KeepBest', 'LastWord', 'Thaw', 'digest', 'Checkpoint']
 
 # %% ../nbs/00g_callbacks.ipynb #imports
 import hashlib
@@ -141,6 +141,22 @@ class CsvLog(CSVLogger):
     def _write_line(self, log):
         if len(log) == len(self.recorder.metric_names):
             super()._write_line(log)  # not for an epoch that is skipped
+
+# %% ../nbs/00g_callbacks.ipynb #say
+class Say(Callback):
+    "One line an epoch"
+    order, _only_train_loop = 56, True
+
+    def before_fit(self):
+        self.start = time.perf_counter()
+
+    def after_epoch(self):
+        if not self.history.rows or self.history.rows[-1]['epoch'] != self.epoch:
+            return
+        r = self.history.rows[-1]
+        losses = f"loss {r['train_loss']:.3f}, watched {r['valid_loss']:.3f}, metric {r['metric']:.3f}"
+        seconds = time.perf_counter() - self.start
+        print(f'epoch {self.epoch + 1}/{self.n_epoch}: {losses}; {seconds:.0f} s', flush=True)
 
 # %% ../nbs/00g_callbacks.ipynb #ema
 class EMA(Callback):

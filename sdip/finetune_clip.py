@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn as nn
+import fastai.callback.hook  # noqa: F401 (gives a learner its summary())
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -27,10 +28,10 @@ from .lock import folder_lock
 from .preprocess import pick_device, Preprocess
 from .encoders import ClipEncoder
 from .batches import Augment, make_loaders, PairRows, share_among, start_alike, world_of_processes
-from .callbacks import Checkpoint, cosine, cosine_loss, CsvLog, digest, KeepBest, score_of
+from .callbacks import (Checkpoint, cosine, cosine_loss, CsvLog, digest, KeepBest, Say,
+                            score_of)
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower)
-from .pretrain import Say
 from .split import prepare_pairs
 from .backbone import (checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe,
                            ridge)
