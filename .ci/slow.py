@@ -594,8 +594,8 @@ def test_finetune_killed_in_mid_epoch():
     first.kill()                                                   # SIGKILL
     assert first.wait() == -9 and not Path('killed/config.json').exists(), 'it was done before it could be killed'
     assert place()[0] == 1 and 0 < place()[1] < 25, f'not in mid-epoch: {place()}'
-    refused = sh(*command('killed', 'wd=0.1'), status=1)           # another recipe
-    assert 'wd: it has 0.05, this run 0.1' in refused, refused
+    refused = sh(*command('killed', 'weight_decay=0.1'), status=1)           # another recipe
+    assert 'weight_decay: it has 0.05, this run 0.1' in refused, refused
     sh(*command('killed'))
     pictures = find_images('world/images')[:50]
     whole, killed = (VitRegressor.load(f, device='cpu').predict(pictures) for f in ('whole', 'killed'))
