@@ -15,6 +15,7 @@ from .core import read_json, right_shape, sha256
 from .preprocess import Preprocess
 from .pretrained import cached_snapshot, check_timm_args, hub_folder, read_tensors
 from .encoders import ClipEncoder, shipped
+from .batches import world_of_processes
 from .training import load_weights
 from .backbone import ImageRegressor
 from .base_regressor import Recipe, Regressor
@@ -237,3 +238,16 @@ def changed_recipe(
             pass  # a word: schedule=flat
         recipe = replace(recipe, **{name: value})
     return recipe
+
+# %% ../nbs/03_finetune_vit.ipynb #summary
+def print_summary(
+        reg: Regressor,  # that was trained
+        scores: dict,  # of `finetune`
+        out,  # folder of the model
+):
+    "Up to five unreadable pictures, the scores, the folder; by the first process only"
+    if world_of_processes()[0]:
+        return
+    for r in reg.report[:5]:
+        print(f"unreadable: {r['image']} ({r['error']})")
+    print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) + f'; model in {out}')
