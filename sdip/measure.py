@@ -71,19 +71,19 @@ def measure(
 # %% ../nbs/00k_measure.ipynb #comparison
 @dataclass
 class Comparison:
-    "Ours and the plain way at the same work"
+    "Ours and the baseline at the same work"
     what: str  # the work
     plain_way: str  # what it is compared with
     rows: int  # size of the work
     ours: float  # CPU s, the median of the turns
     plain: float  # CPU s
     ours_mb: float | None  # most memory held above the start
-    plain_mb: float | None  # the same of the plain way
+    plain_mb: float | None  # the same of the baseline
     note: str = ''  # what else was seen
 
     @property
     def ratio(self):
-        return self.plain/max(self.ours, 1e-9)  # times less CPU than the plain way
+        return self.plain/max(self.ours, 1e-9)  # times less CPU than the baseline
 
 # %% ../nbs/00k_measure.ipynb #compare
 def _median(costs, field):
@@ -175,7 +175,7 @@ def bench_text(
 def growth_plot(
         found: list,  # of `Comparison`, the same work at several sizes
 ):  # a matplotlib figure
-    "CPU seconds over rows: ours, and each plain way"
+    "CPU seconds over rows: ours, and each baseline"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.2))
     for what, part in bench_table(found).sort_values('rows').groupby('what', sort=False):
