@@ -250,14 +250,14 @@ def sdip_dedup(
 @_polite(_GOES_ON)
 def sdip_finetune(
         kind: str,  # clip or vit
-        pairs: Param('folders or tables of pairs (see load_pairs)', str, nargs='*') = None,
+        pairs: Param('folders or tables of pairs (see load_pairs)', str, nargs='*') = None,  # needed
         out: str = None,  # folder for the model; default runs/KIND; a killed run goes on there
         preset: str = 'playground',  # playground (shipped towers), original (the write-up's), full
         model: str = None,  # another model: a CLIP's folder or name, a timm model's name
         weights: str = None,  # a CLIP's tag or file; for timm pretrained, a file or a folder
         head: str = 'linear',  # linear or mlp
-        set: Param('fields of the recipe, such as lr=3e-4 bs=128', str, nargs='*') = None,
-        device: str = None,  # cpu or cuda; default: the card where there is one
+        set: Param('fields of the recipe, such as lr=3e-4 bs=128', str, nargs='*') = None,  # field=value
+        device: str = None,  # cpu or cuda; default: the GPU where there is one
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
         images: str = None,  # folder of the pictures, where a table lies elsewhere
@@ -267,19 +267,14 @@ def sdip_finetune(
         raise ValueError('--pairs is missing: give a folder of pictures with their prompts, or a table')
     from sdip.sources import load_pairs
     from sdip.finetune_clip import finetune
-    from sdip.finetune_vit import FINETUNE, changed, make_regressor
-    from sdip.batches import world_of_processes
+    from sdip.finetune_vit import FINETUNE, changed_recipe, make_regressor, print_summary
+    out = out or f'runs/{kind}'
     reg = make_regressor(kind, preset, model, weights, head, device)
-    table = load_pairs(pairs, image_col, prompt_col, images, spare=f"{out or f'runs/{kind}'}/unpacked")
+    table = load_pairs(pairs, image_col, prompt_col, images, spare=f'{out}/unpacked')
     if 'read' in table.attrs:
         print(table.attrs['read'])
-    scores = finetune(reg, table, out or f'runs/{kind}', changed(FINETUNE[preset]['recipe'], set))
-    if world_of_processes()[0]:
-        return
-    for r in reg.report[:5]:
-        print(f"unreadable: {r['image']} ({r['error']})")
-    print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) +
-          f'; model in {out or f"runs/{kind}"}')
+    scores = finetune(reg, table, out, changed_recipe(FINETUNE[preset]['recipe'], set))
+    print_summary(reg, scores, out)
 
 # %% ../nbs/05b_folder.ipynb #command
 @call_parse
@@ -443,14 +438,14 @@ def sdip_predict(
 @call_parse
 @_polite()
 def sdip_bench(
-        only: Param('benchmarks to run; default: all', str, nargs='*') = None,
-        rows: Param('sizes of the work, one or several; default: some seconds each', int, nargs='*') = None,
+        only: Param('benchmarks to run; default: all', str, nargs='*') = None,  # names
+        rows: Param('sizes of the work, one or several; default: some seconds', int, nargs='*') = None,  # n
         full: bool = False,  # the size at which each promise is made: minutes
         threads: int = 2,  # of torch, faiss and numpy
         plot: str = None,  # a .png or .svg: CPU seconds over rows; needs two sizes or more
         force: bool = False,  # replace a plot that is there
 ):
-    "Cost of each chapter as a ratio against the plain way, in one run"
+    "Cost of each chapter as a ratio against the baseline, in one run"
     _free(force, plot)
     from sdip.measure import bench_text, growth_plot
     from sdip.bench import run_benches
