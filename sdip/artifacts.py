@@ -278,10 +278,12 @@ def check_stages(
     but=(),  # endings of files that are checked elsewhere
 ):
     "ValueError that names the first damaged file of these stages, and the stage that makes it anew"
-    for s in STAGES:
-        r = self.receipt(s.name) if s.name in names else None
-        files = {f: digest for f, digest in r['files'].items() if not f.endswith(but)} if r else {}
-        check_files(self.folder, files, f'the same sdip_run as before makes it anew (stage {s.title!r})')
+    titles = {s.name: s.title for s in STAGES}
+    for name in names:
+        said = (self.receipt(name) or {}).get('files', {})
+        files = {f: digest for f, digest in said.items() if not f.endswith(but)}
+        remedy = f'the same sdip_run as before makes it anew (stage {titles.get(name, name)!r})'
+        check_files(self.folder, files, remedy)
 
 # %% ../nbs/08_artifacts.ipynb #run-pairs
 @patch
