@@ -20,12 +20,14 @@ from .artifacts import Run, stage
 from .find_weights import load_source
 
 # %% ../nbs/08_inputs.ipynb #read-source
+SOURCE_ARGS = 'pairs', 'images', 'image_col', 'prompt_col'  # where the user's pairs lie, how they are read
+
 def read_source(
         args: dict,  # of a run with pairs of the user's own
         unpack=None,  # folder to unpack tars into, where their own cannot be written
 ) -> pd.DataFrame:  # as of `load_pairs`
     "The user's pairs, as the run's arguments name them"
-    columns = args.get('image_col'), args.get('prompt_col'), args.get('images')
+    columns = [args.get(k) for k in ('image_col', 'prompt_col', 'images')]
     return load_pairs(args['pairs'], *columns, spare=unpack)
 
 def _read(run):
@@ -74,7 +76,7 @@ def _drop_damaged(run):
 _WORLD = ['n_train', 'n_valid', 'n_test', 'per_prompt', 'loose', 'size', 'seed']
 
 # %% ../nbs/08_inputs.ipynb #stage-data-2
-@stage('Pairs of picture and prompt', args=['pairs', 'images', 'image_col', 'prompt_col', *_WORLD],
+@stage('Pairs of picture and prompt', args=[*SOURCE_ARGS, *_WORLD],
        files=['data/pairs.parquet', 'data/source.json'], changed=_source_changed)
 def stage_data(run):
     "Draw the playground, or read the user's own pairs"
