@@ -75,7 +75,7 @@ def test_run_killed_at_three_stages():
     whole = scores()
     shutil.rmtree('run')
     done = 0
-    for line in 'MiniLM embeddings of the prompts ...', 'CLIP regressor ...', 'Ensemble ...':
+    for line in 'MiniLM targets, splits ...', 'CLIP regressor ...', 'Ensemble ...':
         kept = stopped_at(line)
         assert len(kept) > done, f'nothing was done between two kills: {kept}'
         done = len(kept)
@@ -565,7 +565,7 @@ def test_original_walks():
     del config['weights_sha256']
     Path('nets/ranker/open_clip_config.json').write_text(json.dumps(config))
     again = sh(*command[:6], 'other', *nets, status=1)
-    assert 'missing 1 (ln_final.bias)' in again and 'MiniLM embeddings' not in again, 'it began to work first'
+    assert 'missing 1 (ln_final.bias)' in again and 'MiniLM targets' not in again, 'it began to work first'
 
 def test_full_rehearsal():
     "Our own recipe on random stand-ins: ratios searched, both banks tried, phrases from files"
@@ -810,14 +810,18 @@ def test_models_of_0_2_0():
 def saved_anew(run, to):
     "A copy of a run, its models saved by the code of today, with receipts as `sdip_run` leaves them"
     from dataclasses import replace
-    from sdip.artifacts import STAGES, Run
+    from sdip.artifacts import Run
     from sdip.predictor import load_predictor
+    from sdip.run import STAGES
     shutil.copytree(run, to)
     (to/'preds').mkdir()
     models = 'clip', 'vit', 'knn', 'interrogator'
     for m in models:
         load_predictor(to/m, 'cpu').save(to/m)
+    for m in (*models, 'ensemble'):
         for s in 'valid', 'test': (to/f'preds/{m}.{s}.npz').write_bytes(b'rows')
+    shutil.copy(to/'pairs.parquet', to/'emb/pairs.parquet')
+    (to/'emb/weights.npy').unlink()                     # today they stand in pairs.parquet
     for m in models[:2]: (to/m/'history.csv').write_text('epoch,score\n0,.5\n')
     (to/'interrogator/words.test.json').write_text('[]')
     made = Run(to, quiet=True)

@@ -47,7 +47,7 @@ def _training_rows(run):  # pairs with paths relative to the run folder; targets
     return table.assign(image=relative_paths(image_paths(table, ''), run.folder)), targ
 
 def _recipe(args, name, **usual):
-    from sdip.finetune_clip import Recipe
+    from sdip.base_regressor import Recipe
     unfreezing = tuple(tuple(step) for step in args[f'{name}_unfreezing'])
     given = dict(lr=args[f'{name}_lr'], unfreezing=unfreezing, seed=args['seed']) | usual
     return Recipe(**given | args.get(f'{name}_recipe', {}))
@@ -61,7 +61,7 @@ def _fit(run, name, model, recipe, **given):
     return save_predictions(run, name, _predict_files(run, model))
 
 # %% ../nbs/08_members.ipynb #stage-clip
-@stage('CLIP regressor', needs=['data', 'pairs', 'weights', 'base_clip'],
+@stage('CLIP regressor', needs=['data', 'pairs', 'weights', 'base_clip', 'clip_emb'],
        args=['clip_lr', 'clip_unfreezing', 'clip_recipe', 'seed'],
        files=['clip/model.safetensors', 'clip/config.json', *_pred_files('clip')], logs=['clip/history.csv'],
        halves=['clip/checkpoint.pt'])
@@ -69,7 +69,8 @@ def stage_clip(run):
     "Base CLIP's image tower with a 384-d head"
     from sdip.finetune_clip import ClipRegressor
     model = ClipRegressor(run/'base_clip')
-    scores = _fit(run, 'clip', model, _recipe(run.args, 'clip', layer_decay=.8))
+    recipe = _recipe(run.args, 'clip', layer_decay=.8)
+    scores = _fit(run, 'clip', model, recipe, features=clip_rows(run, 'images'))  # for the probe
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | scores
 
 # %% ../nbs/08_members.ipynb #stage-vit
