@@ -91,20 +91,25 @@ def predict(
     preds = {m: np.full((n, EMB_DIM), np.nan, np.float32) for m in self.models}
     self.report, self.words, self.expected = [], ['']*n, np.full(n, np.nan)
     for first, block in _decoded_blocks(images):
-        good = [i for i, (im, _) in enumerate(block) if im is not None]
         self.report += [_unreadable(images, first + i, e) for i, (_, e) in enumerate(block) if e]
+        good = [i for i, (im, _) in enumerate(block) if im is not None]
         if good:
-            for m, rows in self._predict_members([block[i][0] for i in good]).items():
-                preds[m][first + np.array(good)] = rows
-        if good and 'interrogator' in self.models:
-            for i, prompt in zip(good, self.models['interrogator'].words.prompt):
-                self.words[first + i] = prompt
+            self._fill(preds, first + np.array(good), [block[i][0] for i in good])
     if len(self.report) == n:
         return np.full((n, EMB_DIM), np.nan, np.float32)
     self.expected = expected_cosines(self.ensemble, preds)
     return self.ensemble.predict(preds)
 
 # %% ../nbs/08a_predictor.ipynb #run-predict-2
+@patch
+def _fill(self: RunPredictor, preds, at, pictures):
+    "Rows and words of decoded pictures, which stand at `at` among all"
+    for m, rows in self._predict_members(pictures).items():
+        preds[m][at] = rows
+    if 'interrogator' in self.models:
+        for i, prompt in zip(at, self.models['interrogator'].words.prompt):
+            self.words[i] = prompt
+
 def _unreadable(images, row, error):
     im = images[row]
     name = path_text(im) if isinstance(im, (str, Path)) else type(im).__name__
@@ -139,21 +144,25 @@ def load_predictor(
         raise ValueError(f'{folder} holds neither run.json nor config.json: '
                          'give a run folder, or the folder of a saved model')
     kind = _checked_kind(folder/'config.json')
+    if kind == 'interrogator' and (folder/'outside.json').exists():
+        return _outside_interrogator(folder, device)
+    with right_shape(folder):
+        return _model_class(kind, folder).load(folder, device=device)
+
+# %% ../nbs/08a_predictor.ipynb #model-class
+def _model_class(kind, folder):
     if kind == 'clip_regressor':
         from sdip.finetune_clip import ClipRegressor as Model
     elif kind == 'vit_regressor':
         from sdip.finetune_vit import VitRegressor as Model
     elif kind == 'knn':
         from sdip.knn import KNNRegressor as Model
-    elif kind == 'interrogator' and (folder/'outside.json').exists():
-        return _outside_interrogator(folder, device)
     elif kind == 'interrogator':
         from sdip.interrogator import Interrogator as Model
     else:
         raise ValueError(f'{folder} holds a model of kind {kind!r}: '
                          'known are clip_regressor, vit_regressor, knn and interrogator')
-    with right_shape(folder):
-        return Model.load(folder, device=device)
+    return Model
 
 # %% ../nbs/08a_predictor.ipynb #checked-kind
 def _checked_kind(file):  # config.json of a saved model -> its kind
