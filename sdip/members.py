@@ -219,16 +219,16 @@ def _learn(model, table, paths, images, n=300):
 # %% ../nbs/08_members.ipynb #interrogator-answers-2
 def _learn_and_predict(run, model, images):
     "-> rows of both held-out splits, words of the test pictures"
-    (table, _), rows = run.pairs(), {}
-    for s in HELD_OUT:
-        mine = (table.split == s).to_numpy()
-        part, emb = table[mine].reset_index(drop=True), images[mine]
-        paths = image_paths(part, '')
-        known = _learn(model, part, paths, emb) if s == 'valid' else np.zeros((0, EMB_DIM), np.float32)
-        rest = slice(len(known), None)
-        more = [model.predict(paths[rest], emb[rest])] if paths[rest] else []
-        rows[s] = np.concatenate([known, *more])
-    return rows, model.words.prompt.tolist()
+    split, tables = run.pairs()[0].split, {s: run.pairs(s)[0] for s in HELD_OUT}
+    emb = {s: images[(split == s).to_numpy()] for s in HELD_OUT}
+    paths = {s: image_paths(t, '') for s, t in tables.items()}
+    known = _learn(model, tables['valid'], paths['valid'], emb['valid'])
+    rest = slice(len(known), None)
+    more = [model.predict(paths['valid'][rest], emb['valid'][rest])] if paths['valid'][rest] else []
+    valid = np.concatenate([known, *more])
+    test = model.predict(paths['test'], emb['test'])
+    words = model.words.prompt.tolist()  # of the test pictures
+    return dict(valid=valid, test=test), words
 
 # %% ../nbs/08_members.ipynb #stage-interrogator
 _WORDS = [f'interrogator/{o}' for o in ('config.json', 'phrases.json', 'words.test.json', '*.json', '*.npy')]
