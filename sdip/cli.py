@@ -359,66 +359,58 @@ def sdip_submit(
 @_polite(_GOES_ON)
 def sdip_run(
         out: str = None,  # run folder; default runs/<preset>, or runs/<name of the pairs>
-        preset:
-    str = None,  # playground; scratch: the same from random weights; tiny: in a minute; original, full: real weights. Default playground, with --pairs scratch
-        pairs: Param('your own pairs: folders or tables, see load_pairs', str, nargs='*') = None,
+        preset: str = None,  # playground, scratch, tiny, original or full; with --pairs: scratch
+        pairs: Param('your own pairs: folders or tables, see load_pairs', str, nargs='*') = None,  # n places
         seed: int = None,  # of pictures, weights and order; default 0
         clip: str = None,  # original, full: CLIP ViT-L/14 as folder or file, default looked for
         vit: str = None,  # vit_large_patch16_384, likewise
         captioner: str = None,  # BLIP, likewise
         ranker: str = None,  # CLIP ViT-H/14, likewise
-        phrases:
-    str = None,  # folder with mediums.txt, movements.txt, flavors.txt, one phrase a line; default mined from the prompts
-        models:
-    str = None,  # folder in which they are looked for; default models, then /kaggle/input, then the Hugging Face cache
+        phrases: str = None,  # folder of mediums.txt, movements.txt, flavors.txt; default mined from prompts
+        models: str = None,  # where to look; default models, then /kaggle/input, then the Hugging Face cache
         download: bool = False,  # fetch from the Hugging Face hub what is not found
-        dry_run:
-    bool = False,  # say what is there, what is missing, how to get it, disk and memory needed; then stop
+        dry_run: bool = False,  # say what is there, what is missing, disk and memory needed; then stop
         rehearse: bool = False,  # original, full: small networks with random weights instead of the real ones
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
         images: str = None,  # folder of the pictures, where a table lies elsewhere
 ):
     "All chapters in one go: data, four models, ensemble, submission, report. Goes on where a killed run was"
-    os.environ.setdefault('OMP_WAIT_POLICY',
-                          'PASSIVE')  # idle threads that spin would burn the other threads' time
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads that spin cost the others their time
     warnings.filterwarnings('ignore', category=FutureWarning)  # of libraries, to their own authors
     from sdip.pretrained import MODEL_PLACES
     from sdip.run import PRESETS, walk
     from sdip.report import scoreboard_text
     from sdip.find_weights import survey, survey_text
     pairs = [pairs] if isinstance(pairs, str) else pairs or None
-    preset = preset or ('scratch' if pairs else 'playground'
-                        )  # towers that know drawings only are no start for other pictures
+    preset = preset or ('scratch' if pairs else 'playground')  # the shipped towers know drawings only
     real = PRESETS.get(preset, {}).get('start') == 'real'
-    out = out or f'runs/{Path(pairs[0]).stem if pairs else preset}{"-rehearsal" if rehearse else ""}'
+    name = Path(pairs[0]).stem if pairs else preset
+    out = out or f'runs/{name}{"-rehearsal" if rehearse else ""}'
     given = dict(seed=seed, clip_from=clip, vit_from=vit, captioner_from=captioner, ranker_from=ranker,
                  phrases_from=phrases, rehearse=rehearse or None)
-    given, places = {k: v
-                     for k, v in given.items()
-                     if v is not None}, MODEL_PLACES if models is None else (models, )
+    given = {k: v for k, v in given.items() if v is not None}
+    places = MODEL_PLACES if models is None else (models, )
     if dry_run:
         if not real:
             raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
         args = PRESETS[preset] | given
         return print(survey_text(survey(args, places, download), args, out, pairs, places))
-    source = dict(image_col=image_col, prompt_col=prompt_col, images=images)
-    run = walk(out, preset, pairs, **(dict(models=places, download=download) if real else {}), **source,
-               **given)
-    print(
-        f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n{run/'submission.csv'}: predictions for the test pictures"
-    )
+    if real:
+        given |= dict(models=places, download=download)
+    run = walk(out, preset, pairs, image_col=image_col, prompt_col=prompt_col, images=images, **given)
+    print(f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
+          f"{run/'submission.csv'}: predictions for the test pictures")
 
 # %% ../nbs/08a_predictor.ipynb #command-predict
 @call_parse
 @_polite()
 def sdip_predict(
-        images: Param('pictures, or folders of pictures', str, nargs='+'),
+        images: Param('pictures, or folders of pictures', str, nargs='+'),  # n files
         run: str = 'runs/playground',  # a finished run folder
         out: str = 'submission.csv',  # submission to write: imgId_eId,val
         truth: str = None,  # CSV of the same form with the true embeddings, to score against
-        deadline:
-    float = None,  # minutes until the file must be there, complete; what no model reached gets the training mean
+        deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean
         force: bool = False,  # replace a submission that is there
 ):
     "Predict the prompt embeddings of pictures"

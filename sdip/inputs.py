@@ -120,7 +120,7 @@ def stage_pairs(run):
 
 # %% ../nbs/08_inputs.ipynb #train-clip
 def _train_clip(run, table, valid, folder, epochs, desc):
-    from sdip.pretrain import ClipRecipe, train_clip
+    from sdip.contrastive import ClipRecipe, train_clip
     recipe = ClipRecipe(epochs=epochs, lr=run.args['base_lr'], seed=run.args['seed'])
     return train_clip(image_paths(table, ''), table.prompt.tolist(), image_paths(valid, ''),
                       valid.prompt.tolist(), run/folder, groups=table.group.to_numpy(), recipe=recipe,

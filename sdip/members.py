@@ -161,7 +161,7 @@ def _drawn_interrogator(run, prompts, images):  # images (500, d): rows of train
     from sdip.candidates import mine_phrases
     from sdip.captioners import SceneCaptioner
     from sdip.encoders import ClipEncoder
-    from sdip.calibration import Interrogator  # the class with calibrate and choose_answer
+    from sdip.interrogator import Interrogator
     clip, cache = ClipEncoder(run/'base_clip'), run/_CACHE
     if run.args['pairs'] is None:
         captioner, lists = SceneCaptioner(clip, cache=cache), None
@@ -173,7 +173,7 @@ def _drawn_interrogator(run, prompts, images):  # images (500, d): rows of train
 def _real_interrogator(run, prompts, images):  # images: (500, d) by the ranker, None: keep favourites
     "BLIP's caption and phrases ranked by the larger CLIP; what is needed to load it is written beside"
     from sdip.encoders import ClipEncoder
-    from sdip.calibration import Interrogator  # the class with calibrate and choose_answer
+    from sdip.interrogator import Interrogator
     a, captioner = run.args, load_source(run, 'captioner')
     lists = phrase_lists(a['phrases'], a['phrases_from'], prompts)
     counts = a['phrases'] if a['words'] == 'writeup' else None

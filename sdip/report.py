@@ -118,10 +118,9 @@ def ratio_figure(
     run: Run,  # finished
 ):  # a figure
     "score(ratio) of each model as the search saw it"
-    from sdip.blending import plot_curves, Search
+    from sdip.blending import plot_curves
     fig, ax = _axes()
-    curves = read_json(run/'ensemble.json')['curves']
-    plot_curves({name: Search(**c) for name, c in curves.items()}, ax)
+    plot_curves(read_json(run/'ensemble.json')['curves'], ax)
     return fig
 
 # %% ../nbs/08_report.ipynb #ensemble-figures-2
