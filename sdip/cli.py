@@ -378,29 +378,11 @@ def sdip_run(
     "All chapters in one go: data, four models, ensemble, submission, report. Goes on where a killed run was"
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads that spin cost the others their time
     warnings.filterwarnings('ignore', category=FutureWarning)  # of libraries, to their own authors
-    from sdip.pretrained import MODEL_PLACES
-    from sdip.run import PRESETS, walk
-    from sdip.report import scoreboard_text
-    from sdip.find_weights import survey, survey_text
-    pairs = [pairs] if isinstance(pairs, str) else pairs or None
-    preset = preset or ('scratch' if pairs else 'playground')  # the shipped towers know drawings only
-    real = PRESETS.get(preset, {}).get('start') == 'real'
-    name = Path(pairs[0]).stem if pairs else preset
-    out = out or f'runs/{name}{"-rehearsal" if rehearse else ""}'
+    from sdip.run import run_command
     given = dict(seed=seed, clip_from=clip, vit_from=vit, captioner_from=captioner, ranker_from=ranker,
                  phrases_from=phrases, rehearse=rehearse or None)
-    given = {k: v for k, v in given.items() if v is not None}
-    places = MODEL_PLACES if models is None else (models, )
-    if dry_run:
-        if not real:
-            raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
-        args = PRESETS[preset] | given
-        return print(survey_text(survey(args, places, download), args, out, pairs, places))
-    if real:
-        given |= dict(models=places, download=download)
-    run = walk(out, preset, pairs, image_col=image_col, prompt_col=prompt_col, images=images, **given)
-    print(f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
-          f"{run/'submission.csv'}: predictions for the test pictures")
+    source = dict(image_col=image_col, prompt_col=prompt_col, images=images)
+    print(run_command(out, preset, pairs, given, source, models, download, dry_run))
 
 # %% ../nbs/08a_predictor.ipynb #command-predict
 @call_parse

@@ -21,7 +21,7 @@ from .artifacts import MODELS, STAGES, Run, stage
 from .find_weights import ROLES, check_sources, random_stand_ins, survey, survey_text
 from .inputs import read_source, SOURCE_ARGS
 from .members import HELD_OUT
-from .report import write_report
+from .report import scoreboard_text, write_report
 
 # %% ../nbs/08_run.ipynb #preset-playground
 _PLAYGROUND = dict(
@@ -253,3 +253,36 @@ def _before_work(args, out, models, download):  # -> what `survey` found; writes
     if lost := [f['title'] for f in found if not f['path']]:
         raise ValueError(f"{', '.join(lost)}: not here\n{survey_text(found, args, out, models=models)}")
     return found
+
+# %% ../nbs/08_run.ipynb #run-command
+def run_command(
+        out,  # run folder; None: runs/<preset>, or runs/<name of the pairs>
+        preset: str,  # None: playground, or scratch where there are pairs
+        pairs,  # the user's own, one or several; None: drawn
+        given: dict,  # arguments of the preset that were given, None where not
+        source: dict,  # image_col, prompt_col and images, as for `walk`
+        models: str = None,  # folder in which real weights are looked for; None: the usual places
+        download: bool = False,  # may real weights be fetched?
+        dry_run: bool = False,  # only say what is there and what is missing
+) -> str:  # what to print at the end
+    "What `sdip_run` does. ValueError: a dry run of a preset that needs nothing from outside"
+    pairs = [pairs] if isinstance(pairs, str) else pairs or None
+    preset = preset or ('scratch' if pairs else 'playground')
+    rehearsal = '-rehearsal' if given.get('rehearse') else ''
+    out = out or f'runs/{Path(pairs[0]).stem if pairs else preset}{rehearsal}'
+    given = {k: v for k, v in given.items() if v is not None}
+    places = MODEL_PLACES if models is None else (models, )
+    real = PRESETS.get(preset, {}).get('start') == 'real'
+    if dry_run:
+        return _dry_run(out, preset, pairs, given, places, download)
+    weights = dict(models=places, download=download) if real else {}
+    run = walk(out, preset, pairs, **weights, **source, **given)
+    return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
+            f"{run/'submission.csv'}: predictions for the test pictures")
+
+# %% ../nbs/08_run.ipynb #run-command-2
+def _dry_run(out, preset, pairs, given, places, download):
+    args = PRESETS.get(preset, {}) | given
+    if args.get('start') != 'real':
+        raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
+    return survey_text(survey(args, places, download), args, out, pairs, places)
