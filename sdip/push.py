@@ -122,7 +122,8 @@ def _copy_in(path, folder):
     (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, folder/Path(path).name)
 
 # %% ../nbs/07_push.ipynb #kernel-assets
-_NOT_READ = ('data', 'images', 'preds', 'prompts', 'report.html', 'submission.csv', '.*')  # by prediction
+_NOT_READ = ('data', 'images', 'preds', 'prompts', 'report.html', 'submission.csv', 'clip_images',
+             'clip_texts', 'ranker_images', 'phrases', 'similarity.npy', '.*')  # of a run, by prediction
 
 def build_assets(
     out,  # folder, made anew
