@@ -812,7 +812,7 @@ def saved_anew(run, to):
     from dataclasses import replace
     from sdip.artifacts import Run
     from sdip.predictor import load_predictor
-    from sdip.run import STAGES
+    from sdip.artifacts import STAGES
     shutil.copytree(run, to)
     (to/'preds').mkdir()
     models = 'clip', 'vit', 'knn', 'interrogator'

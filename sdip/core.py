@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMB_DIM', 'unit', 'check_emb', 'row_cosine', 'mean_cosine', 'skill', 'bootstrap_interval', 'atomic_path',
-           'write_json', 'read_json', 'sha256', 'hash_items']
+           'write_json', 'read_json', 'sha256', 'hash_items', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #imports
+import ctypes
 import errno
 import hashlib
 import json
@@ -365,3 +366,14 @@ def right_shape(
             raise ValueError(f'{file}: {e}') from e
         what = f'{type(e).__name__}: {" ".join(str(e).split())[:160]}'
         raise ValueError(f'{file} does not say what is expected of it ({what}): {SAVE_AGAIN}') from e
+
+# %% ../nbs/00_core.ipynb #keep-memory
+def keep_memory() -> bool:  # was it done? False where the C library is not glibc
+    "Let glibc's allocator keep freed memory for the next tensor, from now on and for the whole process"
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):
+        return False
+    most, step = 2**31 - 1, 64 << 20  # bytes
+    # M_MMAP_MAX: no blocks of their own; M_TRIM_THRESHOLD: nothing is returned; M_TOP_PAD: grow in large steps
+    return all([mallopt(-4, 0), mallopt(-1, most), mallopt(-2, step)])

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from .core import atomic_path, hash_items, read_json, right_shape, write_json
+from .core import atomic_path, hash_items, keep_memory, read_json, right_shape, write_json
 from .data import find_images
 from .lock import folder_lock, read_fields
 from .encoders import ClipEncoder, shipped
@@ -173,6 +173,7 @@ def interrogate_files(
         cache=None,  # see `PhraseTable`
 ):
     "What `sdip_interrogate` does. ValueError: no pictures, no words, or models that cannot be made."
+    keep_memory()
     model, phrases, names, captioner, clip = models.values()
     default = Path('runs/playground/interrogator')
     if model is None and clip is None and default.is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, mean_cosine, path_text, right_shape
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape
 from .data import ImageError, read_image
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
@@ -215,6 +215,7 @@ def predict_to_csv(
 ) -> dict:  # as of `submit_in_time`
     "Predict pictures and write a checked submission. ValueError: none of the pictures can be read"
     from sdip.submit import submit_in_time
+    keep_memory()
     p = RunPredictor(run)
     models, blend = ({'run': p}, None) if until is None else (p.models, p.ensemble.predict)
     return submit_in_time(models, images, p.run.mean_vector(), out, blend, until)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .core import bootstrap_interval, mean_cosine, read_json, row_cosine, write_json
+from .core import bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, write_json
 from .lock import folder_lock
 from .sources import fingerprint
 from .pretrained import MODEL_PLACES
@@ -182,6 +182,7 @@ def walk(
         **changes,  # arguments of the preset that should be different
 ) -> Run:
     "Do what is missing of a run. ValueError: an unknown preset or argument, or another run works there"
+    keep_memory()
     args = _arguments(preset, changes) | _source(pairs, images, image_col, prompt_col)
     with folder_lock(out, 'sdip_run'):
         real = args['start'] == 'real'

@@ -21,7 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import OptimWrapper
 
-from .core import atomic_path, check_sha256, read_json, sha256, write_json
+from .core import atomic_path, check_sha256, keep_memory, read_json, sha256, write_json
 from .preprocess import image_batches, Preprocess
 from .pretrained import check_fits
 from .batches import DDP, world_of_processes
@@ -130,6 +130,7 @@ def run_learner(
     if any(isinstance(cb, ShowGraphCallback) for cb in learn.cbs):
         raise ValueError("ShowGraphCallback draws into fastai's progress bar, off in a run by the recipe: "
                          'call learn.fit_one_cycle(epochs, learn.peaks), or plot the history afterwards')
+    keep_memory()
     parts, n = getattr(learn.dls.train.batch_sampler, 'parts', 1), epochs*len(learn.dls.train)
     by_step = schedule(recipe.schedule, learn.peaks, recipe.pct_start)
     lr = by_step if parts == 1 else lambda pct: by_step(round(pct*n) // parts*parts/n)
