@@ -375,5 +375,5 @@ def keep_memory() -> bool:  # was it done? False where the C library is not glib
     except (OSError, AttributeError):
         return False
     most, step = 2**31 - 1, 64 << 20  # bytes
-    # M_MMAP_MAX: no blocks of their own; M_TRIM_THRESHOLD: nothing is returned; M_TOP_PAD: grow in large steps
+    # M_MMAP_MAX: no blocks of their own, M_TRIM_THRESHOLD: none goes back, M_TOP_PAD: grow in large steps
     return all([mallopt(-4, 0), mallopt(-1, most), mallopt(-2, step)])
