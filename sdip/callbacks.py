@@ -326,7 +326,7 @@ def digest(
     return f'SHA-256 {h.hexdigest()[:16]}'
 
 # %% ../nbs/00g_callbacks.ipynb #check-key
-def _differences(old, new):
+def _run_differences(old, new):
     "What two keys disagree on, in words"
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return f'it says {old}, this run says {new}'
@@ -341,7 +341,7 @@ def _check_key(file, old, new):
     older = isinstance(new, dict) and (not isinstance(old, dict) or new.keys() - old.keys())
     way = ('finish that run with the version of sdip that wrote it'
            if older else 'start from the same weights with the same data and settings')
-    raise ValueError(f'{file} belongs to another run ({_differences(old, new)}): {way}, '
+    raise ValueError(f'{file} belongs to another run ({_run_differences(old, new)}): {way}, '
                      'or delete the file to start anew')
 
 # %% ../nbs/00g_callbacks.ipynb #checkpoint

@@ -96,7 +96,7 @@ def train_clip(
     rows = {'pictures': images, 'prompts': prompts, 'groups': groups, 'valid pictures': valid_images,
             'valid prompts': valid_prompts}
     key = asdict(recipe) | {k: digest(v) for k, v in rows.items()}
-    learn = _train(dls, prep, recipe, config, key, folder, quiet, desc)
+    learn = _train_pairs(dls, prep, recipe, config, key, folder, quiet, desc)
     report = train.report + valid.report
     history = dict(recipe=asdict(recipe), history=learn.history.rows, unreadable=report)
     write_json(history, folder/'history.json')
@@ -105,7 +105,7 @@ def train_clip(
     return ClipEncoder(folder, device=device)
 
 # %% ../nbs/00h_contrastive.ipynb #train-network
-def _train(dls, prep, recipe, config, key, folder, quiet, desc):
+def _train_pairs(dls, prep, recipe, config, key, folder, quiet, desc):
     "A CLIP with random weights, trained -> Learner"
     from open_clip.model import CLIP
     folder.mkdir(parents=True, exist_ok=True)

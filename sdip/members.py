@@ -52,7 +52,7 @@ def _recipe(args, name, **usual):
     given = dict(lr=args[f'{name}_lr'], unfreezing=unfreezing, seed=args['seed']) | usual
     return Recipe(**given | args.get(f'{name}_recipe', {}))
 
-def _fit(run, name, model, recipe, **given):
+def _fit_tower(run, name, model, recipe, **given):
     "Train, save, predict -> facts"
     table, targ = _training_rows(run)
     (run/name).mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def stage_clip(run):
     from sdip.finetune_clip import ClipRegressor
     model = ClipRegressor(run/'base_clip')
     recipe = _recipe(run.args, 'clip', layer_decay=.8)
-    scores = _fit(run, 'clip', model, recipe, features=clip_rows(run, 'images'))  # for the probe
+    scores = _fit_tower(run, 'clip', model, recipe, features=clip_rows(run, 'images'))  # for the probe
     return dict(probe=f'{max(model.probe_scores.values()):.4f}') | scores
 
 # %% ../nbs/08_members.ipynb #stage-vit
@@ -94,7 +94,7 @@ def stage_vit(run):
     "A timm backbone: the shipped small ViT, a real one, or any other from random weights"
     scratch = run.args['start'] == 'scratch'
     recipe = _recipe(run.args, 'vit', layer_decay=1. if scratch else .8, probe=not scratch)
-    return _fit(run, 'vit', _vit(run), recipe)
+    return _fit_tower(run, 'vit', _vit(run), recipe)
 
 # %% ../nbs/08_members.ipynb #stage-knn
 _BANK = [f'knn/{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts', '*')]
@@ -207,7 +207,7 @@ def _picture_rows(run):
     return out, some
 
 # %% ../nbs/08_members.ipynb #interrogator-answers
-def _learn(model, table, paths, images, n=300):
+def _learn_answers(model, table, paths, images, n=300):
     "Margins and the form of the answer -> rows of the first n pictures; the write-up learns nothing"
     if model.mode == 'writeup':
         return np.zeros((0, EMB_DIM), np.float32)
@@ -222,7 +222,7 @@ def _learn_and_predict(run, model, images):
     split, tables = run.pairs()[0].split, {s: run.pairs(s)[0] for s in HELD_OUT}
     emb = {s: images[(split == s).to_numpy()] for s in HELD_OUT}
     paths = {s: image_paths(t, '') for s, t in tables.items()}
-    known = _learn(model, tables['valid'], paths['valid'], emb['valid'])
+    known = _learn_answers(model, tables['valid'], paths['valid'], emb['valid'])
     rest = slice(len(known), None)
     more = [model.predict(paths['valid'][rest], emb['valid'][rest])] if paths['valid'][rest] else []
     valid = np.concatenate([known, *more])

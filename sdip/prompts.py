@@ -57,7 +57,7 @@ _CATEGORIES = frozenset(('Ll', 'Lu', 'Nd', 'Pd', 'Zs', 'Po'))  # of Unicode, tha
 _INVISIBLE = dict.fromkeys(map(ord, '\ufeff\u200b\u2060\u00ad\u200e\u200f'))
 
 # %% ../nbs/00_prompts.ipynb #tidy
-def _tidy(prompt):
+def _tidy_text(prompt):
     "Visible text on one line, single spaces; '' of what is no string"
     if not isinstance(prompt, str):
         return ''
@@ -103,7 +103,7 @@ def clean_prompts(
         got = None if sizes is None else len(sizes)
         raise ValueError(f"the rule 'square' needs the {len(prompts)} pictures' sizes, got {got}: "
                          "pass sizes=picture_sizes(paths), or leave the rule out")
-    cleaned = [_tidy(p) if 'strip' in rules else p if isinstance(p, str) else '' for p in prompts]
+    cleaned = [_tidy_text(p) if 'strip' in rules else p if isinstance(p, str) else '' for p in prompts]
     if 'syntax' in rules:
         cleaned = [plain_prompt(p) for p in cleaned]
     if sizes is None:
@@ -131,4 +131,4 @@ def duplicate_of(
 ) -> np.ndarray:  # (n,) int64: index of the first row with the same prompt; its own index if it is the first
     "Exact duplicates, by case-folded text with single spaces"
     first = {}
-    return np.array([first.setdefault(_tidy(p).casefold(), i) for i, p in enumerate(prompts)], dtype=np.int64)
+    return np.array([first.setdefault(_tidy_text(p).casefold(), i) for i, p in enumerate(prompts)], dtype=np.int64)

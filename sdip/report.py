@@ -23,7 +23,7 @@ from .page import Html, html_page, html_table, markup, thumbnail
 from .artifacts import MODELS, STAGES, Run
 
 # %% ../nbs/08_report.ipynb #scoreboard
-def _scores(run):  # what the scores stage wrote
+def _read_scores(run):  # what the scores stage wrote
     kinds = dict.fromkeys(('test', 'valid', 'intervals', 'seconds', 'cpu'), dict)
     return read_fields(run/'scores.json', 'repeat the same sdip_run', **kinds)
 
@@ -31,7 +31,7 @@ def scoreboard(
     run: Run,  # finished
 ) -> pd.DataFrame:  # one row a model, the ensemble last: model, score, skill, lo, hi, cpu (s)
     "Test scores of a finished run. ValueError: it has none"
-    s, rows = _scores(run), []
+    s, rows = _read_scores(run), []
     by_score = sorted(s['test'].items(), key=lambda kv: (kv[0] == 'ensemble', kv[1]))
     for name, score in by_score:
         lo, hi = s['intervals'][name]
@@ -68,7 +68,7 @@ def scoreboard_text(
     run: Run,  # finished
 ) -> str:  # some lines for a terminal
     "The scoreboard and the ensemble's gain, in plain text. ValueError: the run has no scores"
-    s = _scores(run)
+    s = _read_scores(run)
     lines = _board_lines(scoreboard(run)) + _gain_lines(s) + _cost_lines(s)
     if run.args.get('rehearse'):
         lines.append('A rehearsal: small networks with random weights stood in for the real ones, '
@@ -108,7 +108,7 @@ def training_figure(
     for name in ('clip', 'vit'):
         history = read_json(run/name/'config.json')['history']
         ax.plot([h['epoch'] + 1 for h in history], [h['metric'] for h in history], marker='o', label=name)
-    mean = _scores(run)['valid']['mean_vector']
+    mean = _read_scores(run)['valid']['mean_vector']
     ax.axhline(mean, ls=':', color='grey', label='mean vector')
     ax.legend(frameon=False)
     return fig
@@ -255,7 +255,7 @@ dd{margin:0 0 .3rem;font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}
 
 # %% ../nbs/08_report.ipynb #report-score
 def _score_section(run):
-    s, held_out = _scores(run), (run.pairs()[0].split == 'test').sum()
+    s, held_out = _read_scores(run), (run.pairs()[0].split == 'test').sum()
     lo, hi = s['intervals']['ensemble - best single']
     rows = []
     for r in scoreboard(run).itertuples():
