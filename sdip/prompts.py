@@ -131,4 +131,5 @@ def duplicate_of(
 ) -> np.ndarray:  # (n,) int64: index of the first row with the same prompt; its own index if it is the first
     "Exact duplicates, by case-folded text with single spaces"
     first = {}
-    return np.array([first.setdefault(_tidy_text(p).casefold(), i) for i, p in enumerate(prompts)], dtype=np.int64)
+    found = [first.setdefault(_tidy_text(p).casefold(), i) for i, p in enumerate(prompts)]
+    return np.array(found, dtype=np.int64)
