@@ -351,7 +351,8 @@ def clip_reference(
     def relative(path):
         return Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
 
-    local = clip.pretrained is None and Path(clip.name).is_dir()
+    at = Path(clip.name)
+    local = clip.pretrained is None and (at.is_dir() or at.is_absolute())  # a folder, even if it has gone
     is_file = clip.pretrained is not None and Path(clip.pretrained).is_file()
     return dict(folder=relative(clip.name) if local else None, name=None if local else clip.name,
                 file=relative(clip.pretrained) if is_file else None,
