@@ -329,13 +329,14 @@ def test_commands_stop_politely():
     "Ctrl-C, SIGTERM and a closed pipe end a command with one line and the status that shells expect"
     import signal
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        work = subprocess.Popen(['sdip_generate', f'world{status}', '--n', '3000'], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)
+        listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would not
+        work = subprocess.Popen(['sdip_generate', f'world{status}', '--n', '3000'], preexec_fn=listens,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         wait_for(lambda: len(list(Path(f'world{status}').glob('images/[!.]*.png'))) > 20)
         work.send_signal(number)
         _, err = work.communicate(timeout=60)
-        assert work.returncode == status and 'sdip_generate: stopped; the same command goes on from here' in err and 'Traceback' not in err, (
-            work.returncode, err)
+        said = 'sdip_generate: stopped; the same command goes on from here'
+        assert work.returncode == status and said in err and 'Traceback' not in err, (work.returncode, err)
     done = subprocess.run('sdip_generate owls --n 40 | true; echo ${PIPESTATUS[0]}', shell=True,
                           executable='/bin/bash', capture_output=True, text=True)
     assert 'Traceback' not in done.stderr, done.stderr

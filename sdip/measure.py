@@ -6,6 +6,7 @@
 __all__ = ['Cost', 'measure', 'Comparison', 'compare', 'threads', 'bench_text', 'growth_plot']
 
 # %% ../nbs/00k_measure.ipynb #imports
+import ctypes
 import os
 import platform
 import statistics
@@ -41,7 +42,11 @@ def _memory(key):
     return next(int(line.split()[1])/1024 for line in text.splitlines() if line.startswith(key))
 
 def _reset_peak():
-    "Start the peak anew; False where that cannot be done"
+    "Give back what glibc has kept, and start the peak anew; False where that cannot be done"
+    try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library keeps nothing
     try:
         Path('/proc/self/clear_refs').write_text('5')
         return True
