@@ -55,7 +55,7 @@ def dedup_table(
         reason[row], near[row], cosine[row] = f'near-duplicate {score:.3f}', words[found.parent[i]], score
     keep = reason == ''
     dropped = table[~keep].assign(reason=reason[~keep], near=near[~keep], cosine=cosine[~keep])
-    return table[keep], dropped, '\n'.join([_counts(reason), found.report(words)])
+    return table[keep], dropped, '\n'.join([_counts(reason), found.summary(words)])
 
 # %% ../nbs/01c_dedup_table.ipynb #dedup-rows
 def dedup_rows(

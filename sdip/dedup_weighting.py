@@ -93,7 +93,7 @@ def _examples(r, prompts, gone, n):  # Dedup, n strings, rows dropped -> lines
 
 # %% ../nbs/01_dedup_weighting.ipynb #dedup-report-text
 @patch
-def report(
+def summary(
     self: Dedup,
     prompts=None,  # n strings, to show examples
     n: int = 5,  # examples: evenly from the barely to the fully alike

@@ -183,7 +183,7 @@ def _report_row(self, name, wide):  # a model's line; its name as wide as others
 
 # %% ../nbs/06_ensemble.ipynb #ensemble-report
 @patch
-def report(self: Ensemble) -> str:  # several lines
+def summary(self: Ensemble) -> str:  # several lines
     "What the search found, as a table"
     wide = max(map(len, ['model', *self.ratios]))
     searched = f"{self.method} search on {self.n} rows in {self.groups} groups: mean cosine {self.score:.4f}"

@@ -161,7 +161,7 @@ def share(
     return float((self.cosine >= np.float32(threshold)).mean())
 
 @patch
-def report(
+def summary(
     self: Leakage,
     thresholds=(.95, .9, .8, .7),  # cosines to count at
 ) -> str:  # a line for a person
