@@ -267,13 +267,13 @@ def sdip_finetune(
         raise ValueError('--pairs is missing: give a folder of pictures with their prompts, or a table')
     from sdip.sources import load_pairs
     from sdip.finetune_clip import finetune
-    from sdip.finetune_vit import FINETUNE, changed_recipe, make_regressor, print_summary
+    from sdip.finetune_vit import FINETUNE, make_regressor, print_summary
     out = out or f'runs/{kind}'
     reg = make_regressor(kind, preset, model, weights, head, device)
     table = load_pairs(pairs, image_col, prompt_col, images, spare=f'{out}/unpacked')
     if 'read' in table.attrs:
         print(table.attrs['read'])
-    scores = finetune(reg, table, out, changed_recipe(FINETUNE[preset]['recipe'], set))
+    scores = finetune(reg, table, out, FINETUNE[preset]['recipe'].change(set))
     print_summary(reg, scores, out)
 
 # %% ../nbs/05b_folder.ipynb #command

@@ -220,25 +220,6 @@ def make_regressor(
         return ClipRegressor(ClipEncoder(model, weights, device=device), device, head)
     return VitRegressor(model or '', weights or 'pretrained', device=device, head=head)
 
-# %% ../nbs/03_finetune_vit.ipynb #changed
-def changed_recipe(
-        recipe: Recipe,  # to begin with
-        changes: list | None,  # of 'field=value', as a shell gives them
-) -> Recipe:
-    "A recipe with some of its fields set; ValueError for an unknown field"
-    import ast
-    from dataclasses import asdict, replace
-    for change in changes or []:
-        name, _, value = change.partition('=')
-        if name not in asdict(recipe):
-            raise ValueError(f"{name!r} is no field of the recipe, known are {', '.join(asdict(recipe))}")
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a word: schedule=flat
-        recipe = replace(recipe, **{name: value})
-    return recipe
-
 # %% ../nbs/03_finetune_vit.ipynb #summary
 def print_summary(
         reg: Regressor,  # that was trained
