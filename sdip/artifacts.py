@@ -22,7 +22,7 @@ from .lock import check_files, read_fields
 from .measure import cpu_seconds, peak_gb
 
 # %% ../nbs/08_artifacts.ipynb #stage
-MODELS = ('clip', 'knn', 'vit', 'interrogator')  # the members of a run's ensemble
+MODELS = 'clip', 'knn', 'vit', 'interrogator'  # the members of a run that names none, as in version 0.2.0
 
 # %% ../nbs/08_artifacts.ipynb #stage-2
 @dataclass
@@ -31,15 +31,21 @@ class Stage:
     name: str  # of the step
     title: str  # what a person reads
     do: object  # function of the run; returns a dict of facts for the receipt
-    needs: tuple = ()  # stages whose files it reads
+    needs: tuple = ()  # stages whose files it reads; 'members' stands for all members
     args: tuple = ()  # arguments that it reads
     files: tuple = ()  # files that it leaves, relative to the run folder; one with a * stands for any number
     logs: tuple = ()  # small texts that it leaves for people; damaged ones are restored from the receipt
     halves: tuple = ()  # files and folders of half-done work that it can go on with
     changed: object = None  # function of the run: '' or how its source is no longer what it was
+    member: dict | None = None  # what the run says of the member that it trains
 
 # %% ../nbs/08_artifacts.ipynb #stage-list
-STAGES = []
+STAGES = []  # of `Stage`, or functions of a run that give a list of them
+
+def _put(new, name):
+    names = [getattr(s, 'name', getattr(s, '__name__', '')) for s in STAGES]
+    at = names.index(name) if name in names else len(STAGES)
+    STAGES[at:at + 1] = [new]
 
 # %% ../nbs/08_artifacts.ipynb #stage-list-2
 def stage(
@@ -54,12 +60,18 @@ def stage(
     "Add a function to the stages of a run, in the order of the chapters"
     def add(f):
         lists = [tuple(names) for names in (needs, args, files, logs, halves)]
-        new = Stage(f.__name__.removeprefix('stage_'), title, f, *lists, changed)
-        at = next((i for i, s in enumerate(STAGES) if s.name == new.name), len(STAGES))
-        STAGES[at:at + 1] = [new]
+        name = f.__name__.removeprefix('stage_')
+        _put(Stage(name, title, f, *lists, changed), name)
         return f
 
     return add
+
+def stage_list(
+    f,  # function of a run -> list of `Stage`
+):  # the same
+    "Decorator: add stages that depend on the run's arguments"
+    _put(f, f.__name__)
+    return f
 
 # %% ../nbs/08_artifacts.ipynb #run-class
 class Run:
@@ -69,15 +81,16 @@ class Run:
             folder,  # made if missing
             args: dict = None,  # None: an existing run, to be read
             quiet: bool = False,  # no bars, no lines
+            kinds: dict = None,  # kind -> your own class of models, see `08_kinds`
     ):  # ValueError: no run folder, somebody else's, or one with other arguments
-        self.folder, self.quiet = Path(folder), quiet
-        file = self/'run.json'
+        self.folder, self.quiet, self.kinds = Path(folder), quiet, kinds or {}
+        self.args, file = _json_args(args or {}), self/'run.json'
         if not file.exists():
             if args is None:
                 raise ValueError(f'{self.folder} holds no run.json: it is no run folder; '
                                  f'make one with sdip_run --out {self.folder}')
             self._refuse_foreign()
-            write_json(dict(args=_json_args(args), sdip=__version__), file)
+            write_json(dict(args=self.args, sdip=__version__), file)
         remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
         self.args = read_fields(file, remedy, args=dict)['args']
         if args is not None:
@@ -86,24 +99,52 @@ class Run:
     def __truediv__(self, name):
         return self.folder/name
 
-    def say(
-        self,
-        line: str,  # for the terminal
-    ):
-        if not self.quiet:
-            print(line, flush=True)
+# %% ../nbs/08_artifacts.ipynb #run-stages
+@patch(as_prop=True)
+def members(self: Run) -> dict:
+    "Name -> what the run says of each model of its ensemble"
+    return self.args.get('members') or {name: dict(kind=name) for name in MODELS}
+
+@patch
+def stages(self: Run) -> list:  # of `Stage`, in the order of the work
+    "What this run consists of"
+    return [s for given in STAGES for s in ([given] if isinstance(given, Stage) else given(self))]
+
+@patch
+def folders(
+    self: Run,
+    name: str,  # of a member
+) -> list:  # of Path: one, or one for each fold
+    "Where a member was saved"
+    folds = self.args.get('folds') or 0
+    return [self/f'{name}/fold{k}' for k in range(folds)] or [self/name]
 
 # %% ../nbs/08_artifacts.ipynb #run-class-2
 def _json_args(args):  # the same dict after a trip through JSON: tuples become lists
     return json.loads(json.dumps(args))
 
+@patch
+def say(
+    self: Run,
+    line: str,  # for the terminal
+):
+    "Print a line, unless the run is quiet"
+    if not self.quiet:
+        print(line, flush=True)
+
 # %% ../nbs/08_artifacts.ipynb #run-refuse
+def _flat(args, name=''):
+    "Nested arguments by dotted names: members.clip.recipe.lr"
+    if not isinstance(args, dict) or not args:
+        return {name: args}
+    return {k: v for key, o in args.items() for k, v in _flat(o, f'{name}.{key}' if name else key).items()}
+
 @patch
 def _refuse_other(self: Run, args):
-    old = self.args
-    other = [k for k in sorted(old.keys() | args.keys()) if old.get(k) != args.get(k)]
+    old, new = _flat(self.args), _flat(args)
+    other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
-        said = '; '.join(f'{k}: the folder has {old.get(k)!r}, this call says {args.get(k)!r}' for k in other)
+        said = '; '.join(f'{k}: the folder has {old.get(k)!r}, this call says {new.get(k)!r}' for k in other)
         raise ValueError(f'{self.folder} was made with other arguments ({said}): '
                          'choose another --out, repeat the first arguments, or delete the folder')
 
@@ -111,7 +152,7 @@ def _refuse_other(self: Run, args):
 @patch
 def _refuse_foreign(self: Run):
     "A folder without run.json that holds what a run would replace is somebody else's"
-    names = {f for s in STAGES for f in s.files + s.logs + s.halves if '*' not in f}
+    names = {f for s in self.stages() for f in s.files + s.logs + s.halves if '*' not in f}
     if there := sorted(f for f in names if (self/f).exists()):
         raise ValueError(f'{self.folder} is no run folder (it has no run.json), '
                          f'and holds {there[0]}, which a run would replace: choose another --out')
@@ -134,11 +175,13 @@ def receipt(
 def _wanted(self: Run, s):
     "What a fitting receipt of stage `s` must say"
     needs, args = {}, {k: self.args.get(k) for k in s.args}
-    for n in s.needs:
+    for n in (m for n in s.needs for m in (self.members if n == 'members' else [n])):
         r = self.receipt(n) or {}
         needs[n] = r.get('says') or r.get('files')
     if 'own' in args:
         args['own'] = self.args['pairs'] is not None
+    if s.member is not None:
+        args['member'] = _json_args(s.member)
     return dict(args=args, needs=needs, sdip=__version__)
 
 # %% ../nbs/08_artifacts.ipynb #run-files
@@ -169,7 +212,7 @@ def _damaged(self: Run, r):
 @patch
 def is_done(
     self: Run,
-    s: Stage,  # one of `STAGES`
+    s: Stage,  # one of `stages()`
 ) -> bool:
     "Does the receipt of a stage fit, and are its files whole?"
     try:
@@ -278,7 +321,7 @@ def check_stages(
     but=(),  # endings of files that are checked elsewhere
 ):
     "ValueError that names the first damaged file of these stages, and the stage that makes it anew"
-    titles = {s.name: s.title for s in STAGES}
+    titles = {s.name: s.title for s in self.stages()}
     for name in names:
         said = (self.receipt(name) or {}).get('files', {})
         files = {f: digest for f, digest in said.items() if not f.endswith(but)}
@@ -313,3 +356,10 @@ def pairs(
 def mean_vector(self: Run) -> np.ndarray:  # (384,)
     "Mean of the training targets: the answer of someone who has not looked at the picture"
     return self.pairs('train')[1].mean(0)
+
+@patch
+def held_out(self: Run) -> dict:  # 'valid', 'test' -> (n,) bool, rows of `pairs()`
+    "The rows that no model which predicts them has trained on; with folds that is every row"
+    split = self.pairs()[0].split
+    valid = ('train', 'valid') if self.args.get('folds') else ('valid', )
+    return dict(valid=split.isin(valid).to_numpy(), test=(split == 'test').to_numpy())

@@ -374,15 +374,18 @@ def sdip_run(
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
         images: str = None,  # folder of the pictures, where a table lies elsewhere
+        members: str = None,  # .json of the models to train, {"name": {"kind": "vit", ..}, ..}
+        add: Param('more members, such as vit:convnext_base', str, nargs='*') = None,  # [NAME=]KIND:SOURCE
+        set: Param('fields of members, such as vit.lr=3e-4', str, nargs='*') = None,  # member.field=value
+        folds: int = None,  # train each member so many times, each time without a part of the rows
+        reference: str = None,  # pairs or pictures like those to predict for: sample weights aim at them
 ):
-    "All chapters in one go: data, four models, ensemble, submission, report. Goes on where a killed run was"
+    "All chapters in one go: data, models, ensemble, submission, report. Goes on where a killed run was"
+    given = dict(locals())
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads that spin cost the others their time
     warnings.filterwarnings('ignore', category=FutureWarning)  # of libraries, to their own authors
     from sdip.run import run_command
-    given = dict(seed=seed, clip_from=clip, vit_from=vit, captioner_from=captioner, ranker_from=ranker,
-                 phrases_from=phrases, rehearse=rehearse or None)
-    source = dict(image_col=image_col, prompt_col=prompt_col, images=images)
-    print(run_command(out, preset, pairs, given, source, models, download, dry_run))
+    print(run_command(**given))
 
 # %% ../nbs/08a_predictor.ipynb #command-predict
 @call_parse

@@ -111,8 +111,10 @@ _FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 
           'open_clip_pytorch_model.bin', 'pytorch_model.bin')
 
 # %% ../nbs/08_find_weights.ipynb #find-outside-2
-def _weights_in(path):
-    "(file of weights, what is wrong) of a folder or file; file None where there is none"
+def weights_in(
+        path,  # a folder or a file
+) -> tuple:  # (file of weights, what is wrong); the file is None where there is none
+    "The weights at a place, and what is wrong with them"
     path = Path(path)
     if path.is_file():
         return path, broken(path)
@@ -127,7 +129,7 @@ def _weights_in(path):
 
 # %% ../nbs/08_find_weights.ipynb #find-outside-3
 def _taken(path):
-    file, fault = _weights_in(path)
+    file, fault = weights_in(path)
     if fault:
         return dict(looked=[str(path)], fault=fault)
     return dict(looked=[str(path)], path=str(path), file=str(file), gb=file.stat().st_size/1e9)
@@ -169,6 +171,18 @@ def find_outside(
         return out | taken | dict(looked=looked + taken['looked'])
     return out | dict(looked=looked, path=f'hf-hub:{repo}' if download else None)
 
+# %% ../nbs/08_find_weights.ipynb #needed-roles
+def needed_roles(
+        args: dict,  # of a run with `start='real'`
+) -> list:  # names of `ROLES`
+    "The networks that the members of a run begin with; a member with a source of its own brings it"
+    members = args.get('members')
+    if members is None:
+        return list(ROLES)
+    kinds = {m['kind'] for m in members.values() if not m.get('source')}
+    needs = dict(clip=True, vit='vit' in kinds)
+    return [role for role in ROLES if needs.get(role, 'interrogator' in kinds)]
+
 # %% ../nbs/08_find_weights.ipynb #survey
 def survey(
         args: dict,  # of a preset with `start='real'`
@@ -176,13 +190,13 @@ def survey(
         download: bool = False,  # may the hub be asked?
 ) -> list:  # of dicts, see `find_outside`
     "Look for everything that a run with these arguments needs from outside"
-    return [find_outside(role, args[f'{role}_from'], models, download) for role in ROLES]
+    return [find_outside(role, args[f'{role}_from'], models, download) for role in needed_roles(args)]
 
 # %% ../nbs/08_find_weights.ipynb #survey-costs
 _TOWER_GB = 1.2  # either tower: 304 million numbers in single precision
 
 def _disk_line(gb, out):  # gb: role -> size
-    disk = gb['clip'] + gb['ranker'] + (2 + 4)*_TOWER_GB
+    disk = gb['clip'] + gb.get('ranker', 0) + (2 + 4)*_TOWER_GB
     at = next(p for p in (Path(out), *Path(out).resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free/1e9
     little = ': too little' if free < disk else ''
@@ -194,6 +208,10 @@ def _memory_line(gb, bs):
     return (f'memory: about {2*max(gb.values()) + 3:.0f} GB; on the GPU about {gpu_gb:.0f} GB while the ViT '
             f'trains at batch {bs} with all layers open (estimated: weights, gradients, average and Adam in '
             'single precision, 34 bytes x tokens x width x layers of activations in half)')
+
+def _largest_batch(args):
+    recipes = [m.get('recipe', {}) for m in args.get('members', {}).values()]
+    return max([r.get('bs', 64)//r.get('accumulate', 1) for r in recipes], default=64)
 
 # %% ../nbs/08_find_weights.ipynb #survey-costs-2
 def _minilm_line():
@@ -231,7 +249,7 @@ def survey_text(
     "What is there, what is missing and how to get it, disk and memory"
     gb = {f['role']: f['gb'] for f in found}
     lines = [line for f in found for line in _network_lines(f, models[0])]
-    lines += [_minilm_line(), _disk_line(gb, out), _memory_line(gb, args['vit_recipe'].get('bs', 64))]
+    lines += [_minilm_line(), _disk_line(gb, out), _memory_line(gb, _largest_batch(args))]
     if pairs is not None:
         names = pairs if isinstance(pairs, str) else ', '.join(pairs)
         lines.append(f'pairs: {len(load_pairs(pairs))} in {names}')
@@ -243,25 +261,26 @@ def load_outside(
         path,  # folder, file, or 'hf-hub:org/repo'
         digest: str = None,  # expected SHA-256 of the weights; None: any
         device=None,  # see `sdip.preprocess.pick_device`
+        **given,  # of a 'vit': more arguments of `VitRegressor`
 ):  # ClipEncoder, VitRegressor or BlipCaptioner; `.origin` says what it is
     "One network from outside. ValueError: its tensors do not fit, or its SHA-256 is another"
     if role == 'captioner':
         from sdip.captioners import BlipCaptioner
         return BlipCaptioner(path, device, sha256=digest)
     if role == 'vit':
-        return _load_vit(path, digest, device)
+        return _load_vit(path, digest, device, **given)
     from sdip.encoders import ClipEncoder
     if Path(path).is_file():
         return ClipEncoder(ROLES[role].arch, path, device, sha256=digest)
     return ClipEncoder(path, device=device, sha256=digest)
 
 # %% ../nbs/08_find_weights.ipynb #load-outside-2
-def _load_vit(path, digest, device):
+def _load_vit(path, digest, device, **given):
     from sdip.finetune_vit import VitRegressor
     config = Path(path)/'config.json'
     if config.is_file():
         check_timm_args(read_fields(config, SAVE_AGAIN).get('model_args') or {}, config)
-    model = VitRegressor(ROLES['vit'].arch, path, device=device)
+    model = VitRegressor(ROLES['vit'].arch, path, device=device, **given)
     model.origin = model.net.body.origin
     if digest and model.origin['sha256'] != digest:
         raise ValueError(f"{path} has SHA-256 {model.origin['sha256']}, expected {digest}: "
@@ -284,12 +303,13 @@ def read_sources(
 def load_source(
     run: Run,  # with `start='real'`
     role: str,  # as for `load_outside`
+    **given,  # likewise
 ):  # the network
     "A network of a run. ValueError: it is no longer the one that the run began with"
     said = read_sources(run).get(role)
     if said is None:
         raise ValueError(f"{run/'sources.json'} names no {role}: repeat the same sdip_run")
-    return load_outside(role, said['path'], said['origin']['sha256'])
+    return load_outside(role, said['path'], said['origin']['sha256'], **given)
 
 # %% ../nbs/08_find_weights.ipynb #check-sources
 def _is_finite(role, model):

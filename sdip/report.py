@@ -20,7 +20,7 @@ from .core import atomic_path, read_json, row_cosine, skill, unit
 from .data import image_paths
 from .lock import read_fields
 from .page import Html, html_page, html_table, markup, thumbnail
-from .artifacts import MODELS, STAGES, Run
+from .artifacts import Run
 
 # %% ../nbs/08_report.ipynb #scoreboard
 def _read_scores(run):  # what the scores stage wrote
@@ -103,11 +103,14 @@ def _axes(xlabel='', ylabel=''):
 def training_figure(
     run: Run,  # finished
 ):  # a figure
-    "Validation score of both regressors by epoch"
+    "Validation score of each trained network by epoch"
     fig, ax = _axes('epoch', 'validation score')
-    for name in ('clip', 'vit'):
-        history = read_json(run/name/'config.json')['history']
-        ax.plot([h['epoch'] + 1 for h in history], [h['metric'] for h in history], marker='o', label=name)
+    for folder in (p for name in run.members for p in run.folders(name)):
+        history = read_json(folder/'config.json').get('history') or []
+        label = folder.relative_to(run.folder).as_posix()
+        epochs, scores = [h['epoch'] + 1 for h in history], [h['metric'] for h in history]
+        if history:
+            ax.plot(epochs, scores, marker='o', label=label)
     mean = _read_scores(run)['valid']['mean_vector']
     ax.axhline(mean, ls=':', color='grey', label='mean vector')
     ax.legend(frameon=False)
@@ -203,6 +206,15 @@ def expected_cosines(
         return ensemble.confidence(preds, ids)
     return np.full(len(ensemble.predict(preds, ids)), np.nan)
 
+# %% ../nbs/08_report.ipynb #words-of
+def _words_of(run, n):
+    "What the first interrogator said of the n test pictures; nothing where there is none"
+    for name, m in run.members.items():
+        file = run.folders(name)[0]/'words.test.json'
+        if m['kind'] == 'interrogator' and file.exists():
+            return read_json(file)
+    return ['']*n
+
 # %% ../nbs/08_report.ipynb #gallery
 def gallery(
         run: Run,  # finished
@@ -214,11 +226,11 @@ def gallery(
     from sdip.blending import load_preds
     from sdip.ensemble import Ensemble
     test, targ = run.pairs('test')
-    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in (*MODELS, 'ensemble')}
+    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in (*run.members, 'ensemble')}
     cos = {m: row_cosine(np.nan_to_num(p.emb), targ) for m, p in preds.items()}
     emb = preds.pop('ensemble').emb
     expected = expected_cosines(Ensemble.load(run/'ensemble.json'), preds, test.id.tolist())
-    words, paths = read_json(run/'interrogator/words.test.json'), image_paths(test, '')
+    words, paths = _words_of(run, len(test)), image_paths(test, '')
     picks = (np.random.default_rng(seed).permutation(len(test))[:n],
              np.argsort(cos['ensemble'], kind='stable')[:n_worst])
 
@@ -278,7 +290,7 @@ def _picture_section(run):
 
 # %% ../nbs/08_report.ipynb #report-how
 _FIGURES = (
-    (training_figure, 'Both regressors by epoch: validation score of the averaged weights'),
+    (training_figure, 'Trained networks by epoch: validation score of the averaged weights'),
     (ratio_figure, 'Each model is added to the blend of those before it; the star is the ratio found'),
     (norms_figure, 'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
     (similarity_figure, 'Weights pull the training rows towards the held-out ones'),
@@ -294,7 +306,7 @@ def _figure_section(run):
 # %% ../nbs/08_report.ipynb #report-how-2
 def _cost_section(run):
     rows = []
-    for s in STAGES:
+    for s in run.stages():
         if r := run.receipt(s.name):
             facts = ', '.join(f'{k} {v}' for k, v in r['facts'].items())
             rows.append((s.title, f"{r['seconds']:.0f}", f"{r['cpu']:.0f}", facts))

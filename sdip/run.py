@@ -13,58 +13,76 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .core import bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, write_json
+from .core import (bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, sha256,
+                       write_json)
 from .lock import folder_lock
 from .sources import fingerprint
 from .pretrained import MODEL_PLACES
-from .artifacts import MODELS, STAGES, Run, stage
-from .find_weights import ROLES, check_sources, random_stand_ins, survey, survey_text
+from .artifacts import Run, stage
+from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
 from .inputs import read_source, SOURCE_ARGS
+from .kinds import add_member, check_members, read_members, set_fields
 from .members import HELD_OUT
 from .report import scoreboard_text, write_report
 
 # %% ../nbs/08_run.ipynb #preset-playground
+def _lineup(clip, vit, bank='best', **words):  # clip, vit: fields of their recipes
+    return dict(clip=dict(kind='clip', recipe=clip), knn=dict(kind='knn', options=dict(bank=bank)),
+                vit=dict(kind='vit', recipe=vit), interrogator=dict(kind='interrogator', options=words))
+
+_TOWER = dict(lr=1e-3, layer_decay=.8)
 _PLAYGROUND = dict(
     n_train=5000, n_valid=600, n_test=1000, per_prompt=2, loose=0.3, size=64,  # what is drawn
     threshold=0.95,  # near-duplicates go
     start='shipped',  # towers that come with the package
     weights='ratio', weight_power=0.5,  # sample weights from similarity
-    clip_lr=1e-3, clip_unfreezing=((1, 1), (3, 1), (None, 4)),  # CLIP regressor
-    vit_lr=1e-3, vit_unfreezing=((1, 1), (3, 1), (None, 3)),  # timm regressor
+    members=_lineup(_TOWER | dict(unfreezing=((1, 1), (3, 1), (None, 4))),
+                    _TOWER | dict(unfreezing=((1, 1), (3, 1), (None, 3)))),
+    folds=0,  # K: every member is trained K times, each time without a K-th of the rows
+    reference=None,  # pairs or pictures like those to predict for, which sample weights aim at
+    ratios=None,  # of the blend; None: searched
     seed=0)
 
 # %% ../nbs/08_run.ipynb #preset-scratch
+_SMALL_NET = dict(channels=(32, 64, 128, 256), stem_width=16)
+
+def _scratch(clip, vit):  # unfreezing schedules
+    body = dict(lr=1e-2, layer_decay=1., probe=False, unfreezing=vit)
+    table = _lineup(_TOWER | dict(lr=3e-3, unfreezing=clip), body)
+    table['vit'] |= dict(source='resnet10t', weights='random', options=_SMALL_NET)
+    return table
+
 _SCRATCH = _PLAYGROUND | dict(
     start='scratch',
     base_lr=2e-3, base_epochs=9, fold_epochs=5,  # base CLIP: the whole, and two folds
-    clip_lr=3e-3, clip_unfreezing=((1, 1), (3, 1), (None, 5)),
-    vit='resnet10t', vit_kw=dict(channels=(32, 64, 128, 256), stem_width=16),
-    vit_lr=1e-2, vit_unfreezing=((None, 7), ))
-_FEW = dict(n_train=160, n_valid=40, n_test=40, per_prompt=1, clip_unfreezing=((1, 1), ),
-            vit_unfreezing=((None, 1), ))
+    members=_scratch(((1, 1), (3, 1), (None, 5)), ((None, 7), )))
+_FEW = dict(n_train=160, n_valid=40, n_test=40, per_prompt=1)
+_ONE = ((1, 1), ), ((None, 1), )  # one epoch of either regressor
 
 # %% ../nbs/08_run.ipynb #preset-real
 _REAL = dict(
     start='real', rehearse=False, threshold=0.95,
     clip_from=None, vit_from=None, captioner_from=None, ranker_from=None,  # paths; None: see `OUTSIDE`
-    phrases_from=None, phrases=dict(mediums=1, movements=1, flavors=3),  # folder of lists; how many of each
-    clip_lr=1e-4, clip_unfreezing=((1, 1), (4, 1), (12, 1), (None, 2)),
-    vit_lr=1e-4, vit_unfreezing=((1, 1), (4, 1), (12, 1), (None, 2)),
-    seed=0)
+    phrases_from=None,  # folder of phrase lists
+    folds=0, reference=None, seed=0)
+_STEPS = (1, 1), (4, 1), (12, 1), (None, 2)  # the write-up's unfreezing schedule
+_ORIGINAL_RECIPE = dict(lr=1e-4, bs=64, unfreezing=_STEPS, layer_decay=1., ema_decay=0.)
+_FULL_RECIPE = _ORIGINAL_RECIPE | dict(layer_decay=.9, ema_decay=.995)
+_LISTS = dict(mediums=1, movements=1, flavors=3)  # phrase lists, and how many of each the write-up takes
 
-def _recipes(**settings):
-    return dict(clip_recipe=dict(bs=64, **settings), vit_recipe=dict(bs=64, **settings))
-
-_ORIGINAL = _REAL | _recipes(layer_decay=1., ema_decay=0.) | dict(
-    weights='writeup', weight_power=1., bank='texts', words='writeup', favourites=True,
-    ratios=dict(clip=1., knn=1., vit=0.4, interrogator=0.2))
-_FULL = _REAL | _recipes(layer_decay=0.9, ema_decay=0.995) | dict(
-    weights='ratio', weight_power=0.5, bank='best', words='classic', favourites=False, ratios=None)
+_ORIGINAL = _REAL | dict(
+    weights='writeup', weight_power=1., ratios=dict(clip=1., knn=1., vit=0.4, interrogator=0.2),
+    members=_lineup(_ORIGINAL_RECIPE, _ORIGINAL_RECIPE, 'texts',
+                    words='writeup', phrases=_LISTS, favourites=True))
+_FULL = _REAL | dict(
+    weights='ratio', weight_power=0.5, ratios=None,
+    members=_lineup(_FULL_RECIPE, _FULL_RECIPE, words='classic', phrases=_LISTS, favourites=False))
 
 # %% ../nbs/08_run.ipynb #presets
 PRESETS = dict(
     playground=_PLAYGROUND, scratch=_SCRATCH,
-    tiny=_PLAYGROUND | _FEW, tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1),
+    tiny=_PLAYGROUND | _FEW | dict(members=_lineup(*(_TOWER | dict(unfreezing=u) for u in _ONE))),
+    tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1, members=_scratch(*_ONE)),
     original=_ORIGINAL, full=_FULL)
 
 # %% ../nbs/08_run.ipynb #with-ratios
@@ -88,26 +106,25 @@ def with_ratios(
 # %% ../nbs/08_run.ipynb #stage-ensemble
 def _member_preds(run, split):
     from sdip.blending import load_preds
-    return {m: load_preds(run/f'preds/{m}.{split}.npz') for m in MODELS}
+    return {m: load_preds(run/f'preds/{m}.{split}.npz') for m in run.members}
 
 # %% ../nbs/08_run.ipynb #stage-ensemble-2
-@stage('Ensemble', needs=['pairs', *MODELS], args=['ratios'],
+@stage('Ensemble', needs=['pairs', 'members'], args=['ratios', 'folds'],
        files=['ensemble.json', *(f'preds/ensemble.{s}.npz' for s in HELD_OUT)])
 def stage_ensemble(run):
-    "Norms scaled; ratios as given, or searched on validation rows one model at a time"
+    "Norms scaled; ratios as given, or searched one model at a time on rows that no member trained on"
     from sdip.blending import save_preds
     from sdip.ensemble import fit_ensemble
     (table, targ), preds = run.pairs(), {s: _member_preds(run, s) for s in HELD_OUT}
-    rows = {s: table[table.split == s] for s in HELD_OUT}
-    valid, mine = rows['valid'], (table.split == 'valid').to_numpy()
+    ids = {s: table.id[mine].tolist() for s, mine in run.held_out().items()}
+    mine = run.held_out()['valid']
     given = preds['valid'], targ[mine]
-    found = fit_ensemble(*given, ids=valid.id.tolist(), groups=valid.group.to_numpy())
+    found = fit_ensemble(*given, ids=ids['valid'], groups=table.group[mine].to_numpy())
     if run.args.get('ratios'):
-        found = with_ratios(found, run.args['ratios'], *given, valid.id.tolist())
+        found = with_ratios(found, run.args['ratios'], *given, ids['valid'])
     found.save(run/'ensemble.json')
-    for s, t in rows.items():
-        ids = t.id.tolist()
-        save_preds(run/f'preds/ensemble.{s}.npz', ids, found.predict(preds[s], ids=ids), 'ensemble')
+    for s in HELD_OUT:
+        save_preds(run/f'preds/ensemble.{s}.npz', ids[s], found.predict(preds[s], ids=ids[s]), 'ensemble')
     return dict(ratios={m: round(r, 3) for m, r in found.ratios.items()}, valid=f'{found.score:.4f}')
 
 # %% ../nbs/08_run.ipynb #stage-submission
@@ -131,10 +148,10 @@ def _held_out_cosines(run, table, targ):
     from sdip.blending import load_preds
     from sdip.submit import fill_missing
     mean, out = targ[(table.split == 'train').to_numpy()].mean(0), {}
-    for s in HELD_OUT:
-        own = targ[(table.split == s).to_numpy()]
+    for s, mine in run.held_out().items():
+        own = targ[mine]
         out[s] = dict(mean_vector=row_cosine(np.repeat(mean[None], len(own), axis=0), own))
-        for m in (*MODELS, 'ensemble'):
+        for m in (*run.members, 'ensemble'):
             emb = load_preds(run/f'preds/{m}.{s}.npz').emb
             out[s][m] = row_cosine(fill_missing(emb, mean)[0], own)
     return out
@@ -146,7 +163,7 @@ def stage_scores(run):
     table, targ = run.pairs()
     cos, test = _held_out_cosines(run, table, targ), table[table.split == 'test']
     out = {s: {m: float(c.mean()) for m, c in cos[s].items()} for s in HELD_OUT}
-    best = max(MODELS, key=out['valid'].get)
+    best = max(run.members, key=out['valid'].get)
     gain = cos['test']['ensemble'] - cos['test'][best]
     values = cos['test'] | {'ensemble - best single': gain}
     out['intervals'] = {m: bootstrap_interval(c, groups=test.group) for m, c in values.items()}
@@ -156,13 +173,12 @@ def stage_scores(run):
 
 # %% ../nbs/08_run.ipynb #stage-scores-2
 def _costs(run):
-    receipts = {s.name: r for s in STAGES if (r := run.receipt(s.name))}
+    receipts = {s.name: r for s in run.stages() if (r := run.receipt(s.name))}
     costs = {k: {n: round(r[k], 1) for n, r in receipts.items()} for k in ('seconds', 'cpu')}
     return costs | dict(peak_gb=max(r['peak_gb'] or 0 for r in receipts.values()))
 
 # %% ../nbs/08_run.ipynb #stage-report
-@stage('Report', needs=['scores', 'ensemble', 'clip', 'vit', 'weights', 'interrogator'],
-       files=['report.html'])
+@stage('Report', needs=['scores', 'ensemble', 'members', 'weights'], files=['report.html'])
 def stage_report(run):
     "One page to read"
     write_report(run)
@@ -179,36 +195,78 @@ def walk(
         image_col: str = None,  # of `load_pairs`: a table's column of picture paths; None: guessed
         prompt_col: str = None,  # of `load_pairs`: a table's column of prompts; None: guessed
         images=None,  # of `load_pairs`: folder of the pictures, where a table lies elsewhere
-        **changes,  # arguments of the preset that should be different
+        kinds: dict = {},  # kind -> your own class of models, see `08_members`
+        add=(),  # more members, such as 'vit:convnext_base', see `add_member`
+        set=(),  # fields of members, such as 'vit.lr=3e-4', see `set_fields`
+        **changes,  # arguments of the preset that should be different; `members` may be a JSON file
 ) -> Run:
     "Do what is missing of a run. ValueError: an unknown preset or argument, or another run works there"
     keep_memory()
-    args = _arguments(preset, changes) | _source(pairs, images, image_col, prompt_col)
+    args = _arguments(preset, changes, add, set, kinds) | _source(pairs, images, image_col, prompt_col)
     with folder_lock(out, 'sdip_run'):
         real = args['start'] == 'real'
         found = _before_work(args, out, models, download) if real else None
         _take_moved(out, args)
-        run = Run(out, args, quiet)
+        run = Run(out, args, quiet, kinds)
         if real:
             run.say('Real weights')
             check_sources(run, found)
-        for i, s in enumerate(STAGES, 1):
-            if stages is None or s.name in stages:
-                run.do(s, i, len(STAGES))
+        _do_stages(run, stages)
     return run
 
+# %% ../nbs/08_run.ipynb #do-stages
+def _do_stages(run, names):  # names: None for all
+    every = run.stages()
+    for i, s in enumerate(every, 1):
+        if names is None or s.name in names:
+            run.do(s, i, len(every))
+
 # %% ../nbs/08_run.ipynb #walk-arguments
-def _arguments(preset, changes):
+def _arguments(preset, changes, add, fields, kinds):
     if preset not in PRESETS:
         raise ValueError(f'preset {preset!r} is unknown: known are {", ".join(PRESETS)}')
     if unknown := sorted(changes.keys() - PRESETS[preset].keys()):
         raise ValueError(f'{unknown} are no arguments of preset {preset!r}: '
                          f'it has {", ".join(PRESETS[preset])}')
-    return dict(preset=preset) | PRESETS[preset] | changes
+    args = dict(preset=preset) | PRESETS[preset] | changes
+    if args['folds'] and args['start'] == 'scratch':
+        raise ValueError(f"folds={args['folds']} with preset {preset!r}: its base CLIP trains on all "
+                         'training rows, so that no fold would be new to it; take a preset that starts from '
+                         'trained towers')
+    if args['folds'] == 1 or args['folds'] < 0:
+        raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
+    args['members'] = _lineup_of(args, add, fields, kinds)
+    return args
 
 def _source(pairs, images, image_col, prompt_col):
     said = dict(images=images and os.path.abspath(images), image_col=image_col, prompt_col=prompt_col)
     return dict(pairs=_places(pairs)) | {k: v for k, v in said.items() if v is not None}
+
+# %% ../nbs/08_run.ipynb #walk-members
+def _lineup_of(args, add, changes, kinds):
+    "The checked table of members; weights that lie here are pinned by their SHA-256"
+    members = args['members']
+    if isinstance(members, (str, os.PathLike)):
+        members = read_members(members)
+    members = check_members(members, kinds)
+    for text in add or ():
+        members = check_members(add_member(members, text), kinds)
+    members = check_members(set_fields(members, changes), kinds)
+    if args.get('ratios') and args['ratios'].keys() != members.keys():
+        args['ratios'] = None  # the preset's are of other members: they are searched
+    return {name: _pinned(name, m) for name, m in members.items()}
+
+def _pinned(name, m):
+    place = m.get('source') and Path(m['source'])
+    if not place or not place.exists():
+        return m
+    file, fault = weights_in(place)
+    if fault or file is None:
+        raise ValueError(f"member {name!r}: {fault or f'{place} holds no weights'}")
+    digest = sha256(file)
+    if m['sha256'] not in (None, digest):
+        raise ValueError(f"member {name!r}: {file} has SHA-256 {digest}, expected {m['sha256']}")
+    return m | dict(source=str(place.resolve()), sha256=digest)
 
 # %% ../nbs/08_run.ipynb #walk-arguments-2
 def _places(pairs):
@@ -256,34 +314,36 @@ def _before_work(args, out, models, download):  # -> what `survey` found; writes
     return found
 
 # %% ../nbs/08_run.ipynb #run-command
+_PLACES = 'clip', 'vit', 'captioner', 'ranker', 'phrases'  # options that name a place: NAME_from in a preset
+
 def run_command(
-        out,  # run folder; None: runs/<preset>, or runs/<name of the pairs>
-        preset: str,  # None: playground, or scratch where there are pairs
-        pairs,  # the user's own, one or several; None: drawn
-        given: dict,  # arguments of the preset that were given, None where not
-        source: dict,  # image_col, prompt_col and images, as for `walk`
+        out=None,  # run folder; None: runs/<preset>, or runs/<name of the pairs>
+        preset: str = None,  # None: playground, or scratch where there are pairs
+        pairs=None,  # the user's own, one or several; None: drawn
         models: str = None,  # folder in which real weights are looked for; None: the usual places
         download: bool = False,  # may real weights be fetched?
         dry_run: bool = False,  # only say what is there and what is missing
+        **given,  # other options of the shell, None where not given: arguments of `walk` or of the preset
 ) -> str:  # what to print at the end
     "What `sdip_run` does. ValueError: a dry run of a preset that needs nothing from outside"
     pairs = [pairs] if isinstance(pairs, str) else pairs or None
     preset = preset or ('scratch' if pairs else 'playground')
+    given = {f'{k}_from' if k in _PLACES else k: v for k, v in given.items() if v not in (None, False)}
     rehearsal = '-rehearsal' if given.get('rehearse') else ''
     out = out or f'runs/{Path(pairs[0]).stem if pairs else preset}{rehearsal}'
-    given = {k: v for k, v in given.items() if v is not None}
     places = MODEL_PLACES if models is None else (models, )
-    real = PRESETS.get(preset, {}).get('start') == 'real'
     if dry_run:
         return _dry_run(out, preset, pairs, given, places, download)
+    real = PRESETS.get(preset, {}).get('start') == 'real'
     weights = dict(models=places, download=download) if real else {}
-    run = walk(out, preset, pairs, **weights, **source, **given)
+    run = walk(out, preset, pairs, **weights, **given)
     return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
             f"{run/'submission.csv'}: predictions for the test pictures")
 
 # %% ../nbs/08_run.ipynb #run-command-2
 def _dry_run(out, preset, pairs, given, places, download):
-    args = PRESETS.get(preset, {}) | given
+    said = {k: given.pop(k, ()) for k in ('add', 'set')}
+    args = _arguments(preset, {k: v for k, v in given.items() if k not in SOURCE_ARGS}, *said.values(), {})
     if args.get('start') != 'real':
         raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
     return survey_text(survey(args, places, download), args, out, pairs, places)
