@@ -7,6 +7,7 @@ __all__ = ['RunPredictor', 'load_predictor', 'predict_to_csv']
 
 # %% ../nbs/08a_predictor.ipynb #imports
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape
 from .data import ImageError, read_image
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
+from .preprocess import pick_device
 from .artifacts import Run
 from .find_weights import find_outside, load_outside
+from .members import mean_rows
 from .report import expected_cosines, nearest_prompts, Prediction
 
 # %% ../nbs/08a_predictor.ipynb #blocks
@@ -40,9 +43,105 @@ def _decoded_blocks(images, most=256, budget=5e8):  # budget: bytes
                 yield first, block
                 first, block, size = first + len(block), [], 0
 
+# %% ../nbs/08a_predictor.ipynb #fold-model
+class FoldModel:
+    "The models of K folds as one"
+    def __init__(
+            self,
+            models,  # loaded models, one of each fold
+    ):
+        self.models, self.report = models, []
+        if hasattr(models[0], 'clip'):
+            self.clip = models[0].clip
+
+    def predict(
+            self,
+            images,  # n pictures, as each model takes them
+            **given,  # `emb`, where a model takes it
+    ) -> np.ndarray:  # (n, 384)
+        "The mean of the folds' rows, at the mean of their lengths; words are the first fold's"
+        rows = [m.predict(images, **given) for m in self.models]
+        self.report, self.words = self.models[0].report, getattr(self.models[0], 'words', None)
+        return mean_rows(rows)
+
+# %% ../nbs/08a_predictor.ipynb #move-to
+def move_to(
+        model,  # a saved model, or a thing that holds networks
+        device,  # torch's
+):
+    "Move every network that a model holds, and tell the model where it is"
+    from torch import nn
+    todo, seen = [model], set()
+    while todo:
+        o = todo.pop()
+        if isinstance(o, nn.Module):
+            o.to(device)
+        elif id(o) not in seen and type(o).__module__.startswith('sdip.'):
+            seen.add(id(o))
+            if 'device' in vars(o):
+                o.device = device
+            todo += vars(o).values()
+        elif isinstance(o, (list, tuple)):
+            todo += o
+
+# %% ../nbs/08a_predictor.ipynb #on-card
+class OnCard:
+    "A model that is on its card only while it answers"
+    def __init__(
+            self,
+            model,  # loaded, on the CPU
+            card,  # a device
+    ):
+        self.model, self.card = model, card
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def predict(
+            self,
+            images,  # as the model takes them
+            **given,  # likewise
+    ) -> np.ndarray:  # (n, 384)
+        "The model's rows; it leaves the card afterwards, whatever happens"
+        with on_card([self]):
+            return self.model.predict(images, **given)
+
+# %% ../nbs/08a_predictor.ipynb #on-card-2
+@contextmanager
+def on_card(
+        models,  # some of them `OnCard`
+):
+    "Inside the block these models are on their cards"
+    moved = [m for m in models if isinstance(m, OnCard)]
+    try:
+        for m in moved:
+            move_to(m.model, m.card)
+        yield
+    finally:
+        for m in moved:
+            move_to(m.model, 'cpu')
+
+# %% ../nbs/08a_predictor.ipynb #deal
+def deal(
+        models: dict,  # name -> model
+        cards: list,  # devices
+) -> list:  # of (device, names): what stands together
+    "Members with the same CLIP together, each group to the next card in turn"
+    groups = {}
+    for name, model in models.items():
+        clip = getattr(model, 'clip', None)
+        groups.setdefault(name if clip is None else clip.fingerprint, []).append(name)
+    return [(cards[i % len(cards)], names) for i, names in enumerate(groups.values())]
+
 # %% ../nbs/08a_predictor.ipynb #run-predictor
 _PREDICTING = 'pairs', 'weights', 'base_clip', 'ensemble'  # stages whose files every prediction reads
 _CHECKED_BY_MODELS = '.safetensors', '.npz', 'words.test.json'  # by the SHA-256 in their configs; or not read
+
+def _cards(device):
+    "All GPUs of this machine, or the device that was named"
+    import torch
+    n = torch.cuda.device_count() if device is None else 0
+    return [torch.device('cuda', i) for i in range(n)] or [pick_device(device)]
 
 # %% ../nbs/08a_predictor.ipynb #run-predictor-2
 class RunPredictor:
@@ -52,33 +151,68 @@ class RunPredictor:
     def __init__(
             self,
             folder,  # a finished run folder
-            device=None,  # see `sdip.preprocess.pick_device`
+            device=None,  # see `sdip.preprocess.pick_device`; None: all GPUs
+            kinds: dict = None,  # kind -> your own class of models
     ):  # ValueError: the run is not finished, or a file of it is damaged
         from sdip.ensemble import Ensemble
-        self.run, self.device, self.report, self.words = Run(folder), device, [], []
+        self.run, self.report, self.words = Run(folder, kinds=kinds), [], []
         self.run.check_stages(_PREDICTING, _CHECKED_BY_MODELS)
         if not (self.run/'ensemble.json').exists():
             raise ValueError(f'{folder} has no ensemble.json: '
                              f'finish the run first, with sdip_run --out {folder}')
-        self.ensemble = Ensemble.load(self.run/'ensemble.json')
-        used = [m for m, ratio in self.ensemble.ratios.items() if ratio > 0]
-        self.run.check_stages(used, _CHECKED_BY_MODELS)
-        self.models = {m: load_predictor(self.run/m, device) for m in used}
+        self.ensemble, self.cards = Ensemble.load(self.run/'ensemble.json'), _cards(device)
+        self.models = {m: self._member(m) for m, ratio in self.ensemble.ratios.items() if ratio > 0}
+        self.groups = deal(self.models, self.cards)
+        self._place()
+
+# %% ../nbs/08a_predictor.ipynb #run-member
+@patch
+def _member(self: RunPredictor, name):
+    "Load one member, on the CPU where it will have to share a card"
+    stages = [p.relative_to(self.run.folder).as_posix().replace('/', '.') for p in self.run.folders(name)]
+    self.run.check_stages(stages, _CHECKED_BY_MODELS)
+    device = 'cpu' if self.cards[0].type == 'cuda' else self.cards[0]
+    models = [load_predictor(p, device, self.run.kinds) for p in self.run.folders(name)]
+    return models[0] if len(models) == 1 else FoldModel(models)
+
+@patch
+def _place(self: RunPredictor):
+    "Models that have a card to themselves stay there; the others are moved when they answer"
+    for card, names in self.groups:
+        shared = sum(other == card for other, _ in self.groups) > 1
+        for name in names if card.type == 'cuda' else ():
+            if shared:
+                self.models[name] = OnCard(self.models[name], card)
+            else:
+                move_to(self.models[name], card)
 
 # %% ../nbs/08a_predictor.ipynb #predict-members
 @patch
+def _predict_group(self: RunPredictor, names, pictures):
+    "-> {model: (b, 384)} of members that stand together, for b decoded pictures"
+    models = [self.models[name] for name in names]
+    emb = {}
+    with on_card(models[:1]):
+        if getattr(models[0], 'clip', None) is not None:  # which all of them look with
+            emb = dict(emb=models[0].clip.encode_images(pictures))
+    return {name: model.predict(pictures, **emb) for name, model in zip(names, models)}
+
+@patch
 def _predict_members(self: RunPredictor, pictures):
-    "-> {model: (b, 384)} for b decoded pictures"
-    rows, embedded = {}, {}
-    for name, model in self.models.items():
-        clip = getattr(model, 'clip', None)
-        if clip is None:
-            rows[name] = model.predict(pictures)
-            continue
-        if clip.fingerprint not in embedded:
-            embedded[clip.fingerprint] = clip.encode_images(pictures)
-        rows[name] = model.predict(pictures, emb=embedded[clip.fingerprint])
-    return rows
+    "-> {model: (b, 384)} for b decoded pictures; all cards work at once"
+    by_card = {}
+    for card, names in self.groups:
+        by_card.setdefault(card, []).append(names)
+
+    def work(groups):
+        return [self._predict_group(names, pictures) for names in groups]
+
+    if len(by_card) == 1:
+        found = [work(groups) for groups in by_card.values()]
+    else:
+        with ThreadPoolExecutor(len(by_card)) as pool:
+            found = list(pool.map(work, by_card.values()))
+    return {name: rows for groups in found for group in groups for name, rows in group.items()}
 
 # %% ../nbs/08a_predictor.ipynb #run-predict
 @patch
@@ -106,10 +240,17 @@ def _fill(self: RunPredictor, preds, at, pictures):
     "Rows and words of decoded pictures, which stand at `at` among all"
     for m, rows in self._predict_members(pictures).items():
         preds[m][at] = rows
-    if 'interrogator' in self.models:
-        for i, prompt in zip(at, self.models['interrogator'].words.prompt):
+    if speaker := self._speaker():
+        for i, prompt in zip(at, self.models[speaker].words.prompt):
             self.words[i] = prompt
 
+@patch
+def _speaker(self: RunPredictor, names=None):
+    "The first interrogator among the models that have a share; '' where there is none"
+    found = [m for m in names or self.models if self.run.members[m]['kind'] == 'interrogator']
+    return found[0] if found else ''
+
+# %% ../nbs/08a_predictor.ipynb #unreadable
 def _unreadable(images, row, error):
     im = images[row]
     name = path_text(im) if isinstance(im, (str, Path)) else type(im).__name__
@@ -124,9 +265,9 @@ def describe(
 ) -> list:  # of n `Prediction`, which show themselves in a notebook
     "Rows and words for pictures: the blend, the interrogator's prompt, the nearest training prompts"
     emb, words = self.predict(images), self.words
-    if 'interrogator' not in self.models:
-        self.run.check_stages(['interrogator'], _CHECKED_BY_MODELS)
-        model = load_predictor(self.run/'interrogator', self.device)
+    if not self._speaker() and (name := self._speaker(self.run.members)):
+        model = self._member(name)
+        model = getattr(model, 'models', [model])[0]
         words = model.interrogate(images, model.mode).prompt
     near = nearest_prompts(self.run, emb, k)
     return [Prediction(*o) for o in zip(images, emb, words, near, map(float, self.expected))]
@@ -135,15 +276,18 @@ def describe(
 def load_predictor(
         folder,  # of a saved model, or a run folder
         device=None,  # see `sdip.preprocess.pick_device`
+        kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`
     "Load a model by the `kind` in its config.json. ValueError: none there, unknown, or damaged"
     folder = Path(folder)
     if (folder/'run.json').exists():
-        return RunPredictor(folder, device)
+        return RunPredictor(folder, device, kinds)
     if not (folder/'config.json').exists():
         raise ValueError(f'{folder} holds neither run.json nor config.json: '
                          'give a run folder, or the folder of a saved model')
     kind = _checked_kind(folder/'config.json')
+    if kind in (kinds or {}):
+        return kinds[kind].load(folder, device=device)
     if kind == 'interrogator' and (folder/'outside.json').exists():
         return _outside_interrogator(folder, device)
     with right_shape(folder):
@@ -160,8 +304,8 @@ def _model_class(kind, folder):
     elif kind == 'interrogator':
         from sdip.interrogator import Interrogator as Model
     else:
-        raise ValueError(f'{folder} holds a model of kind {kind!r}: '
-                         'known are clip_regressor, vit_regressor, knn and interrogator')
+        raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, '
+                         f'knn and interrogator; an own class is passed from Python, kinds={{{kind!r}: ..}}')
     return Model
 
 # %% ../nbs/08a_predictor.ipynb #checked-kind
