@@ -382,6 +382,27 @@ def test_run_on_a_users_pairs():
     assert 'none of 1 pictures could be read' in sh('sdip_predict', 'in2', '--run', 'run', '--out',
                                                     'none.csv', status=1) and not Path('none.csv').exists()
 
+def test_members_of_a_run():
+    "Members from a JSON file and the shell, in folds; a misprint is found before any work"
+    Path('mine.json').write_text('{"knn": {"kind": "knn"}, "vit": {"kind": "vit", "recipe": {"unfreezing": [[null, 1]]}}}')
+    run = 'sdip_run', '--preset', 'tiny', '--out', 'run', '--members', 'mine.json', '--folds', 2
+    for more, why in ((('--add', 'gan:x'), "of kind 'gan': known are clip, knn, interrogator, vit"),
+                      (('--add', 'vit:resnet10t', 'vit:resnet10t'), "a member 'resnet10t' already"),
+                      (('--set', 'vit.lrate=3'), "--set vit.lrate=3: vit is of kind 'vit', which reads accumulate"),
+                      (('--folds', 1), 'folds=1, expected 0')):
+        assert why in sh(*run, *more, status=1), why
+    assert not Path('run').exists()
+    sh(*run)
+    out = sh(*run, '--add', 'second=vit:resnet10t:random', '--set', 'second.probe=false')
+    assert 'timm regressor, fold 1 of 2: done before' in out, out
+    for line in 'timm regressor second, fold 2 of 2', 'second: folds joined', 'out of fold':
+        assert line in out, (line, out)
+    scores = json.loads(Path('run/scores.json').read_text())
+    assert set(scores['test']) == {'mean_vector', 'knn', 'vit', 'second', 'ensemble'}, scores['test']
+    assert 'checked' in sh('sdip_predict', 'run/data/images', '--run', 'run', '--out', 'submission.csv')
+    assert 'members.second.recipe.lr: the folder has' in sh(
+        *run, '--add', 'second=vit:resnet10t:random', '--set', 'second.lr=1', 'second.probe=false', status=1)
+
 # Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
 
 CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split(
@@ -1030,7 +1051,7 @@ def saved_anew(run, to):
     from dataclasses import replace
     from sdip.artifacts import Run
     from sdip.predictor import load_predictor
-    from sdip.run import STAGES  # filled by the chapters that it imports
+    import sdip.run  # noqa: F401 (its chapters add their stages)
     shutil.copytree(run, to)
     (to/'preds').mkdir()
     models = 'clip', 'vit', 'knn', 'interrogator'
@@ -1045,10 +1066,10 @@ def saved_anew(run, to):
         (to/m/'history.csv').write_text('epoch,score\n0,.5\n')
     (to/'interrogator/words.test.json').write_text('[]')
     made = Run(to, quiet=True)
-    made.stages = [s for s in STAGES if s.name in (*models, 'pairs', 'base_clip', 'weights', 'ensemble')]
-    for s in made.stages:
+    made.done = [s for s in made.stages() if s.name in (*models, 'pairs', 'base_clip', 'weights', 'ensemble')]
+    for s in made.done:
         made.do(replace(s, do=lambda run: {}), 1, 1)
-    assert len(made.stages) == 8 and all(map(made.is_done, made.stages)), made.stages
+    assert len(made.done) == 8 and all(map(made.is_done, made.done)), made.done
     return made
 
 def damage(file, how):
@@ -1081,7 +1102,7 @@ def test_damaged_files_are_named_and_mended():
         for how in 'flip', 'cut', 'delete':
             damage(file, how)
             n += 1
-            if all(map(made.is_done, made.stages)):
+            if all(map(made.is_done, made.done)):
                 unseen.append((file, how))
             try:
                 RunPredictor(made.folder, 'cpu')
@@ -1097,7 +1118,7 @@ def test_damaged_files_are_named_and_mended():
     good = log.read_bytes()
     for how in 'cut', 'delete':
         damage(log, how)
-        made.do(next(s for s in made.stages if s.name == 'clip'), 1, 1)
+        made.do(next(s for s in made.done if s.name == 'clip'), 1, 1)
         assert log.read_bytes() == good
     names = ['ensemble.json', 'run.json', 'receipts/pairs.json', 'clip/config.json', 'knn/config.json']
     for text in '{', '[]', '{"args": 3}', '{"files": 3}':

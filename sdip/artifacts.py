@@ -92,9 +92,12 @@ class Run:
             self._refuse_foreign()
             write_json(dict(args=self.args, sdip=__version__), file)
         remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
-        self.args = read_fields(file, remedy, args=dict)['args']
+        old = read_fields(file, remedy, args=dict)['args']
         if args is not None:
-            self._refuse_other(_json_args(args))
+            self._refuse_other(old)
+            if self.args != old:
+                write_json(dict(args=self.args, sdip=__version__), file)
+        self.args = self.args if args is not None else old
 
     def __truediv__(self, name):
         return self.folder/name
@@ -139,9 +142,17 @@ def _flat(args, name=''):
         return {name: args}
     return {k: v for key, o in args.items() for k, v in _flat(o, f'{name}.{key}' if name else key).items()}
 
+def _in_both(args, other):
+    "Arguments without the blend's ratios, and without members that only one of two runs has"
+    out = {k: v for k, v in args.items() if k != 'ratios'}
+    if isinstance(args.get('members'), dict) and isinstance(other.get('members'), dict):
+        out['members'] = {k: v for k, v in args['members'].items() if k in other['members']}
+    return _flat(out)
+
+# %% ../nbs/08_artifacts.ipynb #run-refuse-other
 @patch
-def _refuse_other(self: Run, args):
-    old, new = _flat(self.args), _flat(args)
+def _refuse_other(self: Run, before):
+    old, new = _in_both(before, self.args), _in_both(self.args, before)
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
         said = '; '.join(f'{k}: the folder has {old.get(k)!r}, this call says {new.get(k)!r}' for k in other)

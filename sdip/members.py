@@ -323,7 +323,7 @@ def _member_stage(run, m, part):
         title += f", fold {part.fold + 1} of {run.args['folds']}"
     files, logs = ([f'{part.folder}/{f}' for f in names] for names in (kind.files, kind.logs))
     halves = [h(part) if callable(h) else f'{part.folder}/{h}' for h in kind.halves]
-    if m['kind'] == 'interrogator' and run.args['start'] == 'real':
+    if m['kind'] == 'interrogator' and run.args.get('start') == 'real':
         files.append('ranker/*')
     args = [*kind.args, 'folds'] if part.fold is not None else kind.args
     return Stage(part.stage, title, partial(_fit_part, m=m, part=part, fit=kind.fit), tuple(kind.needs),

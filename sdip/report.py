@@ -73,6 +73,8 @@ def scoreboard_text(
     if run.args.get('rehearse'):
         lines.append('A rehearsal: small networks with random weights stood in for the real ones, '
                      'so that these scores mean nothing')
+    if folds := run.args.get('folds'):
+        lines.append(f'{folds} folds: ratios were searched on rows that are out of fold for every member')
     n = (run.pairs()[0].split == 'train').sum()
     if n < 1000:
         lines.append(f'{n} training pictures are too few to learn from: '

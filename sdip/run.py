@@ -235,7 +235,7 @@ def _arguments(preset, changes, add, fields, kinds):
                          'trained towers')
     if args['folds'] == 1 or args['folds'] < 0:
         raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
-    args['members'] = _lineup_of(args, add, fields, kinds)
+    args |= dict(members=_lineup_of(args, add, fields, kinds), reference=_places(args['reference']))
     return args
 
 def _source(pairs, images, image_col, prompt_col):
