@@ -55,6 +55,7 @@ def _repeated(self: GrowingBank, groups):  # (m,) -> (m,) bool: there already, o
     again[np.unique(groups, return_index=True)[1]] = False
     return again | known_groups(self.shelves, groups) if len(groups) else again
 
+# %% ../nbs/04_growing.ipynb #knn-usable-2
 @patch
 def _usable(self: GrowingBank, keys, groups, texts):  # texts (n,) bool: to be added once -> (n,) bool
     norm = np.linalg.norm(keys, axis=1)  # (n,)
@@ -69,6 +70,14 @@ def _usable(self: GrowingBank, keys, groups, texts):  # texts (n,) bool: to be a
         self.notes.append(f"{again.sum()} of {len(at)} prompts were in the bank already and left out")
         good[at[again]] = False
     return good
+
+# %% ../nbs/04_growing.ipynb #growing-shelf
+@patch
+def _growing_shelf(self: GrowingBank):  # the last, if it is ours
+    if not self.shelves or not self.shelves[-1].grows:
+        self.shelves.append(Shelf(self.folder if not self.shelves else None))
+        self.shelves[-1].grows = True
+    return self.shelves[-1]
 
 # %% ../nbs/04_growing.ipynb #knn-add
 @patch
@@ -96,13 +105,6 @@ def add(
         self._write_config(self.folder)
     return self
 
-@patch
-def _growing_shelf(self: GrowingBank):  # the last, if it is ours
-    if not self.shelves or not self.shelves[-1].grows:
-        self.shelves.append(Shelf(self.folder if not self.shelves else None))
-        self.shelves[-1].grows = True
-    return self.shelves[-1]
-
 # %% ../nbs/04_growing.ipynb #knn-fit
 @patch
 def fit(
@@ -129,6 +131,7 @@ def banks(self: GrowingBank) -> dict:  # name -> number of rows
         out[span.bank] = out.get(span.bank, 0) + span.hi - span.lo
     return out
 
+# %% ../nbs/04_growing.ipynb #knn-rows
 @patch
 def rows(
     self: GrowingBank,
