@@ -70,12 +70,13 @@ def thumbnail(
     data = b64encode(out.getvalue()).decode()
     return Html(f'<img alt="{markup(alt)}" width="{im.width}" src="data:image/jpeg;base64,{data}">')
 
-# %% ../nbs/00_page.ipynb #foreign-markup
+# %% ../nbs/00_page.ipynb #hostile
 HOSTILE = ('<i x><img src=x onerror=alert(1)></i><script>alert(2)</script> a cat',
            '"><svg onload=alert(3)> a dog', "' onmouseover='alert(4) an owl",
            '</td></table></style></title><iframe src=javascript:alert(5)> a fox',
            '&lt;script&gt;alert(6)&lt;/script&gt; <a href=javascript:alert(7)>a hen</a>')
 
+# %% ../nbs/00_page.ipynb #foreign-markup
 def foreign_markup(
     page: str,  # HTML
 ) -> list:  # (tag, name of the attribute or '') that none of our pages has
