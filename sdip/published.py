@@ -52,6 +52,7 @@ def _their_json(path):
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e}): repair it, or fetch it again") from e
 
+# %% ../nbs/00a_published.ipynb #part-rows
 def _part_rows(part, meta):  # -> {picture's name: prompt}
     "Prompts of one part, from its JSON, else from the metadata's rows"
     file = _part_json(part)
