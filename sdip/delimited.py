@@ -26,6 +26,7 @@ def _looks_western(data):
     high = np.frombuffer(data, np.uint8) > 127
     return (high[1:] & high[:-1]).sum() <= .2*high.sum()
 
+# %% ../nbs/00_delimited.ipynb #guess-encoding
 def _guess_encoding(data):  # -> name of a codec that keeps a byte order mark
     "Encoding by its byte order mark, or by UTF-16's many zeros"
     marks = {b'\xff\xfe\0\0': 'utf-32-le', b'\0\0\xfe\xff': 'utf-32-be',
@@ -87,6 +88,7 @@ def column_key(
     "A column's name without what differs between programs"
     return re.sub(r'[\s-]+', '_', str(name).strip().strip('\ufeff').lower())
 
+# %% ../nbs/00_delimited.ipynb #known-names
 def known_names(
     names,  # of columns
 ) -> int:  # how many are in `COLUMN_NAMES`
@@ -114,6 +116,7 @@ def guess_separator(
 class _Broken(Exception):
     "A record that breaks the rules of quoting: (lines before it, why)"
 
+# %% ../nbs/00_delimited.ipynb #long-cells
 @contextmanager
 def _long_cells():
     "csv refuses cells of 131,072 characters; some hold a picture as text"
@@ -161,6 +164,7 @@ def _fit(cells, width, line, sep, path):
 def _is_picture(cell):
     return Path(cell.strip()).suffix.lower() in IMAGE_EXTS
 
+# %% ../nbs/00_delimited.ipynb #alike-2
 def _alike(a, b, plain):
     "Do two cells look like cells of one column? Words do only where the whole file reads plainly"
     if '"' in a + b or not a or not b:
@@ -214,6 +218,7 @@ def _typed_quotes(lines):
         return False
     return any(quoted(c) and '""' not in c and ',' not in c for column in columns for c in column)
 
+# %% ../nbs/00_delimited.ipynb #well-quoted
 def _well_quoted(lines, sep):
     "Is there a cell in quotes, those inside it doubled?"
     edge = re.escape(sep)

@@ -24,6 +24,7 @@ def cpu_seconds() -> float:
     "User and system time of this process and of those it waited for"
     return sum(os.times()[:4])
 
+# %% ../nbs/00k_measure.ipynb #peak-gb
 def peak_gb() -> float | None:
     "The most memory this process has held, in GB; None where the system does not say"
     try:
@@ -41,6 +42,7 @@ def _memory(key):
         return None
     return next(int(line.split()[1])/1024 for line in text.splitlines() if line.startswith(key))
 
+# %% ../nbs/00k_measure.ipynb #reset-peak
 def _reset_peak():
     "Give back what glibc has kept, and start the peak anew; False where that cannot be done"
     try:
@@ -61,6 +63,7 @@ class Cost:
     seconds: float  # seconds on the clock
     peak_mb: float | None  # most memory held, above what was held before (MB); None: not known
 
+# %% ../nbs/00k_measure.ipynb #measure-2
 def measure(
         f,  # called without arguments
 ) -> tuple:  # (what f returned, Cost)
@@ -95,6 +98,7 @@ def _median(costs, field):
     values = [getattr(cost, field) for cost in costs]
     return None if values[0] is None else statistics.median(values)
 
+# %% ../nbs/00k_measure.ipynb #compare-2
 def compare(
         what: str,  # the work, in words
         plain_way: str,  # what it is compared with, in words
