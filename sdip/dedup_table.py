@@ -82,6 +82,7 @@ _DEDUP_STYLE = (
     'td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}'
     'i{display:inline-block;background:#47a;height:.8em}')
 
+# %% ../nbs/01c_dedup_table.ipynb #bar-2
 def _bar(share):  # of the longest
     return Html(f'<i style="width:{300*share:.0f}px"></i>')
 
@@ -90,10 +91,11 @@ def _histogram_rows(cosine):  # (k,) of near-duplicates -> rows: range, count, b
     count, edge = np.histogram(cosine, np.linspace(min(cosine.min(), .999), 1, 11))
     return [(f'{a:.3f} to {b:.3f}', int(c), _bar(c/max(count))) for a, b, c in zip(edge, edge[1:], count)]
 
-def _family_rows(near, column, n):  # near-duplicates -> rows: kept prompt, size, first dropped ones
+# %% ../nbs/01c_dedup_table.ipynb #cluster-rows
+def _cluster_rows(near, column, n):  # near-duplicates -> rows: kept prompt, size, first dropped ones
     rows = []
-    for kept, family in near.groupby('near', sort=False)[column]:
-        rows.append((kept, len(family) + 1, '; '.join(map(str, family[:5]))))
+    for kept, cluster in near.groupby('near', sort=False)[column]:
+        rows.append((kept, len(cluster) + 1, '; '.join(map(str, cluster[:5]))))
     return sorted(rows, key=lambda row: -row[1])[:n]
 
 # %% ../nbs/01c_dedup_table.ipynb #dedup-page
@@ -102,7 +104,7 @@ def dedup_html(
     dropped,  # DataFrame, the second
     text: str,  # its report
     column: str = 'prompt',  # the prompts' column
-    n: int = 20,  # pairs and families to show
+    n: int = 20,  # pairs and clusters to show
 ) -> str:  # a page that needs no other file
     "What was dropped from a table, for a browser"
     why = dropped.reason.str.replace(r'^near-duplicate .*', 'near-duplicate', regex=True)
@@ -112,10 +114,10 @@ def dedup_html(
     if len(near):
         pairs = near[['cosine', column, 'near']].head(n).to_numpy().tolist()
         pairs = [(f'{c:.3f}', str(p), q) for c, p, q in pairs]
-        families = _family_rows(near, column, n)
+        clusters = _cluster_rows(near, column, n)
         parts += [('How alike', html_table(['cosine', 'rows', ''], _histogram_rows(near.cosine))),
                   ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs)),
-                  ('Largest families', html_table(['kept', 'rows', 'dropped, the first five'], families))]
+                  ('Largest clusters', html_table(['kept', 'rows', 'dropped, the first five'], clusters))]
     top = f'<h1>Near-duplicates</h1><pre>{markup(text)}</pre>'
     body = ''.join(f'<h2>{h}</h2>{t}' for h, t in parts)
     return html_page('Near-duplicates', Html(top + body), _DEDUP_STYLE)

@@ -52,6 +52,7 @@ def _me(what):
     host, started = socket.gethostname(), _started(pid)
     return dict(what=what, host=host, pid=pid, since=since, started=started, boot=_boot())
 
+# %% ../nbs/00_lock.ipynb #is-dead
 def _is_dead(owner, free):  # -> True, False, or None: it cannot be known here
     "Has the owner of a lock file ended? `free`: was the kernel's lock on it free; None: this disk has none"
     if free is False:
@@ -84,6 +85,7 @@ _NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
 def _beside(file):
     return file.with_name(f'.tmp-{uuid.uuid4().hex[:12]}-{file.name}')
 
+# %% ../nbs/00_lock.ipynb #create-in-place
 def _create_in_place(file, text):  # -> descriptor, or None
     "Make the lock file where a disk has no links"
     try:
@@ -127,6 +129,7 @@ def _lock_owner(fd):
         return {}
     return owner if isinstance(owner, dict) and owner.keys() == _me('').keys() else {}
 
+# %% ../nbs/00_lock.ipynb #refuse
 def _refuse(file, owner, dead):
     who, remedy = 'nobody is named', 'wait for its end, stop it, or choose another folder'
     if owner:
@@ -201,6 +204,7 @@ def _make_folder(folder):  # -> folders that were made, the deepest first
         raise type(e)(e.errno, f'cannot make {folder} ({e.strerror}): name another') from e
     return made
 
+# %% ../nbs/00_lock.ipynb #release
 def _release(fd, file, made):
     "Remove our lock file, and the folders that we made if nothing was written"
     if _same_file(fd, file):
@@ -241,6 +245,7 @@ def file_digests(
     "What `check_files` asks for"
     return {n: sha256(Path(folder)/n) for n in sorted(names)}
 
+# %% ../nbs/00_lock.ipynb #check-files-2
 def check_files(
     folder,  # of the files
     digests: dict,  # name relative to the folder -> SHA-256 of the file

@@ -28,7 +28,7 @@ _ESCAPED = {'\\(': '\ue000', '\\)': '\ue001', '\\[': '\ue002', '\\]': '\ue003'}
 
 # %% ../nbs/00_prompts.ipynb #plain-prompt
 def plain_prompt(
-    prompt: str,  # as people type it into AUTOMATIC1111 and its kin
+    prompt: str,  # as people type it into AUTOMATIC1111 and similar programs
 ) -> str:  # what it asks for
     "A prompt without weights, emphasis, network tags and BREAK; open choices stay as they are"
     if not re.search(r'[(\[{<]|BREAK', prompt):
@@ -119,6 +119,7 @@ def _picture_size(path):
     except Exception:
         return 0, 0
 
+# %% ../nbs/00_prompts.ipynb #picture-sizes-2
 def picture_sizes(
     paths,  # n picture files
 ) -> np.ndarray:  # (n, 2) int64 width and height in pixels; zeros where the file is no picture
