@@ -63,9 +63,7 @@ def write_submission(
     emb,  # (n, 384) predictions of any length, none NaN, infinite or zero in float32; may be memory-mapped
     path,  # the CSV
 ) -> Path:  # the CSV
-    """Write `imgId_eId,val`, 384 lines a picture in the order given, atomically, in constant memory
-
-    ValueError: ids that repeat or are no names, an array of another shape, rows without a direction"""
+    "Write `imgId_eId,val`, atomically. ValueError: unusable ids, another shape, rows without a direction"
     ids = _check_ids(ids)
     if np.ndim(emb) != 2 or np.shape(emb) != (len(ids), EMB_DIM):
         raise ValueError(f"emb has shape {np.shape(emb)}, expected ({len(ids)}, {EMB_DIM}): "

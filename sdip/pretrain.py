@@ -161,6 +161,7 @@ class PretrainRecipe:
 
     @property
     def steps(self):
+        "Batches of the whole run"
         return self.epochs*(self.n // self.bs)*self.repeats
 
 # %% ../nbs/00h_pretrain.ipynb #shipped-recipes

@@ -101,9 +101,7 @@ def submit_in_time(
     until=None,  # on the clock, when the file must be there: `time.monotonic() + seconds`; None: any time
     clock=time.monotonic,  # tells the time (s)
 ) -> dict:  # ids, filled: images given the mean, done and seconds by model, report of what was unreadable
-    """Predict pictures until the time is up and write a complete, checked submission
-
-    ValueError: several models and no blend, or no picture that can be read"""
+    "A complete, checked submission in time. ValueError: several models and no blend, or no readable picture"
     if not models or (blend is None and len(models) > 1):
         raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function "
                          "that blends them, such as Ensemble.predict")
