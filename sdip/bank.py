@@ -193,6 +193,7 @@ class Span(NamedTuple):
     hi: int  # the row after the last
     first: int  # number of the first row over all shelves
 
+# %% ../nbs/04_bank.ipynb #bank-spans
 def bank_spans(shelves):  # list of Shelf; yields Span
     "All runs of rows, in their order."
     start = 0
@@ -369,6 +370,7 @@ def _clip_places(ref, folder):  # yields paths: as saved, by real path and throu
     for place in MODEL_PLACES:
         yield from model_folders(place)
 
+# %% ../nbs/04_bank.ipynb #find-clip-2
 def _find_clip(ref, folder, device):  # -> ClipEncoder: the one that is meant, or the first that is there
     first, want = None, ref['sha256']
     for at in filter(Path.exists, _clip_places(ref, folder)):

@@ -102,6 +102,7 @@ def _as_json(text):
     except (ValueError, RecursionError):
         return None
 
+# %% ../nbs/00a_metadata.ipynb #dig
 def _dig(obj, *keys):
     "A string below keys, '' where there is none"
     for k in keys:
@@ -260,6 +261,7 @@ _WANTED = {'parameters', 'prompt', 'Prompt', 'invokeai_metadata', 'sd-metadata',
 def _inflated(data):
     return zlib.decompressobj().decompress(data, _MOST)
 
+# %% ../nbs/00a_metadata.ipynb #png-text
 def _png_text(kind, data):
     "(keyword, text) of one chunk; the text of a chunk that holds no prompt is not unpacked"
     keyword, _, rest = data.partition(b'\0')
@@ -287,6 +289,7 @@ def _unlikely(text):
     "How little a text looks like one: (characters of rare scripts, scripts and pages in use)"
     return len(_RARE.findall(text)), len({ord(c) >> 8 for c in text})
 
+# %% ../nbs/00a_metadata.ipynb #comment
 def _comment(data):  # bytes or text of EXIF's UserComment -> as it was written
     "UserComment in any of its spellings"
     if isinstance(data, str):
@@ -402,6 +405,7 @@ def _is_graph(obj):
     "Is a JSON object ComfyUI's graph?"
     return isinstance(obj, dict) and any(isinstance(v, dict) and 'class_type' in v for v in obj.values())
 
+# %% ../nbs/00a_metadata.ipynb #fields-prompt-2
 def _fields_prompt(fields):
     "The prompt in a picture's fields"
     if 'invokeai_metadata' in fields:

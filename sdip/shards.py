@@ -30,11 +30,13 @@ from .metadata import text_prompt
 TAR_EXTS = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 _LARGEST_MEMBER = dict(image=1 << 28, text=1 << 24)  # bytes of one member
 
+# %% ../nbs/00a_shards.ipynb #tar-stem
 def _tar_stem(tar):
     "A tar's name without its ending"
     name, long = tar.name, sorted(TAR_EXTS, key=len, reverse=True)
     return next(name[:-len(e)] for e in long if name.lower().endswith(e))
 
+# %% ../nbs/00a_shards.ipynb #member-key
 def _member_key(name):
     "(key, ending) of a member: webdataset's first dot, or the last one where that makes no known ending"
     parts = ['%2E%2E' if p == '..' else p for p in name.split('/') if p not in ('', '.')]
@@ -55,6 +57,7 @@ class _CutShort(Exception):
 
 _BROKEN_TAR = tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile
 
+# %% ../nbs/00a_shards.ipynb #tar-members
 def _tar_members(tar, skipped):  # yields (key, ending, bytes) of each picture and text
     "Names that are not read go into `skipped`"
     try:
@@ -81,6 +84,7 @@ def _tar_prompt(text):
     "The prompt in a text, without settings and negative prompt"
     return text_prompt(text.lstrip('\ufeff').strip(), 'tar').text
 
+# %% ../nbs/00a_shards.ipynb #json-caption
 def _json_caption(data):
     "The caption in a sample's JSON; '' where there is none"
     try:
@@ -145,6 +149,7 @@ def _read_members(tar, tmp):  # -> ({key: {image, txt, caption}}, what cut it sh
 def _strings(values):
     return isinstance(values, list) and all(isinstance(v, str) for v in values)
 
+# %% ../nbs/00a_shards.ipynb #tar-note-2
 def _tar_note(folder):
     "Our note in a folder, None where it is not ours or no longer whole"
     if not (folder/'_tar.json').is_file():
@@ -240,6 +245,7 @@ def _tar_labels(tars):
             return labels
     return [f'{label}-{i}' for i, label in enumerate(labels)]
 
+# %% ../nbs/00a_shards.ipynb #sample-ids-2
 def _sample_ids(tars, keys):
     "An id for each sample: its key, after the tar's name where the key alone may repeat"
     short = lambda stem, label, key: key if key.startswith(stem) else f'{stem}_{key}'

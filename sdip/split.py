@@ -65,6 +65,7 @@ def _clusters(u, k, seed):  # (m, d) unit rows -> (m,) cluster numbers
     km.train(u)
     return (u @ km.centroids.T).argmax(1)
 
+# %% ../nbs/01a_split.ipynb #cut-2
 def _cut(x, fam, giant, seed):
     "Families of more than `giant` rows cut: new numbers (n,), which rows that touched (n,), a line about it"
     fam, n, cut, said = fam.copy(), len(fam), np.zeros(len(fam), bool), []
