@@ -153,7 +153,7 @@ def keep_neighbours(
     ids: np.ndarray,  # (q, w), -1 where nothing was found
     groups: np.ndarray,  # (q, w), a number for each neighbour's prompt
     k: int,  # neighbours to keep
-    drop=None,  # (q,), groups that do not count; None: all count
+    drop=None,  # (q, w) bool, neighbours that do not count; None: all count
     once: bool = True,  # only the nearest of a group; False: all of it
 ) -> tuple:  # sims, ids (q, k), -inf and -1 where there are fewer; number of those that could be kept (q,)
     "The first k of each list that may be kept, moved to the front."
@@ -161,7 +161,7 @@ def keep_neighbours(
     if once:
         keep &= _first_of_group(groups)
     if drop is not None:
-        keep &= groups != drop[:, None]
+        keep &= ~drop
     pos, n = np.argsort(~keep, 1, kind='stable')[:, :k], keep.sum(1)
     sims, ids = np.take_along_axis(sims, pos, 1), np.take_along_axis(ids, pos, 1)
     gone = np.arange(sims.shape[1]) >= n[:, None]

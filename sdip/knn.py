@@ -6,6 +6,8 @@
 __all__ = ['KNNRegressor']
 
 # %% ../nbs/04_knn.ipynb #imports
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -75,11 +77,11 @@ def _any_repeats(self: KNNRegressor):  # does a group occur twice? remembered
 
 # %% ../nbs/04_knn.ipynb #knn-bank-list
 @patch
-def _bank_list(self: KNNRegressor, bank, x, k, drop=None):
-    "x (q, d) prepared; drop (q,) groups that do not count -> sims, ids (q, k) of one bank"
+def _bank_list(self: KNNRegressor, bank, x, k, own=None):
+    "x (q, d) prepared; own: `_Own`, whose families do not count -> sims, ids (q, k) of one bank"
     size, once = self.banks()[bank], self.once and self._any_repeats()
     mean = self._mean(bank.split()[-1]) if self.centre else None
-    if not once and drop is None:
+    if not once and own is None:
         return search_bank(self.shelves, bank, x, k, mean, self.device)
     empty = np.empty((len(x), 0), np.float32), np.empty((len(x), 0), np.int64)
     out, todo = widen_list(empty, k), np.arange(len(x))
@@ -88,8 +90,8 @@ def _bank_list(self: KNNRegressor, bank, x, k, drop=None):
         wide = min(wide, size)
         sims, ids = search_bank(self.shelves, bank, x[todo], wide, mean, self.device)
         groups = take_rows(self.shelves, 'groups', ids.clip(0))
-        own = None if drop is None else drop[todo]
-        sims, ids, n = keep_neighbours(sims, ids, groups, k, own, once)
+        drop = None if own is None else own.relatives(self.shelves, ids, groups, todo)
+        sims, ids, n = keep_neighbours(sims, ids, groups, k, drop, once)
         out[0][todo, :sims.shape[1]], out[1][todo, :ids.shape[1]] = sims, ids
         todo = todo[n < k] if wide < size else todo[:0]
         wide *= 2
@@ -198,12 +200,15 @@ def tune(
     mixes=None,  # dicts bank -> share to try; None: quarters, for up to 4 banks
     n: int = 2000,  # rows of the bank that ask, in leave-one-out
     seed: int = 0,  # of their choice
+    family: float = .7,  # neighbours whose target is this near to the asking row's do not count there
 ) -> pd.DataFrame:  # weights, power, temperature, k, mix, score: mean cosine; best first
     "Try every setting from one search and keep the best. ValueError: an empty bank, nothing to tune on."
-    x, targ, drop = self._tuning_set(queries, targets, n, seed)
+    x, targ, own = self._tuning_set(queries, targets, n, family, seed)
     banks, top = self.banks(), min(max(map(int, ks)), len(self))
     ks, settings = sorted({min(int(k), top) for k in ks}), weight_settings(powers, temperatures, ranks)
-    lists = [self._bank_list(b, x, min(top, m), drop) for b, m in banks.items()]
+    lists = [self._bank_list(b, x, min(top, m), own) for b, m in banks.items()]
+    if not any((ids >= 0).any() for _, ids in lists):
+        raise ValueError(_NONE_LEFT.format(family))
     table = self._grid([self._one_list(lists, top)], targ, ks, settings, [None])
     if mixes is None:
         mixes = shares_grid(banks) if 1 < len(banks) <= 4 else []
@@ -214,7 +219,25 @@ def tune(
     self._adopt(table.iloc[0])
     return table
 
-# %% ../nbs/04_knn.ipynb #knn-own-rows
+# %% ../nbs/04_knn.ipynb #own-class
+_NONE_LEFT = ("all targets are within a cosine of {:g} of the rows that ask, so nothing is left to answer: "
+              "tune on validation pictures, or with a higher `family`")
+
+class _Own(NamedTuple):
+    "Rows of the bank that ask, q of them"
+    groups: np.ndarray  # (q,)
+    targ: np.ndarray  # (q, 384), unit rows
+    family: float  # cosine of targets from which two rows are of one family
+
+    def relatives(self, shelves, ids, groups, rows):
+        "Of neighbours (t, w) with their groups, found by the asking `rows` (t,) -> (t, w) bool: family"
+        out, step = groups == self.groups[rows, None], max(1, 40_000 // ids.shape[1])  # 60 MB at a time
+        for a in range(0, len(rows), step):
+            near = unit(take_rows(shelves, 'values', ids[a:a + step].clip(0)).astype(np.float32))
+            cos = near @ self.targ[rows[a:a + step], :, None]  # (b, w, 384) @ (b, 384, 1)
+            out[a:a + step] |= cos[..., 0] >= self.family
+        return out
+
 @patch
 def _own_rows(self: KNNRegressor, n, seed):  # numbers of up to n rows that may be queries
     spans = list(bank_spans(self.shelves))
@@ -225,15 +248,16 @@ def _own_rows(self: KNNRegressor, n, seed):  # numbers of up to n rows that may 
                           "lie elsewhere, pass some with their targets")
     return np.sort(np.random.default_rng(seed).permutation(rows)[:n])
 
+# %% ../nbs/04_knn.ipynb #knn-own-rows
 @patch
-def _tuning_set(self: KNNRegressor, queries, targets, n, seed):
-    "-> queries (g, d) prepared, targets (g, 384), groups to leave out (g,) or None"
+def _tuning_set(self: KNNRegressor, queries, targets, n, family, seed):
+    "-> queries (g, d) prepared, targets (g, 384), `_Own` or None"
     if not len(self):
         raise ValueError("the bank is empty: call fit(keys, values) first")
-    drop = None
+    groups = None
     if queries is None:
         rows = self._own_rows(n, seed)
-        q, targets, drop = (take_rows(self.shelves, c, rows) for c in ('keys', 'values', 'groups'))
+        q, targets, groups = (take_rows(self.shelves, c, rows) for c in ('keys', 'values', 'groups'))
         q = q.astype(np.float32)
     else:
         q = check_emb(queries, 'queries', width=None, finite=False)
@@ -245,7 +269,8 @@ def _tuning_set(self: KNNRegressor, queries, targets, n, seed):
     good, x = self._ask(q)
     if not len(good):
         raise ValueError(f"all {len(q)} queries are NaN: nothing to tune on")
-    return x, check_emb(targets, 'targets')[good], None if drop is None else drop[good]
+    targ = check_emb(targets, 'targets')[good]
+    return x, targ, None if groups is None else _Own(groups[good], unit(targ), family)
 
 # %% ../nbs/04_knn.ipynb #knn-grid
 @patch
