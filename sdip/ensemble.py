@@ -26,7 +26,7 @@ class Ensemble:
     method: str  # 'greedy' or 'joint'
     n: int  # rows that the ratios were searched on
     score: float  # mean cosine on those rows
-    held_out: float  # mean cosine when each fifth is blended with ratios of the other four
+    held_out: float  # ratios of each fifth from the other four; a best epoch or a grid chosen here raises it
     singles: dict  # model -> its own mean cosine, missing rows scored 0
     norms: dict  # model -> (smallest, median, largest) norm of its rows before scaling
     missing: dict  # model -> rows left out: NaN or zero
@@ -195,6 +195,8 @@ def summary(self: Ensemble) -> str:  # several lines
         lines.append('Missing rows are NaN or zero: left out there, the other weights renormalised.')
     if not all(s['one_peak'] for s in self.curves.values()):
         lines.append('A curve with more than one peak: look at plot() before trusting its ratio.')
+    lines.append("An epoch, kNN settings or margins that were chosen on these rows raise the figures above; "
+                 "test rows are free of it.")
     if self.trust:
         rank = f"{self.trust['rank']:.2f}"
         lines.append(f"Confidence and true cosine: rank correlation {rank} on rows that it had not seen.")
