@@ -20,7 +20,7 @@ class ExpectedCosine:
     "A linear guess at the cosine that a model will reach on a prompt"
     weight: np.ndarray  # (d,) of a unit row
     bias: float  # what is expected of a row of zeros
-    correlation: float  # of guess and truth, each row left out of its own fit
+    correlation: float  # of guess and truth, each prompt left out of its own fit
     alpha: float  # the L2 penalty that was chosen
 
     def __call__(
@@ -31,26 +31,27 @@ class ExpectedCosine:
         return emb @ self.weight + np.float32(self.bias)
 
 # %% ../nbs/01b_hard_prompts.ipynb #expected-fit
-def _scored(emb, cosine):  # -> unit rows (n, d) float64 and scores (n,), of rows that have a score
-    x, y = unit(check_emb(emb, width=None)).astype(np.float64), np.asarray(cosine, np.float64)
+def _scored(emb, cosine):  # -> (p, d) float64 unit rows of prompts that have a score, (p,) their mean scores
+    x, y = unit(check_emb(emb, width=None)), np.asarray(cosine, np.float64)
     if y.shape != x.shape[:1]:
         raise ValueError(f"cosine has shape {y.shape} for {len(x)} rows of emb: one number a row is needed")
     known = np.isfinite(y)
-    if known.sum() < 20:
-        raise ValueError(f"only {known.sum()} rows have a score, expected at least 20: "
-                         "score more held-out rows")
-    return x[known], y[known]
+    x, prompt = np.unique(x[known].astype(np.float32), axis=0, return_inverse=True)
+    if len(x) < 20:
+        raise ValueError(f"only {known.sum()} rows of {len(x)} prompts have a score, "
+                         "expected at least 20 prompts: score more held-out rows")
+    return x.astype(np.float64), np.bincount(prompt.ravel(), y[known])/np.bincount(prompt.ravel())
 
 def expected_cosine(
-    emb,  # (n, d) embeddings of prompts that were held out
+    emb,  # (n, d) embeddings of prompts that were held out; equal rows are pictures of one prompt
     cosine,  # (n,) what the model scored on them; NaN rows (unreadable pictures) are passed over
     alphas=(.1, .3, 1., 3., 10., 30., 100.),  # L2 penalties to choose from
 ) -> ExpectedCosine:  # callable: (n, d) -> (n,)
-    "Learn from scored held-out rows how hard a prompt is. ValueError: fewer than 20 scores, odd shapes"
+    "Learn from scored held-out rows how hard a prompt is. ValueError: fewer than 20 prompts, odd shapes"
     from sklearn.linear_model import RidgeCV
     x, y = _scored(emb, cosine)
     fit = RidgeCV(alphas, scoring='neg_mean_squared_error', store_cv_results=True).fit(x, y)
-    guess = fit.cv_results_[:, list(alphas).index(fit.alpha_)]  # (n,) each from all other rows
+    guess = fit.cv_results_[:, list(alphas).index(fit.alpha_)]  # (p,) each from all other prompts
     constant = guess.std() <= 1e-12 or y.std() <= 1e-12
     correlation = 0. if constant else float(np.corrcoef(guess, y)[0, 1])
     return ExpectedCosine(fit.coef_.astype(np.float32), float(fit.intercept_), correlation, fit.alpha_)

@@ -28,31 +28,53 @@ class Gap:
         interval = f"b - a: {self.low:+.4f} to {self.high:+.4f} (95 %)"
         return f"a is {self.a:.4f} from the reference, b {self.b:.4f}; {interval}: b {self.verdict} the gap"
 
-# %% ../nbs/01d_similarity_gap.ipynb #compare-gap
-def _finite(name, v):  # -> (n,) float64 without NaN, five or more
-    v = np.asarray(v, np.float64)
-    known = v[np.isfinite(v)]
-    if v.ndim != 1 or len(known) < 5:
-        raise ValueError(f"{name} has shape {v.shape} with {len(known)} numbers, "
-                         "expected (n,) with at least 5")
-    return known
+# %% ../nbs/01d_similarity_gap.ipynb #by-group
+class _Grouped:
+    "Numbers sorted by group, to draw whole groups"
+    def __init__(self, name, v, groups):  # (n,) numbers, NaN unknown; (n,) names or None: each row alone
+        v = np.asarray(v, np.float64)
+        group = np.arange(len(v))
+        if groups is not None:
+            group = np.unique(np.asarray(groups), return_inverse=True)[1]
+        if v.ndim != 1 or len(group) != len(v):
+            raise ValueError(f"{name} has shape {v.shape} and {len(group)} groups, "
+                             "expected one for each number")
+        known = np.isfinite(v)
+        self.values = v[known][np.argsort(group[known], kind='stable')]
+        self.size = np.unique(group[known], return_counts=True)[1]  # (g,) numbers in each group
+        self.end = np.cumsum(self.size)
+        if len(self.size) < 5:
+            raise ValueError(f"{name} has shape {v.shape} with {known.sum()} numbers in "
+                             f"{len(self.size)} groups: expected at least 5")
 
+    def __len__(self):
+        return len(self.size)
+
+    def take(self, drawn):  # (m,) numbers of groups, repeats count -> all of their values
+        size = self.size[drawn]
+        last = np.repeat(self.end[drawn] - np.cumsum(size), size)  # (total,) from place to place in values
+        return self.values[last + np.arange(size.sum())]
+
+# %% ../nbs/01d_similarity_gap.ipynb #compare-gap
 def compare_gap(
     a,  # (n,) similarities, such as those of the data at hand
     b,  # (m,) similarities, such as those of the same data with new rows among them
     reference,  # (k,) similarities of trusted pairs, by the same CLIP
     draws: int = 200,  # resamples
     seed: int = 0,  # of the resampling
+    groups=(None, None, None),  # of a, b and reference: the prompt of each row; None: each row alone
 ) -> Gap:
-    "Does a data set widen the gap to the reference? ValueError: fewer than 5 numbers in a set"
-    a, b, ref = (_finite(name, v) for name, v in dict(a=a, b=b, reference=reference).items())
-    rng, m = np.random.default_rng(seed), min(len(a), len(b))
+    "Does a data set widen the gap to the reference? ValueError: fewer than 5 groups with numbers in a set"
+    named = dict(a=a, b=b, reference=reference)
+    a, b, ref = (_Grouped(k, v, g) for (k, v), g in zip(named.items(), groups, strict=True))
+    rng, m, whole = np.random.default_rng(seed), min(len(a), len(b)), ref.values
     distance, resampled = np.zeros((draws, 2)), np.zeros((draws, 2))
     for k in range(draws):
-        some = [v if len(v) == m else rng.choice(v, m, replace=False) for v in (a, b)]
-        distance[k] = [wasserstein_distance(v, ref) for v in some]
-        *both, again = (rng.choice(v, len(v)) for v in (*some, ref))
-        resampled[k] = [wasserstein_distance(v, again) for v in both]
+        again = ref.take(rng.choice(len(ref), len(ref)))
+        for j, sets in enumerate((a, b)):
+            some = np.arange(m) if len(sets) == m else rng.choice(len(sets), m, replace=False)
+            distance[k, j] = wasserstein_distance(sets.take(some), whole)
+            resampled[k, j] = wasserstein_distance(sets.take(rng.choice(some, m)), again)
     low, high = np.quantile(resampled[:, 1] - resampled[:, 0], [.025, .975])
     return Gap(*map(float, (*distance.mean(0), low, high)))
 
