@@ -113,16 +113,25 @@ def fast_search(
     for p in phrases:
         if len(extra) < n and p not in caption and budget.fits(caption, *extra, p):
             extra.append(p)
-    return (yield from fixed_search(caption, extra))
-
-def fixed_search(
-        caption: str,  # '' for none
-        phrases,  # all are appended
-):  # a search that returns (caption, phrases)
-    "Every phrase, whether it helps or not."
-    if prompt := join_phrases(caption, *phrases):
+    if prompt := join_phrases(caption, *extra):
         yield [prompt]
-    return caption, phrases
+    return caption, extra
+
+# %% ../nbs/05_climb.ipynb #writeup
+def writeup_search(
+        caption: str,  # '' for none
+        lists: dict,  # list name -> phrases to append; the media are called 'mediums' or 'media'
+        budget: TokenBudget,  # counts the parts
+):  # a search that returns (caption, phrases)
+    "All phrases, up to the first part that does not fit; no medium that the caption begins with."
+    media = [p for k in ('mediums', 'media') for p in lists.get(k, ()) if caption.startswith(p)]
+    said, phrases = caption.split(', '), [p for ps in lists.values() for p in ps if p not in media]
+    parts = [*said, *phrases]
+    budget.count(parts)
+    n = next((i for i in range(1, len(parts)) if not budget.fits(*parts[:i + 1])), len(parts))
+    if prompt := join_phrases(*parts[:n]):
+        yield [prompt]
+    return join_phrases(*said[:n]), phrases[:max(0, n - len(said))]
 
 # %% ../nbs/05_climb.ipynb #climb
 class Climb:

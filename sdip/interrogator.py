@@ -22,8 +22,8 @@ from .encoders import ClipEncoder, TargetEncoder
 from .bank import clip_reference, image_rows, load_clip_reference
 from .candidates import APPENDED, clean_phrases, LEADING, PhraseTable
 from .captioners import captions_of, SceneCaptioner
-from .climb import best_search, classic_search, Climb, fast_search, fixed_search, join_phrases
-from .climb import run_searches, SEVERAL, TokenBudget
+from .climb import best_search, classic_search, Climb, fast_search, join_phrases, run_searches
+from .climb import SEVERAL, TokenBudget, writeup_search
 
 # %% ../nbs/05_interrogator.ipynb #modes
 MODES = ('classic', 'fast', 'best', 'negative', 'writeup')
@@ -48,8 +48,8 @@ class Interrogator:
             targets=None,  # prompts -> (n, 384), for `predict`; None: a `TargetEncoder`, made when needed
             reference=None,  # (r, d) or (d,), CLIP embeddings of any pictures, to remove favourites
             mode: str = 'classic',  # of `predict`: see `interrogate`
-            n_fills: int = 8,  # sentences a phrase is put in; 0: none, for large CLIPs and long lists
-            clean: bool = True,  # drop artists' names, sites and unsafe words
+            n_fills: int = None,  # sentences a phrase is put in; 0: bare phrases; None: 8, mode 'writeup' 0
+            clean: bool = None,  # drop artists' names, sites, unsafe words; None: yes, mode 'writeup' no
             matrices: dict = None,  # list name -> (p, d), computed before
             margins: dict = None,  # list name -> how much nearer a phrase must bring it; see `calibrate`
             answer=(1, 0.),  # prompts that make a row, and how sharp; see `choose_answer`
@@ -57,14 +57,15 @@ class Interrogator:
             counts: dict = None,  # of mode 'writeup': list name -> phrases of it; None: the write-up's
     ):
         self.clip, self.captioner, self.targets = clip, captioner, targets
-        self.mode, self.n_fills, self.cache = check_mode(mode), n_fills, cache
+        self.mode, self.cache, bare = check_mode(mode), cache, mode == 'writeup'
+        self.n_fills = (0 if bare else 8) if n_fills is None else n_fills
         self.margins, self.answer = dict(margins or {}), (int(answer[0]), float(answer[1]))
         self.counts = dict(WRITEUP_COUNTS if counts is None else counts)
         self.report, self.notes, self.tried, self.reference = [], [], [], None
         self._text_rows, self._target_of = {}, {}  # what `calibrate` and `choose_answer` leave for later
         if reference is not None:
             self.learn_reference(emb=reference)
-        self._make_tables(phrases, clean, matrices or {})
+        self._make_tables(phrases, not bare if clean is None else clean, matrices or {})
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-tables
 @patch
@@ -129,10 +130,9 @@ def _search(self: Interrogator, emb, captions, mode):
         raise ValueError(f"mode {mode!r} needs a list of phrases besides subjects here, got none: see "
                          "mine_phrases and read_phrases")
     ranked, x = self._ranked(emb, tables, mode), emb - self._shift
-    flat = [p for r in ranked for ps in (r.values() if mode == 'classic' else [r]) for p in ps]
+    flat = [p for r in ranked for ps in (r.values() if isinstance(r, dict) else [r]) for p in ps]
     self.budget.count(flat + [c for cs in captions for c in cs])
-    n_phrases = sum(len(t.phrases) for t in tables.values())
-    middle = sum(t.matrix.sum(0) for t in tables.values())/max(1, n_phrases)  # (d,)
+    middle = self._middle(tables) if mode == 'best' else None
 
     def start(x, heads, phrases):  # one picture's search
         if mode == 'classic':
@@ -141,21 +141,23 @@ def _search(self: Interrogator, emb, captions, mode):
             rows = [self._rows[p] for p in phrases]
             return best_search(Climb(x, heads[0], phrases, rows, middle, self.budget))
         if mode == 'writeup':
-            return fixed_search(heads[0], phrases)
+            return writeup_search(heads[0], phrases, self.budget)
         return fast_search(heads[0], phrases, self.budget, 8 if mode == 'negative' else 3)
 
     return run_searches(self._encode_texts, x, [start(*one) for one in zip(x, captions, ranked)])
 
+@patch
+def _middle(self: Interrogator, tables):  # -> (d,), mean embedding of all phrases
+    return sum(t.matrix.sum(0) for t in tables.values())/max(1, sum(len(t.phrases) for t in tables.values()))
+
 # %% ../nbs/05_interrogator.ipynb #ranked
 @patch
 def _ranked(self: Interrogator, emb, tables, mode, n_short=1024):
-    "-> for each picture its phrases, nearest first; in mode 'classic' list by list"
-    if mode == 'classic':
-        ranked = {name: t.rank(emb, 4 + 4*SEVERAL.get(name, 1), self._shift) for name, t in tables.items()}
-        return [{name: r[i] for name, r in ranked.items()} for i in range(len(emb))]
-    if mode == 'writeup':
-        ranked = [tables[k].rank(emb, n, self._shift) for k, n in self.counts.items() if k in tables]
-        return [[p for r in ranked for p in r[i]] for i in range(len(emb))]
+    "-> for each picture its phrases, nearest first; in the modes 'classic' and 'writeup' list by list"
+    if mode in ('classic', 'writeup'):
+        counts = self.counts if mode == 'writeup' else {k: 4 + 4*SEVERAL.get(k, 1) for k in tables}
+        ranked = {k: tables[k].rank(emb, n, self._shift) for k, n in counts.items() if k in tables}
+        return [{k: r[i] for k, r in ranked.items()} for i in range(len(emb))]
     k = n_short if mode == 'best' else 12
     return self._shortlist(emb, tables.values(), k, mode == 'negative') if tables else [[]]*len(emb)
 
@@ -238,6 +240,9 @@ def interrogate(
 ) -> Words:  # image, caption, prompt ('': unreadable), similarity, phrases (list of (phrase, score))
     "Put pictures into words; `.report` names unreadable ones. ValueError: a mode or a count does not fit."
     check_mode(mode)
+    if mode == 'writeup' and self.mode != mode and self.n_fills:
+        raise ValueError("mode 'writeup' ranks bare phrases, and these lists were embedded in sentences: "
+                         "make the interrogator with mode='writeup'")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one each")
     emb, self.report = image_rows(self.clip, images, emb)  # (n, d)
@@ -410,14 +415,14 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = self.captioner.table if isinstance(self.captioner, SceneCaptioner) else None
-    arrays = {f'table_{k}': t.matrix.astype(np.float16) for k, t in self.tables.items()}
+    arrays = {f'table_{k}': t.matrix for k, t in self.tables.items()}
     if self.reference is not None:
-        arrays['reference'] = self.reference.astype(np.float32)
+        arrays['reference'] = self.reference
     if scenes:
-        arrays['captions'] = scenes.matrix.astype(np.float16)
-    for name, a in arrays.items():
+        arrays['captions'] = scenes.matrix
+    for name, a in arrays.items():  # one half-precision copy at a time
         with atomic_path(folder/f'{name}.npy') as tmp:
-            np.save(tmp, a, allow_pickle=False)
+            np.save(tmp, a.astype(np.float16 if a.ndim > 1 else np.float32), allow_pickle=False)
     phrases = {k: t.phrases for k, t in self.tables.items()}
     write_json(dict(phrases=phrases, captions=scenes and scenes.phrases), folder/'phrases.json')
     captioner = 'scene' if scenes else 'none' if self.captioner is None else 'custom'
@@ -442,13 +447,13 @@ def _read_saved(folder):  # -> config, phrases; ValueError: not as it was saved
     check_files(folder, cfg.get('files') or {}, _AGAIN)
     return cfg, read_fields(folder/'phrases.json', _AGAIN, phrases=dict, captions=list | None)
 
-def _read_array(file, ndim):
+def _read_array(file, ndim):  # -> map of the file: read block by block, where it is used
     try:
-        a = np.load(file, allow_pickle=False).astype(np.float32)
+        a = np.load(file, mmap_mode='r', allow_pickle=False)
     except Exception as e:  # a header of .npy is Python text: it fails as such
         raise ValueError(f"{file} cannot be read ({type(e).__name__}): {_AGAIN}") from None
-    if a.ndim != ndim:
-        raise ValueError(f"{file} has shape {a.shape}, expected {ndim} dimensions: {_AGAIN}")
+    if a.ndim != ndim or a.dtype.kind != 'f':
+        raise ValueError(f"{file} holds {a.dtype} {a.shape}, expected floats of {ndim} dimensions: {_AGAIN}")
     return a
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-load
