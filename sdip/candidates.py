@@ -103,6 +103,8 @@ def fill_templates(
     return [[t.format(phrase=p, fill=f).strip(', ') for t, f in spots] for p in phrases]
 
 # %% ../nbs/05_candidates.ipynb #token-counts
+_BLOCK = 4096  # texts or rows at a time: lists of a million phrases are never copied as a whole
+
 def token_room(
         clip,  # ClipEncoder
 ) -> int | None:  # None: a CLIP without a tokenizer, which has no limit
@@ -121,10 +123,12 @@ def token_counts(
     return _end_mark(clip, texts) - _end_mark(clip, [''])[0]
 
 def _end_mark(clip, texts, long=512):  # (n,) position of the end mark in a context that nothing fills
-    tok = clip.tokenizer
+    tok, texts, out = clip.tokenizer, list(texts), np.full(len(texts), long)
     end = tok.eot_token_id if hasattr(tok, 'eot_token_id') else tok.tokenizer.eos_token_id
-    found = np.asarray(tok(list(texts), context_length=long)) == end  # (n, long)
-    return np.where(found.any(1), found.argmax(1), long)
+    for lo in range(0, len(texts), _BLOCK):
+        found = np.asarray(tok(texts[lo:lo + _BLOCK], context_length=long)) == end  # (b, long)
+        out[lo:lo + _BLOCK] = np.where(found.any(1), found.argmax(1), long)
+    return out
 
 # %% ../nbs/05_candidates.ipynb #phrase-table
 class PhraseTable:
@@ -145,12 +149,25 @@ class PhraseTable:
             raise ValueError("the list of phrases is empty: give at least one, or leave the table out")
         if matrix is None:
             self._drop_long(clip)
-            matrix = self._encode(clip, templates if n_fills else (), fills, n_fills, seed, cache)
-        if len(matrix) != len(self.phrases):
+            blocks = self._encode(clip, templates if n_fills else (), fills, n_fills, seed, cache)
+        elif len(matrix) != len(self.phrases):
             raise ValueError(f"{len(matrix)} embeddings for {len(self.phrases)} phrases; "
                              "compute the table again")
-        half = unit(matrix).astype(np.float16)  # as it is saved: the same before and after
-        self.matrix = half.astype(np.float32)
+        else:
+            blocks = _blocks(matrix)
+        self.matrix = _half_rows(blocks, len(self.phrases))
+
+# %% ../nbs/05_candidates.ipynb #phrase-table-blocks
+def _blocks(a):
+    return (a[lo:lo + _BLOCK] for lo in range(0, len(a), _BLOCK))
+
+def _half_rows(blocks, n):  # -> (n, d) float32 unit rows, rounded as they are saved
+    matrix = None
+    for lo, rows in zip(range(0, n, _BLOCK), blocks):
+        if matrix is None:
+            matrix = np.empty((n, rows.shape[1]), np.float32)
+        matrix[lo:lo + _BLOCK] = unit(rows).astype(np.float16)
+    return matrix
 
 # %% ../nbs/05_candidates.ipynb #phrase-table-encode
 @patch
@@ -167,7 +184,7 @@ def _drop_long(self: PhraseTable, clip):  # a cut phrase would be ranked by its 
 
 @patch
 def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
-    "-> (p, d), mean over each phrase's sentences"
+    "-> blocks (b, d), mean over each phrase's sentences"
     def rows(phrases):  # the same sentences whichever phrases come along
         texts = [[p] for p in phrases]
         if templates:
@@ -176,10 +193,10 @@ def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
         return unit(emb.reshape(len(texts), -1, emb.shape[1]).mean(1))  # (b, n_fills, d) -> (b, d)
 
     if cache is None:
-        return np.concatenate([rows(self.phrases[lo:lo + 4096]) for lo in range(0, len(self.phrases), 4096)])
+        return map(rows, _blocks(self.phrases))
     key = f"{clip.fingerprint} {hash_items([*templates, *fills, n_fills, seed])[:16]}"
     folder = Path(cache)/hash_items([key, *self.phrases])[:24]
-    return np.asarray(encode(self.phrases, rows, folder, shard_size=4096, key=key))
+    return _blocks(encode(self.phrases, rows, folder, shard_size=_BLOCK, key=key))  # of a map of the file
 
 # %% ../nbs/05_candidates.ipynb #phrase-scores
 @patch
