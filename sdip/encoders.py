@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch.func import functional_call
 
 from .core import EMB_DIM, check_sha256, hash_items, right_shape, unit
 from .preprocess import Preprocess, checked_prep, image_batches, pick_device, square_size
@@ -351,8 +352,16 @@ def encode_texts(
     todo, out = list(distinct), np.zeros((len(distinct), self.dim), np.float32)
     for lo in range(0, len(todo), self.bs):
         tokens = self.tokenizer(todo[lo:lo + self.bs]).to(self.device)  # (b, context)
-        out[lo:lo + self.bs] = self.model.encode_text(tokens, normalize=True).float().cpu()  # (b, dim)
+        out[lo:lo + self.bs] = _text_rows(self.model, tokens).float().cpu()  # (b, dim)
     return out[np.array([distinct[t] for t in texts], dtype=np.int64)]  # (distinct, dim) -> (n, dim)
+
+# %% ../nbs/00e_encoders.ipynb #text-rows
+def _text_rows(model, tokens):  # (b, context) -> (b, dim)
+    if getattr(model, 'text_pool_type', None) != 'argmax' or model.attn_mask is None:
+        return model.encode_text(tokens, normalize=True)
+    n = int(tokens.argmax(1).max()) + 1  # up to the last end mark, which is the largest token
+    short = dict(positional_embedding=model.positional_embedding[:n], attn_mask=model.attn_mask[:n, :n])
+    return functional_call(model, short, kwargs=dict(text=tokens[:, :n]))[1]
 
 # %% ../nbs/00e_encoders.ipynb #clip-fingerprint
 @patch(as_prop=True)
