@@ -292,9 +292,20 @@ class LastWord(Callback):
                       'the averaged ones that this training chose are put back; keep= says which')
         self.model.load_state_dict(kept)
 
+# %% ../nbs/00g_callbacks.ipynb #thaw-modes
+def _set_modes(net):
+    "Frozen modules in evaluation mode, all others in training mode"
+    trains = True
+    for m in net.modules():
+        own = [p.requires_grad for p in m.parameters(recurse=False)]
+        inside = [p.requires_grad for p in m.parameters()]
+        if own:
+            trains = any(own)
+        m.training = any(inside) if inside else trains
+
 # %% ../nbs/00g_callbacks.ipynb #thaw
 class Thaw(Callback):
-    "Unfreeze from the top by a schedule; frozen layers keep their BatchNorm statistics too"
+    "Unfreeze from the top by a schedule; what is frozen is in evaluation mode"
     def __init__(
             self,
             groups,  # list of lists of modules and parameters, input side first
@@ -309,8 +320,7 @@ class Thaw(Callback):
         for i, group in enumerate(self.groups):
             for part in group:
                 part.requires_grad_(i >= n_frozen)
-                if isinstance(part, nn.Module):
-                    part.train(i >= n_frozen)
+        _set_modes(self.model)
 
 # %% ../nbs/00g_callbacks.ipynb #digest
 def digest(
@@ -367,10 +377,11 @@ class Checkpoint(Callback):
     ):
         "ValueError for a damaged checkpoint, or one of another key"
         self.file, self.key, self.minutes, self.state = Path(file), key, minutes, None
+        self.notes = {}  # plain data that a resumed run wants back
         if self.file.exists():
             state = _read_state(self.file)
             _check_key(self.file, state['key'], key)
-            self.state = state
+            self.state, self.notes = state, state.get('notes', {})
 
     @property
     def epoch_done(self):
@@ -403,8 +414,8 @@ def _save(self: Checkpoint, epoch, batch):
         group.update({k: float(v) for k, v in group.items() if isinstance(v, np.floating)})
     scaler, best = getattr(self.learn, 'scaler', None), getattr(self.learn, 'keep_best', None)
     smooth = self.recorder.smooth_loss
-    state = dict(key=self.key, epoch=epoch, batch=batch, pct=self.pct_train, model=self.model.state_dict(),
-                 opt=opt, scaler=scaler.state_dict() if scaler else None,
+    state = dict(key=self.key, notes=self.notes, epoch=epoch, batch=batch, pct=self.pct_train,
+                 model=self.model.state_dict(), opt=opt, scaler=scaler.state_dict() if scaler else None,
                  ema=self.learn.ema.avg.module.state_dict(), steps=self.learn.ema.steps,
                  best=best.state if best else None, rows=self.learn.history.rows,
                  smooth=(smooth.count, float(smooth.val)), rng=_random_state())
@@ -456,6 +467,8 @@ def before_train(self: Checkpoint):
     if self.batch:
         self.learn.pct_train, self.rng = self.state['pct'], self.state['rng']
     self.saved = time.monotonic()
+    if not self.state and self.epoch == 0:
+        self._save(0, 0)
 
 @patch
 def before_batch(self: Checkpoint):

@@ -8,6 +8,7 @@ __all__ = ['schedule', 'TrainRecipe', 'make_learner', 'fit', 'predict_images', '
 # %% ../nbs/00g_training.ipynb #imports
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -42,19 +43,36 @@ def schedule(
         return combine_scheds([pct, 1 - pct], [SchedNo(lrs, lrs), SchedCos(lrs, lrs/1e4)])
     raise ValueError(f'schedule {name!r} is unknown, known are 1cycle and flat')
 
+# %% ../nbs/00g_training.ipynb #undecayed
+_UNDECAYED = ('cls_token', 'class_embedding', 'pos_embed', 'positional_embedding',
+              'relative_position_bias_table')
+
+def undecayed(
+        net: nn.Module,  # whose parts may have timm's method `no_weight_decay`
+) -> set:  # ids of parameters
+    "The matrices that weight decay does no good: tokens and tables of positions"
+    found = {id(p) for name, p in net.named_parameters() if name.rpartition('.')[2] in _UNDECAYED}
+    for part in net.modules():
+        names = part.no_weight_decay() if hasattr(part, 'no_weight_decay') else ()
+        for name, p in part.named_parameters() if names else ():
+            if any(fnmatch(name, pattern) for pattern in names):
+                found.add(id(p))
+    return found
+
 # %% ../nbs/00g_training.ipynb #param-groups
 def param_groups(
     groups,  # list of lists of modules and parameters, input side first
     lr: float,  # of the top group
     layer_decay: float = 1.,  # factor from each group to the one below it
     weight_decay: float = 0.05,  # of matrices and kernels; vectors (biases, norms) get none
+    exempt=frozenset(),  # ids of further parameters that get none, of `undecayed`
 ) -> list:  # [lists of parameters, learning rates, weight decays]
     "Split layers into groups with their own learning rate and weight decay"
     out = []
     for i, group in enumerate(groups):
         ps = [p for part in group for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
         for decays in (True, False):
-            some = [p for p in ps if (p.ndim > 1) == decays]
+            some = [p for p in ps if (p.ndim > 1 and id(p) not in exempt) == decays]
             if some:
                 out.append((some, lr*layer_decay**(len(groups) - 1 - i), weight_decay if decays else 0.))
     return [list(o) for o in zip(*out)]
@@ -107,7 +125,8 @@ def make_learner(
     cls=Learner,  # a subclass of fastai's
 ) -> Learner:  # `peaks` holds the peak learning rate of each group of parameters
     "fastai's learner with AdamW and the callbacks of the chapter before"
-    ps, lrs, wds = param_groups(groups, recipe.lr, recipe.layer_decay, recipe.weight_decay)
+    decay = recipe.layer_decay, recipe.weight_decay, undecayed(model)
+    ps, lrs, wds = param_groups(groups, recipe.lr, *decay)
     cbs = [*_callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet), *cbs]
     if checkpoint:
         cbs.append(checkpoint)
