@@ -6,12 +6,16 @@
 __all__ = ['layer_groups', 'ridge', 'probe', 'ImageRegressor']
 
 # %% ../nbs/02_backbone.ipynb #imports
+from functools import partial
+
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .core import EMB_DIM, mean_cosine
+from .core import EMB_DIM, row_cosine
 
 # %% ../nbs/02_backbone.ipynb #build-tower
 def build_tower(
@@ -20,7 +24,7 @@ def build_tower(
     "The image tower of an open_clip model config, with weights still to be loaded"
     from open_clip.model import _build_vision_tower
     vision, quick_gelu = dict(config['vision_cfg']), config.get('quick_gelu', False)
-    return _build_vision_tower(config['embed_dim'], vision, quick_gelu)
+    return _build_vision_tower(config['embed_dim'], vision | dict(output_tokens=False), quick_gelu)
 
 # %% ../nbs/02_backbone.ipynb #timm-groups
 def _timm_groups(net):
@@ -36,6 +40,14 @@ def _timm_groups(net):
         groups.append(list(group.values()))
     return groups
 
+def _stages(net):
+    "Loose parameters and the stem, each stage, what follows them"
+    groups = [list(net.parameters(recurse=False))]
+    for name, layer in net.named_children():
+        parts = list(layer) if isinstance(layer, (nn.Sequential, nn.ModuleList)) and name != 'head' else [layer]
+        groups += [[part] for part in parts if any(True for _ in part.parameters())]
+    return [groups[0] + groups[1], *groups[2:]]
+
 # %% ../nbs/02_backbone.ipynb #layer-groups
 def layer_groups(
     tower: nn.Module,  # open_clip's VisionTransformer, ModifiedResNet or TimmModel, or a timm model
@@ -43,31 +55,73 @@ def layer_groups(
     "The layers of an image tower, as a picture passes them; ValueError for another kind of network"
     if hasattr(tower, 'group_matcher'):
         return _timm_groups(tower)
+    if hasattr(tower, 'pretrained_cfg'):
+        return _stages(tower)
     if hasattr(tower, 'trunk'):
-        return _timm_groups(tower.trunk) + [[tower.head]]
+        return layer_groups(tower.trunk) + [[tower.head]]
     if hasattr(tower, 'transformer'):
         stem = [tower.conv1, tower.class_embedding, tower.positional_embedding, tower.ln_pre]
-        return [stem, *([block] for block in tower.transformer.resblocks), [tower.ln_post, tower.proj]]
+        pools = [getattr(tower, name, None) for name in ('attn_pool', 'attn_pool_contrastive')]
+        top = [pool for pool in pools if pool is not None] + [tower.ln_post, tower.proj]
+        return [stem, *([block] for block in tower.transformer.resblocks), top]
     if hasattr(tower, 'attnpool'):
         stem = [getattr(tower, f'{kind}{i}') for i in (1, 2, 3) for kind in ('conv', 'bn')]
         return [stem, [tower.layer1], [tower.layer2], [tower.layer3], [tower.layer4], [tower.attnpool]]
     raise ValueError(f'no layer groups known for {type(tower).__name__}: '
                      'known are VisionTransformer, ModifiedResNet and timm models')
 
+# %% ../nbs/02_backbone.ipynb #blocks
+_BLOCK = 8192  # rows
+
+def _blocks(x, y, weight=None, through=None):
+    "Rows without NaN in float64, block by block: (b, d), (b, 384), (b,)"
+    for lo in range(0, len(x), _BLOCK):
+        part = slice(lo, lo + _BLOCK)
+        rows = np.asarray(x[part], np.float32 if through else np.float64)
+        rows = through(rows) if through else rows
+        ok = np.isfinite(rows).all(1)
+        w = np.ones(ok.sum()) if weight is None else np.asarray(weight[part], np.float64)[ok]
+        yield rows[ok].astype(np.float64, copy=False), np.asarray(y[part][ok], np.float64), w
+
+# %% ../nbs/02_backbone.ipynb #moments
+def _moments(x, y, weight, through):
+    "Weighted means of x (d,) and y (384,), covariance of x (d, d), of x and y (d, 384)"
+    total, at_x, at_y, xx, xy, about = 0., 0., 0., 0., 0., None
+    for rows, targ, w in _blocks(x, y, weight, through):
+        if about is None and len(rows):
+            about = rows.mean(0), targ.mean(0)  # sums of small numbers lose fewer digits
+        if not len(rows):
+            continue
+        root = np.sqrt(w)
+        rows, targ = (rows - about[0])*root[:, None], (targ - about[1])*root[:, None]
+        total, at_x, at_y = total + w.sum(), at_x + root @ rows, at_y + root @ targ
+        xx, xy = xx + rows.T @ rows, xy + rows.T @ targ  # (d, b) @ (b, d), (d, b) @ (b, 384)
+    if not total:
+        raise ValueError(f'none of {len(x)} rows has finite features and a weight above 0: nothing to fit')
+    at_x, at_y = at_x/total, at_y/total
+    cov, cross = xx/total - np.outer(at_x, at_x), xy/total - np.outer(at_x, at_y)
+    return about[0] + at_x, about[1] + at_y, cov, cross
+
 # %% ../nbs/02_backbone.ipynb #ridge
+def _heads(moments, alphas):
+    "(weight (384, d), bias (384,)) for each alpha"
+    at_x, at_y, cov, cross = moments
+    values, q = np.linalg.eigh(cov)
+    turned = q.T @ cross  # (d, d) @ (d, 384)
+    for alpha in alphas:
+        strength = np.maximum(values, 0) + alpha*np.trace(cov)/len(cov)
+        coef = (q @ (turned/np.where(strength > 0, strength, np.inf)[:, None])).T
+        yield coef.astype(np.float32), (at_y - coef @ at_x).astype(np.float32)
+
 def ridge(
-        x: np.ndarray,  # (n, d) features
+        x: np.ndarray,  # (n, d) features, of any float type, in memory or a memmap; rows with NaN are left out
         y: np.ndarray,  # (n, 384) targets
         weight=None,  # (n,) sample weights, mean 1; None: all 1
         alpha: float = 1.,  # L2 penalty, in units of the features' mean variance
 ) -> tuple:  # (weight (384, d), bias (384,))
-    "Weighted ridge regression with an intercept that is not penalised"
-    from sklearn.linear_model import Ridge
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    w = np.ones(len(x)) if weight is None else np.asarray(weight, np.float64)
-    variance = np.average((x - np.average(x, 0, w))**2, 0, w).mean()
-    fitted = Ridge(alpha*variance*w.sum()).fit(x, y, sample_weight=w)
-    return fitted.coef_.astype(np.float32), fitted.intercept_.astype(np.float32)
+    "Weighted ridge regression with an intercept that is not penalised; ValueError where no row is left"
+    [head] = _heads(_moments(x, y, weight, None), [alpha])
+    return head
 
 # %% ../nbs/02_backbone.ipynb #probe-head
 def probe(
@@ -77,15 +131,16 @@ def probe(
     valid_y: np.ndarray,  # (m, 384) their targets
     weight=None,  # (n,) sample weights, as in `ridge`
     alphas=(1e-4, 1e-3, 1e-2, 1e-1, 1.),  # to choose from
+    through=None,  # f((b, d) float32) -> what the head's last layer sees; None: the features
 ) -> tuple:  # (weight (384, d), bias (384,), {alpha: validation score})
-    "The ridge head whose alpha scores best on validation rows"
-    ok, vok = np.isfinite(x).all(1), np.isfinite(valid_x).all(1)
-    w = None if weight is None else np.asarray(weight)[ok]
-    fits = {alpha: ridge(x[ok], y[ok], w, alpha) for alpha in alphas}
-    scores = {}
-    for alpha, (coef, bias) in fits.items():
-        scores[alpha] = mean_cosine(valid_x[vok] @ coef.T + bias, valid_y[vok])  # (m, d) @ (d, 384)
-    return *fits[max(scores, key=scores.get)], scores
+    "The ridge head whose alpha scores best on validation rows; ValueError where no row is left"
+    heads = list(_heads(_moments(x, y, weight, through), alphas))
+    sums, n = np.zeros(len(heads)), 0
+    for rows, targ, _ in _blocks(valid_x, valid_y, None, through):
+        sums += [row_cosine(rows @ coef.T + bias, targ).sum() for coef, bias in heads]  # (b, d) @ (d, 384)
+        n += len(rows)
+    scores = dict(zip(alphas, (sums/max(n, 1)).tolist()))
+    return *heads[int(np.argmax(sums))], scores
 
 # %% ../nbs/02_backbone.ipynb #heads
 def make_head(
@@ -153,13 +208,21 @@ class Features(nn.Module):
 @torch.no_grad()
 def prime_mlp(
         head: nn.Sequential,  # of kind 'mlp'
-        x: np.ndarray,  # (n, d) features of the training rows
-) -> np.ndarray:  # (n, 2d): what its last layer sees
-    "Give BatchNorm the statistics of the training rows, and go up to the last layer"
-    h = head[0](torch.from_numpy(x).to(head[0].weight.device))  # (n, d) -> (n, 2d)
-    head[1].running_mean.copy_(h.nanmean(0))
-    head[1].running_var.copy_((h - h.nanmean(0)).pow(2).nanmean(0))
-    return head[:-1].eval()(torch.from_numpy(x).to(h.device)).cpu().numpy()
+        x: np.ndarray,  # (n, d) features of the training rows; rows with NaN are left out
+):  # function: features (b, d) float32 -> (b, 2d), what the last layer sees
+    "Give BatchNorm the statistics of the training rows; the way up to the last layer"
+    def up_to(layers, rows):
+        with torch.no_grad():
+            return layers(torch.from_numpy(rows).to(head[0].weight.device)).cpu().numpy()  # (b, 2d)
+
+    nothing, n = np.empty((len(x), 0)), 0
+    total, squares = np.zeros((2, head[0].out_features))
+    for h, _, _ in _blocks(x, nothing, through=partial(up_to, head[0])):
+        n, total, squares = n + len(h), total + h.sum(0), squares + (h**2).sum(0)
+    mean = total/max(n, 1)
+    head[1].running_mean.copy_(torch.from_numpy(mean))
+    head[1].running_var.copy_(torch.from_numpy(squares/max(n, 1) - mean**2))
+    return partial(up_to, head[:-1].eval())
 
 # %% ../nbs/02_backbone.ipynb #grad-checkpoint
 def checkpoint_gradients(
