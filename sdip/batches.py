@@ -6,7 +6,10 @@
 __all__ = ['PairRows', 'GroupSampler', 'make_loaders', 'Augment']
 
 # %% ../nbs/00g_batches.ipynb #imports
+import itertools
 import math
+import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -138,7 +141,7 @@ def world_of_processes() -> tuple:  # (number of this process, number of all); (
     if not dist.is_initialized():
         if {'RANK', 'LOCAL_RANK'} <= os.environ.keys():
             from accelerate import PartialState
-            PartialState(cpu=not torch.cuda.is_available())
+            PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         said = share_among([int(os.environ['RANK'])]) if dist.is_initialized() else 'nothing'
         if said != list(range(world)):
             raise RuntimeError(f'the processes call themselves {said}, expected {world} of them from 0 on: '
@@ -164,6 +167,31 @@ def start_alike(
         return
     from accelerate.utils import broadcast
     model.load_state_dict(broadcast(dict(model.state_dict())))
+
+# %% ../nbs/00g_batches.ipynb #first-alone
+_TURNS = itertools.count()
+
+def first_alone(
+        work,  # f() -> anything that can be pickled
+):  # its answer, in every process
+    "The first process works, the others sleep meanwhile; RuntimeError in these where it fails"
+    rank, world = world_of_processes()
+    if world == 1:
+        return work()
+    from torch.distributed.distributed_c10d import _get_default_store
+    store, turn, found, error = _get_default_store(), f'sdip-{next(_TURNS)}', None, None
+    if rank == 0:
+        try:
+            found = work()
+        except Exception as e:
+            error = e
+        store.set(turn, 'done')
+    while not store.check([turn]):
+        time.sleep(.2)
+    found, failed = share_among([(found, error and f'{type(error).__name__}: {error}')])[0]
+    if failed:
+        raise error or RuntimeError(f'the first process failed: {failed}')
+    return found
 
 # %% ../nbs/00g_batches.ipynb #one-process-only
 def one_process_only(
