@@ -8,7 +8,9 @@ __all__ = ['ClipRegressor', 'finetune']
 # %% ../nbs/02_finetune_clip.ipynb #imports
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,19 @@ from .split import prepare_pairs
 from .backbone import build_tower, ImageRegressor, ridge
 from .base_regressor import Recipe, Regressor
 
+# %% ../nbs/02_finetune_clip.ipynb #at-size
+def _at_size(tower, state, size):
+    "(config, weights) of an open_clip ViT for pictures of another size; ValueError for another tower"
+    from open_clip.model import resize_pos_embed
+    vision = tower['vision_cfg']
+    if vision.get('timm_model_name') or not isinstance(vision.get('layers', 12), int):
+        raise ValueError(f"img_size={size} needs a ViT of open_clip's own, this CLIP has another image tower: "
+                         'leave img_size=None, or take a CLIP that was trained at that size')
+    tower = tower | dict(vision_cfg=vision | dict(image_size=size))
+    state = {f'visual.{k}': v for k, v in state.items()}  # as in a whole CLIP
+    resize_pos_embed(state, SimpleNamespace(visual=build_tower(tower)))
+    return tower, {k.removeprefix('visual.'): v for k, v in state.items()}
+
 # %% ../nbs/02_finetune_clip.ipynb #clip-regressor
 class ClipRegressor(Regressor):
     "The image tower of a CLIP model with a 384-d head"
@@ -34,14 +49,20 @@ class ClipRegressor(Regressor):
             clip: ClipEncoder,  # the base CLIP, or the name or folder of one; its weights are copied
             device=None,  # None: the GPU where there is one
             head: str = 'linear',  # or 'mlp'
+            img_size: int | None = None,  # another than the CLIP's, in pixels: positions are interpolated
     ):
+        "ValueError for a tower that cannot be brought to another size"
         if not isinstance(clip, ClipEncoder):
             clip = ClipEncoder(clip, device=device)
         said = ('embed_dim', 'vision_cfg', 'quick_gelu')
         self.tower = {k: clip.model_cfg[k] for k in said if k in clip.model_cfg}
+        state, prep = clip.model.visual.state_dict(), clip.prep
+        if img_size not in (None, prep.size):
+            self.tower, state = _at_size(self.tower, state, img_size)
+            prep = replace(prep, size=img_size)
         body = build_tower(self.tower)
-        body.load_state_dict(clip.model.visual.state_dict())
-        super().__init__(ImageRegressor(body, clip.dim, head=head), clip.prep, device)
+        body.load_state_dict(state)
+        super().__init__(ImageRegressor(body, clip.dim, head=head), prep, device)
 
 # %% ../nbs/02_finetune_clip.ipynb #clip-load
 @patch
