@@ -27,17 +27,27 @@ from .backbone import build_tower, ImageRegressor, ridge
 from .base_regressor import Recipe, Regressor
 
 # %% ../nbs/02_finetune_clip.ipynb #at-size
+def _is_bound(vision):
+    "Whether a tower takes pictures of its own size only"
+    import timm
+    trunk = vision.get('timm_model_name')
+    known = trunk and timm.models.get_pretrained_cfg(trunk)
+    return trunk and (not known or known.fixed_input_size or vision.get('timm_pool', '').endswith('attn'))
+
 def _at_size(tower, state, size):
-    "(config, weights) of an open_clip ViT for pictures of another size; ValueError for another tower"
+    "(config, weights) of a tower for pictures of another size; ValueError for one that is bound to its size"
     from open_clip.model import resize_pos_embed
     vision = tower['vision_cfg']
-    if vision.get('timm_model_name') or not isinstance(vision.get('layers', 12), int):
-        raise ValueError(f"img_size={size} needs a ViT of open_clip's own, this CLIP has another image tower: "
-                         'leave img_size=None, or take a CLIP that was trained at that size')
-    tower = tower | dict(vision_cfg=vision | dict(image_size=size))
-    state = {f'visual.{k}': v for k, v in state.items()}  # as in a whole CLIP
-    resize_pos_embed(state, SimpleNamespace(visual=build_tower(tower)))
-    return tower, {k.removeprefix('visual.'): v for k, v in state.items()}
+    if _is_bound(vision):
+        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or a convolutional tower "
+                         'of timm: leave img_size=None, or take a CLIP that was trained at that size')
+    place = 'attnpool.positional_embedding' if 'attnpool.positional_embedding' in state else 'positional_embedding'
+    if place in state:
+        side = size // (vision['patch_size'] if place == 'positional_embedding' else 32)
+        table = {'visual.positional_embedding': state[place]}  # (side**2 + 1, width), as in a whole CLIP
+        resize_pos_embed(table, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))
+        state = state | {place: table['visual.positional_embedding']}
+    return tower | dict(vision_cfg=vision | dict(image_size=size)), state
 
 # %% ../nbs/02_finetune_clip.ipynb #clip-regressor
 class ClipRegressor(Regressor):
