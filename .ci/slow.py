@@ -921,6 +921,43 @@ def test_two_processes():
         'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets'
     ]
 
+ALONE = '''
+import datetime, os, time
+import sdip.batches as b
+b.timedelta = lambda **kw: datetime.timedelta(seconds=4)  # what a collective call may take
+rank, world = b.world_of_processes()
+
+def work():
+    time.sleep(7)
+    return f'made by {rank}'
+
+def fails():
+    raise ValueError('no room')
+
+found = b.first_alone(work)
+try:
+    b.first_alone(fails)
+except (ValueError, RuntimeError) as e:
+    found += f', {type(e).__name__}: {e}'
+try:
+    if rank == 0:
+        time.sleep(7)
+    b.share_among([rank])
+except RuntimeError as e:
+    found += ', then out of patience'
+open(f'{rank}.txt', 'w').write(found)
+os._exit(0)  # the group is broken
+'''
+
+def test_first_process_alone():
+    "What the first process works at for longer than a collective call may take; its error is every process's"
+    Path('alone.py').write_text(ALONE)
+    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'alone.py', **NO_CARD)
+    first, second = (Path(f'{rank}.txt').read_text() for rank in range(2))
+    assert first.startswith('made by 0, ValueError: no room'), first
+    failed = 'RuntimeError: the first process failed: ValueError: no room'
+    assert second == f'made by 0, {failed}, then out of patience', second
+
 TOY_CLIP = '''
 import json
 from open_clip.model import CLIP
