@@ -9,9 +9,10 @@ __all__ = ['Regressor']
 import math
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import fastai.callback.hook  # noqa: F401 (gives a learner its summary())
+import fastai.callback.hook
 import numpy as np
 import pandas as pd
 import torch
@@ -20,14 +21,15 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from . import __version__
-from .core import EMB_DIM, check_emb, row_cosine, unit
+from .core import EMB_DIM, check_emb, read_json, right_shape, row_cosine, unit
 from .data import image_paths
 from .preprocess import pick_device, Preprocess
-from .batches import Augment, make_loaders, PairRows, share_among, start_alike, world_of_processes
+from .batches import (Augment, first_alone, make_loaders, PairRows, share_among, start_alike,
+                          world_of_processes)
 from .callbacks import Checkpoint, CsvLog, digest, KeepBest, score_of
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
-                           say_what_to_lower)
+                           say_what_to_lower, undecayed)
 from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
 
 # %% ../nbs/02_base_regressor.ipynb #regressor
@@ -41,7 +43,9 @@ class Regressor:
             prep: Preprocess,  # makes the pixels the tower expects
             device=None,  # None: the GPU where there is one
     ):
+        "ValueError for a tower whose layers are not known"
         world_of_processes()  # each process its own GPU
+        layer_groups(net.body)  # refused here, not after hours of features
         self.device = pick_device(device)
         self.net, self.prep, self.report, self.probe_scores = net.to(self.device).eval(), prep, [], {}
 
@@ -107,11 +111,15 @@ def _checked_targets(pairs, targets):
 @patch
 def _given_features(self: Regressor, features, pairs, splits):
     "Features of each split out of rows of the base CLIP; ValueError where they are not the tower's"
-    features, width = np.asarray(features), self.net.width
-    if features.shape != (len(pairs), width):
-        raise ValueError(f'features have shape {features.shape}, expected {(len(pairs), width)}: '
+    width = self.net.width
+    if np.shape(features) != (len(pairs), width):
+        raise ValueError(f'features have shape {np.shape(features)}, expected {(len(pairs), width)}: '
                          "one row a pair, of this regressor's own base CLIP")
-    out = [unit(features[rows.at].astype(np.float32))*math.sqrt(width) for rows in splits]
+    out = [np.empty((len(rows.at), width), np.float32) for rows in splits]
+    for x, rows in zip(out, splits):
+        for lo in range(0, len(x), 8192):  # a block at a time: no second copy of all rows
+            part = slice(lo, lo + 8192)
+            x[part] = unit(np.asarray(features[rows.at[part]], np.float32))*math.sqrt(width)
     known = np.flatnonzero(splits[0].ok & np.isfinite(out[0]).all(1))[:4]
     own = self.features([splits[0].images[i] for i in known])
     if len(known) and row_cosine(own, out[0][known]).min() < .99:
@@ -143,9 +151,9 @@ def _start_head(self: Regressor, features, pairs, splits):
     bias = np.average(y, 0, w).astype(np.float32)
     if self.recipe.probe:
         x, valid_x = self._probe_features(features, pairs, splits)
-        if self.net.kind == 'mlp':
-            x, valid_x = prime_mlp(self.net.head, x), self._behind(valid_x)
-        coef, bias, self.probe_scores = probe(x, y, valid_x, valid_y, w)
+        through = prime_mlp(self.net.head, x) if self.net.kind == 'mlp' else None
+        solve = partial(probe, x, y, valid_x, valid_y, w, through=through)
+        coef, bias, self.probe_scores = first_alone(solve)
     self._set_last(coef, bias)
 
 # %% ../nbs/02_base_regressor.ipynb #set-last
@@ -155,12 +163,6 @@ def _set_last(self: Regressor, coef, bias):
     "Write the last layer: (384, d), (384,)"
     self.net.last.weight.copy_(torch.from_numpy(coef))
     self.net.last.bias.copy_(torch.from_numpy(bias))
-
-@patch
-@torch.no_grad()
-def _behind(self: Regressor, x):
-    "Features up to the last layer of an 'mlp' head"
-    return self.net.head[:-1].eval()(torch.from_numpy(x).to(self.device)).cpu().numpy()
 
 # %% ../nbs/02_base_regressor.ipynb #regressor-learner
 class RegressorLearner(Learner):
@@ -243,7 +245,8 @@ def show_results(
     bank = unit(train.ys[0].numpy()[first.index])  # (prompts, 384)
     rows = np.flatnonzero(valid.ok)[:max_n].tolist()
     px = torch.cat([valid.__getitems__([r])[0] for r in rows])
-    pred, targ = predict_images(self.model, px.numpy(), valid.prep, EMB_DIM), valid.ys[0][rows].numpy()
+    pred = predict_images(self.model, px.numpy(), valid.prep, EMB_DIM, precision=self.ema.precision)
+    targ = valid.ys[0][rows].numpy()
     near = (-unit(pred) @ bank.T).argsort(1)[:, :k]  # (max_n, 384) @ (384, prompts) -> (max_n, k)
     texts = []
     for row, cos, nearest in zip(rows, row_cosine(pred, targ), near):
@@ -262,17 +265,28 @@ def _key(self: Regressor, pairs, targets):
                 weights=pairs.weight.astype(np.float32))
     made = dict(tower=repr(self.tower), head=self.net.kind, start=digest(start),
                 preprocessing=self.prep.to_dict(), split=f'{sizes}: {digest(pairs.split)}')
+    made['undecayed'] = f'{len(undecayed(self.net))} tensors'
     return recipe | made | {k: digest(v) for k, v in rows.items()}
 
 # %% ../nbs/02_base_regressor.ipynb #learner-callbacks
 @patch
-def _callbacks(self: Regressor, dls, logged):
+def _start_score(self: Regressor, dls, checkpoint):
+    "Validation score of the weights before the first step; known to a checkpoint and to the probe"
+    if checkpoint and checkpoint.state:
+        return checkpoint.notes['start']
+    if self.recipe.probe:
+        return max(self.probe_scores.values())
+    return score_of(self.net, dls.valid, self.prep, self.recipe.precision)
+
+@patch
+def _callbacks(self: Regressor, dls, checkpoint, logged):
     "What the recipe asks for: the best epoch, augmentation; and a log"
-    recipe, cbs = self.recipe, []
+    recipe, cbs, start = self.recipe, [], None
     if recipe.keep == 'best':
-        start = max(self.probe_scores.values()) if recipe.probe else score_of(
-            self.net, dls.valid, self.prep, recipe.precision)
+        start = self._start_score(dls, checkpoint)
         cbs.append(KeepBest(start, recipe.patience))
+    if checkpoint:
+        checkpoint.notes = dict(start=start, probe_scores=self.probe_scores)
     if recipe.augment:
         cbs.append(Augment(recipe.augment, recipe.seed))
     if logged:
@@ -301,7 +315,10 @@ def learner(
     self.recipe, self.precision, self.net = recipe, recipe.precision, self.net.requires_grad_(True)
     key = self._key(pairs, targets)
     begun = checkpoint and Checkpoint(checkpoint, key, recipe.minutes)  # another run's is refused here
-    self._start_head(features, pairs, splits)
+    if begun and begun.state:
+        self.probe_scores = begun.notes['probe_scores']
+    else:
+        self._start_head(features, pairs, splits)
     return self._learner(splits, begun, cbs, quiet or rank > 0, logged=checkpoint and not rank)
 
 # %% ../nbs/02_base_regressor.ipynb #learner-parts
@@ -317,7 +334,7 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
                        parts=recipe.accumulate)
     head_open = [(None if depth is None else depth + 1, epochs) for depth, epochs in recipe.unfreezing]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
-                         checkpoint=checkpoint, watch_raw=True, cbs=[*self._callbacks(dls, logged), *cbs],
+                         checkpoint=checkpoint, watch_raw=True, cbs=[*self._callbacks(dls, checkpoint, logged), *cbs],
                          desc=self.kind, quiet=quiet, cls=RegressorLearner,
                          path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder = own  # goes when the learner goes
@@ -381,12 +398,20 @@ def save(
     save_weights(self.net, config, folder)
 
 # %% ../nbs/02_base_regressor.ipynb #restore
-@patch
-def _restore(self: Regressor, folder, config, body, device):
-    "Become the regressor of `folder`, whose `body` has been built as its config says"
-    net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
-    prep = Preprocess.from_dict(config['preprocess'])
-    Regressor.__init__(self, load_weights(net, folder), prep, device)
-    self.history, self.probe_scores = config['history'], config['probe_scores']
-    self.precision = (config['recipe'] or {}).get('precision', 'auto')
+@patch(cls_method=True)
+def load(
+        cls: Regressor,  # a subclass, whose `_body(prep, file)` builds its tower
+        folder,  # written by `save`
+        device=None,  # None: the GPU where there is one
+) -> Regressor:
+    "A saved regressor, ready to predict; ValueError for a damaged folder"
+    file = Path(folder)/'config.json'
+    config, self = read_json(file), cls.__new__(cls)
+    with right_shape(file):
+        self.tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
+        body = self._body(prep, file)
+        net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
+        Regressor.__init__(self, load_weights(net, folder), prep, device)
+        self.history, self.probe_scores = config['history'], config['probe_scores']
+        self.precision = (config['recipe'] or {}).get('precision', 'auto')
     return self

@@ -25,6 +25,7 @@ class _Stopped(KeyboardInterrupt):
 def _stop(number, frame):
     raise _Stopped(number)
 
+# %% ../nbs/00_cli.ipynb #stoppable-2
 @contextmanager
 def _stoppable():
     "SIGTERM and SIGHUP end the work as Ctrl-C does, so that all clean-up is run"
@@ -49,6 +50,7 @@ def _end(name, status, line):
         pass
     raise SystemExit(status) from None
 
+# %% ../nbs/00_cli.ipynb #sentence
 def _sentence(e):
     "Text of an OSError, without the number and the name twice"
     text = e.strerror or str(e)
@@ -106,6 +108,7 @@ def _which(path):
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
 
+# %% ../nbs/00_cli.ipynb #of-run
 def _of_run(path):
     "Is a file one of those that `sdip_run` makes anew in its folder each time?"
     if path.name not in ('submission.csv', 'report.html'):
@@ -226,7 +229,7 @@ def sdip_dedup(
     prompt_col: str = None,  # the prompts' column; default: guessed
     column: str = None,  # another name of --prompt_col
     threshold: float = 0.95,  # cosine from which two prompts count as the same
-    priority: str = None,  # a column of numbers: the highest of a family stays; default: the first
+    priority: str = None,  # a column of numbers: the highest of a cluster stays; default: the first
     mode: str = 'exact',  # 'fast' for more than two million rows: recall is measured and printed
     minilm: str = None,  # folder of all-MiniLM-L6-v2; else the package, else the hub
     force: bool = False,  # replace files that are there
@@ -256,6 +259,7 @@ def sdip_finetune(
         model: str = None,  # another model: a CLIP's folder or name, a timm model's name
         weights: str = None,  # a CLIP's tag or file; for timm pretrained, a file or a folder
         head: str = 'linear',  # linear or mlp
+        img_size: int = None,  # size of the pictures in pixels; default: the model's own
         set: Param('fields of the recipe, such as lr=3e-4 bs=128', str, nargs='*') = None,  # field=value
         device: str = None,  # cpu or cuda; default: the GPU where there is one
         image_col: str = None,  # a table's column of picture paths; default: guessed
@@ -269,7 +273,7 @@ def sdip_finetune(
     from sdip.finetune_clip import finetune
     from sdip.finetune_vit import FINETUNE, make_regressor, print_summary
     out = out or f'runs/{kind}'
-    reg = make_regressor(kind, preset, model, weights, head, device)
+    reg = make_regressor(kind, preset, model, weights, head, device, img_size)
     table = load_pairs(pairs, image_col, prompt_col, images, spare=f'{out}/unpacked')
     if 'read' in table.attrs:
         print(table.attrs['read'])

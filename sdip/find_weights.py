@@ -195,6 +195,7 @@ def survey(
 # %% ../nbs/08_find_weights.ipynb #survey-costs
 _TOWER_GB = 1.2  # either tower: 304 million numbers in single precision
 
+# %% ../nbs/08_find_weights.ipynb #disk-line
 def _disk_line(gb, out):  # gb: role -> size
     disk = gb['clip'] + gb.get('ranker', 0) + (2 + 4)*_TOWER_GB
     at = next(p for p in (Path(out), *Path(out).resolve().parents) if p.exists())
@@ -202,6 +203,7 @@ def _disk_line(gb, out):  # gb: role -> size
     little = ': too little' if free < disk else ''
     return f'disk: about {disk:.0f} GB in {out} at the most, {free:.0f} GB free there{little}'
 
+# %% ../nbs/08_find_weights.ipynb #memory-line
 def _memory_line(gb, bs):
     tokens, width, layers = (384//16)**2 + 1, 1024, 24  # of the ViT at 384 pixels, the larger of the two
     gpu_gb = 5*_TOWER_GB + 34*tokens*bs*width*layers/1e9
@@ -280,7 +282,8 @@ def _load_vit(path, digest, device, **given):
     config = Path(path)/'config.json'
     if config.is_file():
         check_timm_args(read_fields(config, SAVE_AGAIN).get('model_args') or {}, config)
-    model = VitRegressor(ROLES['vit'].arch, path, device=device, **given)
+    name = None if config.is_file() else ROLES['vit'].arch  # a folder says which network it holds
+    model = VitRegressor(name, path, device=device, **given)
     model.origin = model.net.body.origin
     if digest and model.origin['sha256'] != digest:
         raise ValueError(f"{path} has SHA-256 {model.origin['sha256']}, expected {digest}: "

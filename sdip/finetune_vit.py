@@ -7,11 +7,12 @@ __all__ = ['FINETUNE', 'build_backbone', 'backbone_from', 'VitRegressor', 'scrat
 
 # %% ../nbs/03_finetune_vit.ipynb #imports
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import read_json, right_shape, sha256
+from .core import check_sha256, read_json, sha256
 from .preprocess import Preprocess
 from .pretrained import cached_snapshot, check_timm_args, hub_folder, read_tensors
 from .encoders import ClipEncoder, shipped
@@ -122,19 +123,39 @@ def build_backbone(
 # %% ../nbs/03_finetune_vit.ipynb #backbone-from
 def backbone_from(
     folder,  # written by `save_weights` (config.json has `tower`, `preprocess`), or in timm's format
+    name: str | None = None,  # timm model that it has to be; None: any
+    img_size: int | None = None,  # another than the folder's, in pixels: positions are interpolated
+    **kw,  # to timm.create_model, beside what the folder says: drop_path_rate ...
 ) -> tuple:  # (network without a classifier, its `Preprocess`, the tower's name and arguments)
     "A backbone whose folder says how it is built; ValueError where it does not, or its weights do not fit"
     folder = cached_snapshot(folder)
     config = read_json(folder/'config.json')
-    if 'tower' not in config:
-        name, args, *_ = _timm_folder(folder)
-        kw = {k: v for k, v in args.items() if k != 'img_size'}  # the size is the pictures'
-        return *build_backbone(name, folder), dict(name=name, kw=kw)
-    tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
-    net, _ = build_backbone(tower['name'], 'random', prep.size, **tower['kw'])
-    net.origin = dict(weights=str(folder), file=str(folder/'model.safetensors'),
-                      sha256=config['weights_sha256'], notes=[])
-    return load_weights(net, folder), prep, tower
+    own = config.get('tower')
+    arch, args = (own['name'], own['kw']) if own else _timm_folder(folder)[:2]
+    if name and name.split('.')[0] != arch.split('.')[0]:
+        raise ValueError(f"{folder} holds a {arch!r}, asked for was {name!r}: give the one or the other")
+    tower = dict(name=arch, kw={k: v for k, v in args.items() if k != 'img_size'} | kw)
+    if not own:
+        return *build_backbone(arch, folder, img_size, **kw), tower
+    check_timm_args(own['kw'], folder/'config.json')
+    prep = Preprocess.from_dict(config['preprocess'])
+    return *_own_backbone(folder, config['weights_sha256'], tower, prep, img_size), tower
+
+# %% ../nbs/03_finetune_vit.ipynb #own-backbone
+def _own_backbone(folder, digest, tower, prep, img_size):
+    "(network, preprocessing) of a folder that `save_weights` wrote"
+    file = folder/'model.safetensors'
+    if img_size in (None, prep.size):
+        net, _ = build_backbone(tower['name'], 'random', prep.size, **tower['kw'])
+        net = load_weights(net, folder)
+    else:  # by timm's loader, which interpolates
+        check_sha256(file, digest, 'the file was damaged or swapped; train or copy the model again')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of preprocessing: the folder says it
+            net, _ = build_backbone(tower['name'], file, img_size, **tower['kw'])
+        prep = replace(prep, size=img_size)
+    net.origin = dict(weights=str(folder), file=str(file), sha256=digest, notes=[])
+    return net, prep
 
 # %% ../nbs/03_finetune_vit.ipynb #vit-regressor
 class VitRegressor(Regressor):
@@ -143,7 +164,7 @@ class VitRegressor(Regressor):
 
     def __init__(
             self,
-            name: str = 'vit_large_patch16_384',  # of a timm model; not used where `weights` is a folder
+            name: str | None = None,  # of a timm model; None: what the folder holds, or vit_large_patch16_384
             weights='pretrained',  # see `build_backbone`; or a folder, see `backbone_from`
             img_size: int | None = None,  # another than the model's own, in pixels
             seed: int = 0,  # of random weights
@@ -151,32 +172,25 @@ class VitRegressor(Regressor):
             head: str = 'linear',  # or 'mlp'
             **kw,  # to timm.create_model
     ):
+        "ValueError where name, weights and size do not go together"
         import torch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if Path(weights).is_dir():
-                body, prep, self.tower = backbone_from(weights)
+                body, prep, self.tower = backbone_from(weights, name, img_size, **kw)
             else:
+                name = name or 'vit_large_patch16_384'
                 body, prep = build_backbone(name, weights, img_size, **kw)
                 self.tower = dict(name=name, kw=kw)
-            net = ImageRegressor(body, body.num_features, head=head)
+            net = ImageRegressor(body, body.head_hidden_size, head=head)
         super().__init__(net, prep, device)
 
 # %% ../nbs/03_finetune_vit.ipynb #vit-load
-@patch(cls_method=True)
-def load(
-        cls: VitRegressor,
-        folder,  # written by `save`
-        device=None,  # None: the GPU where there is one
-) -> VitRegressor:
-    "A saved regressor, ready to predict; ValueError for a damaged folder"
-    file = Path(folder)/'config.json'
-    config, self = read_json(file), cls.__new__(cls)
-    with right_shape(file):
-        self.tower, size = config['tower'], Preprocess.from_dict(config['preprocess']).size
-        check_timm_args(self.tower['kw'], file)
-        body, _ = build_backbone(self.tower['name'], 'random', size, **self.tower['kw'])
-        return self._restore(folder, config, body, device)
+@patch
+def _body(self: VitRegressor, prep, file):
+    "The tower that a saved regressor's config describes"
+    check_timm_args(self.tower['kw'], file)
+    return build_backbone(self.tower['name'], 'random', prep.size, **self.tower['kw'])[0]
 
 # %% ../nbs/03_finetune_vit.ipynb #scratch-recipe
 def scratch_recipe(
@@ -203,6 +217,7 @@ def make_regressor(
     weights: str | None = None,  # a CLIP's tag or file; for timm 'pretrained', a file or a folder
     head: str = 'linear',  # or 'mlp'
     device=None,  # None: the GPU where there is one
+    img_size: int | None = None,  # another than the model's own, in pixels
 ) -> Regressor:
     "The regressor that a preset names, or one of another model; ValueError for an unknown kind or preset"
     if kind not in ('clip', 'vit'):
@@ -214,11 +229,11 @@ def make_regressor(
     if not (model or weights):
         with shipped('base_clip' if kind == 'clip' else 'vit') as folder:
             if kind == 'clip':
-                return ClipRegressor(ClipEncoder(folder, device=device), device, head)
-            return VitRegressor(weights=folder, device=device, head=head)
+                return ClipRegressor(ClipEncoder(folder, device=device), device, head, img_size)
+            return VitRegressor(weights=folder, img_size=img_size, device=device, head=head)
     if kind == 'clip':
-        return ClipRegressor(ClipEncoder(model, weights, device=device), device, head)
-    return VitRegressor(model or '', weights or 'pretrained', device=device, head=head)
+        return ClipRegressor(ClipEncoder(model, weights, device=device), device, head, img_size)
+    return VitRegressor(model, weights or 'pretrained', img_size, device=device, head=head)
 
 # %% ../nbs/03_finetune_vit.ipynb #summary
 def print_summary(

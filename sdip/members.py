@@ -192,7 +192,7 @@ def _real_interrogator(run, m, part, prompts, images):  # images: (500, d) by th
     write_json(said, run/part.folder/'outside.json')
     counts = numbers if words == 'writeup' else None
     return Interrogator(ClipEncoder(run/'ranker'), captioner, lists, reference=images, mode=words,
-                        counts=counts, n_fills=1, cache=run/_cache(part))  # n_fills: the lists are long
+                        counts=counts, n_fills=None if counts else 1, cache=run/_cache(part))  # long lists
 
 # %% ../nbs/08_members.ipynb #ranker-rows
 def _ranker_rows(run, part, table):

@@ -7,9 +7,9 @@ __all__ = ['scoreboard', 'scoreboard_text', 'Prediction', 'gallery', 'write_repo
 
 # %% ../nbs/08_report.ipynb #imports
 import io
-import os
 import platform
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from .data import image_paths
 from .lock import read_fields
 from .page import Html, html_page, html_table, markup, thumbnail
 from .artifacts import Run
+from .measure import machine
 
 # %% ../nbs/08_report.ipynb #scoreboard
 def _read_scores(run):  # what the scores stage wrote
@@ -39,14 +40,20 @@ def scoreboard(
                      s['cpu'].get(name, np.nan)))
     return pd.DataFrame(rows, columns=['model', 'score', 'skill', 'lo', 'hi', 'cpu'])
 
+# %% ../nbs/08_report.ipynb #board-rows
+def _board_rows(board):  # yields model, score, skill, lo, hi, CPU s or '', as text
+    for r in board.itertuples():
+        cpu = f'{r.cpu:.0f}' if np.isfinite(r.cpu) else ''
+        yield r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f}', f'{r.hi:.4f}', cpu
+
 # %% ../nbs/08_report.ipynb #scoreboard-lines
 def _board_lines(board):
     lines = ['model          score   skill   95 % interval      CPU s']
-    for r in board.itertuples():
-        cpu = f'{r.cpu:6.0f}' if np.isfinite(r.cpu) else '     -'
-        lines.append(f'{r.model:13}  {r.score:.4f}  {r.skill:+.3f}   {r.lo:.4f} .. {r.hi:.4f}  {cpu}')
+    for model, score, skill, lo, hi, cpu in _board_rows(board):
+        lines.append(f'{model:13}  {score}  {skill}   {lo} .. {hi}  {cpu or "-":>6}')
     return lines
 
+# %% ../nbs/08_report.ipynb #gain-lines
 def _gain_lines(s):
     lo, hi = s['intervals']['ensemble - best single']
     lines = [f"ensemble over the best single ({s['best_single']}): {s['gain']:+.4f}, "
@@ -78,7 +85,7 @@ def scoreboard_text(
     n = (run.pairs()[0].split == 'train').sum()
     if n < 1000:
         lines.append(f'{n} training pictures are too few to learn from: '
-                     'these scores show that the walk works, not how good it is')
+                     'these scores show that the pipeline works, not how good it is')
     return '\n'.join(lines)
 
 # %% ../nbs/08_report.ipynb #svg
@@ -119,23 +126,16 @@ def training_figure(
     return fig
 
 # %% ../nbs/08_report.ipynb #ensemble-figures
-def ratio_figure(
+def ensemble_figure(
     run: Run,  # finished
+    part: str,  # of its ensemble: 'curves', score against ratio; 'norms', lengths of each model's raw rows
 ):  # a figure
-    "score(ratio) of each model as the search saw it"
+    "What the search for the blend saw"
     from sdip.blending import plot_curves
-    fig, ax = _axes()
-    plot_curves(read_json(run/'ensemble.json')['curves'], ax)
-    return fig
-
-# %% ../nbs/08_report.ipynb #ensemble-figures-2
-def norms_figure(
-    run: Run,  # finished
-):  # a figure
-    "Lengths of each model's raw rows, which would weigh in an unscaled blend"
     from sdip.ensemble import plot_norms
     fig, ax = _axes()
-    plot_norms(read_json(run/'ensemble.json')['norms'], ax)
+    plot = dict(curves=plot_curves, norms=plot_norms)[part]
+    plot(read_json(run/'ensemble.json')[part], ax)
     return fig
 
 # %% ../nbs/08_report.ipynb #similarity-figure
@@ -271,10 +271,7 @@ dd{margin:0 0 .3rem;font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}
 def _score_section(run):
     s, held_out = _read_scores(run), (run.pairs()[0].split == 'test').sum()
     lo, hi = s['intervals']['ensemble - best single']
-    rows = []
-    for r in scoreboard(run).itertuples():
-        cpu = f'{r.cpu:.0f}' if np.isfinite(r.cpu) else ''
-        rows.append((r.model, f'{r.score:.4f}', f'{r.skill:+.3f}', f'{r.lo:.4f} – {r.hi:.4f}', cpu))
+    rows = [(*row[:3], f'{row[3]} – {row[4]}', row[5]) for row in _board_rows(scoreboard(run))]
     by_prompt = ' Intervals are by prompt: prompts are drawn again with all their pictures.'
     return (f'<h1>{markup(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings '
             f'on {held_out} held-out pictures. Skill 0 is the answer of someone who has not looked at the '
@@ -293,8 +290,10 @@ def _picture_section(run):
 # %% ../nbs/08_report.ipynb #report-how
 _FIGURES = (
     (training_figure, 'Trained networks by epoch: validation score of the averaged weights'),
-    (ratio_figure, 'Each model is added to the blend of those before it; the star is the ratio found'),
-    (norms_figure, 'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
+    (partial(ensemble_figure, part='curves'),
+     'Each model is added to the blend of those before it; the star is the ratio found'),
+    (partial(ensemble_figure, part='norms'),
+     'Cosine loss leaves lengths free, so rows are scaled before they are blended'),
     (similarity_figure, 'Weights pull the training rows towards the held-out ones'),
 )
 
@@ -312,9 +311,9 @@ def _cost_section(run):
         if r := run.receipt(s.name):
             facts = ', '.join(f'{k} {v}' for k, v in r['facts'].items())
             rows.append((s.title, f"{r['seconds']:.0f}", f"{r['cpu']:.0f}", facts))
-    machine = f'{platform.machine()}, {os.cpu_count()} CPUs'
+    versions = f'sdip {__version__}, Python {platform.python_version()}'
     return ('<h2>What it cost</h2>' + html_table(['stage', 's', 'CPU s', 'facts'], rows, 'facts')
-            + f'<p class="soft">sdip {__version__}, Python {platform.python_version()}, {machine}</p>')
+            + f'<p class="soft">{versions}, {machine()}</p>')
 
 # %% ../nbs/08_report.ipynb #write-report
 def write_report(

@@ -270,14 +270,12 @@ def split_pairs(
 
 # %% ../nbs/01a_split.ipynb #embed-prompts
 def _embed_prompts(prompts, folder, device):  # m strings -> (m, 384) float32 unit rows, cached in the folder
-    from sdip.batches import share_among, world_of_processes
+    from sdip.batches import first_alone
     from sdip.encode import encode
     from sdip.encoders import TargetEncoder
     encoder = TargetEncoder(device=device)
-    if world_of_processes()[0] == 0:
-        encode(prompts, encoder, folder)  # one process computes,
-    share_among([0])  # the others wait
-    return unit(np.array(encode(prompts, encoder, folder), np.float32))  # and read
+    first_alone(lambda: len(encode(prompts, encoder, folder)))  # one process computes, all read
+    return unit(np.array(encode(prompts, encoder, folder), np.float32))
 
 # %% ../nbs/01a_split.ipynb #prepare-pairs
 def prepare_pairs(
@@ -289,14 +287,15 @@ def prepare_pairs(
     device=None,  # of the text encoder
 ) -> tuple:  # (table: clean prompts, `group` by prompt, splits; targets (n, 384); {reason: rows dropped})
     "Make pairs ready to train on. ValueError: no usable prompt, no row left to train on"
+    from sdip.batches import first_alone
     table, dropped = clean_pairs(pairs)
     first = table.drop_duplicates('group').sort_values('group')  # one row a distinct prompt
     prompts = first.prompt.tolist()
     emb = _embed_prompts(prompts, folder, device)  # (prompts, 384)
     if threshold is not None:
         rank = first.split.map(dict(test=2, valid=1)).fillna(0).to_numpy()
-        kept = dedup(emb, threshold, priority=rank, ids=prompts).keep[table.group]  # (n,)
+        kept = first_alone(lambda: dedup(emb, threshold, priority=rank, ids=prompts).keep)[table.group]  # (n,)
         dropped = dropped | {'near-duplicate': int((~kept).sum())}
         table = table[kept].reset_index(drop=True)
-    table['split'] = split_pairs(table, emb, need, seed)
+    table['split'] = first_alone(lambda: split_pairs(table, emb, need, seed))
     return table, emb[table.group], dropped
