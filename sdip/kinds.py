@@ -15,7 +15,7 @@ import numpy as np
 
 # %% ../nbs/08_kinds.ipynb #kinds
 _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear', recipe={}, options={})
-_READS = dict(clip=('source', 'weights', 'sha256', 'head', 'recipe'), knn=('options', ), interrogator=('options', ),
+_READS = dict(clip=('source', 'weights', 'sha256', 'size', 'head', 'recipe'), knn=('options', ), interrogator=('options', ),
               vit=('source', 'weights', 'sha256', 'size', 'head', 'recipe', 'options'))
 _OPTIONS = dict(knn=dict(bank=('best', 'texts')),
                 interrogator=dict(words=('classic', 'writeup'), favourites=(False, True), phrases=dict))

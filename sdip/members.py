@@ -74,10 +74,10 @@ def fit_clip(
     "The base CLIP's image tower, or another CLIP's, with a 384-d head"
     from sdip.encoders import ClipEncoder
     from sdip.finetune_clip import ClipRegressor
-    if m['source'] is None:
-        model = ClipRegressor(run/'base_clip', head=m['head'])
-        return _fit_tower(run, m, part, model, features=clip_rows(run, 'images'))  # for the probe
-    return _fit_tower(run, m, part, ClipRegressor(ClipEncoder(m['source'], m['weights']), head=m['head']))
+    clip = run/'base_clip' if m['source'] is None else ClipEncoder(m['source'], m['weights'])
+    model = ClipRegressor(clip, head=m['head'], img_size=m['size'])
+    embedded = m['source'] is None and m['size'] is None  # then the probe's features are there already
+    return _fit_tower(run, m, part, model, features=clip_rows(run, 'images') if embedded else None)
 
 # %% ../nbs/08_members.ipynb #stage-vit
 def _vit(run, m):
