@@ -123,7 +123,8 @@ def _copy_in(path, folder):
 
 # %% ../nbs/07_push.ipynb #kernel-assets
 _NOT_READ = ('data', 'images', 'preds', 'prompts', 'report.html', 'submission.csv', 'clip_images',
-             'clip_texts', 'ranker_images', 'phrases', '*_phrases', '*_pictures', 'similarity.npy', '.*')  # of a run, by prediction
+             'clip_texts', 'ranker_images', 'phrases', '*_phrases', '*_pictures', 'similarity.npy',
+             '.*')  # of a run, by prediction
 
 def build_assets(
     out,  # folder, made anew
