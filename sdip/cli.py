@@ -88,6 +88,7 @@ def _polite(left='nothing half-written was left'):
 
         @wraps(func)
         def run(*args, **kw):
+            os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads that spin cost the others time
             for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no text
                 if hasattr(stream, 'reconfigure'):
                     stream.reconfigure(errors='backslashreplace')
@@ -386,8 +387,6 @@ def sdip_run(
 ):
     "All chapters in one go: data, models, ensemble, submission, report. Goes on where a killed run was"
     given = dict(locals())
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads that spin cost the others their time
-    warnings.filterwarnings('ignore', category=FutureWarning)  # of libraries, to their own authors
     from sdip.run import run_command
     print(run_command(**given))
 
@@ -405,8 +404,6 @@ def sdip_predict(
     "Predict the prompt embeddings of pictures"
     import time
     start = time.monotonic()
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    warnings.filterwarnings('ignore', category=FutureWarning)
     _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
     from sdip.predictor import predict_text, predict_to_csv
     from sdip.submit import time_text

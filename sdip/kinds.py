@@ -15,8 +15,8 @@ import numpy as np
 
 # %% ../nbs/08_kinds.ipynb #kinds
 _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear', recipe={}, options={})
-_READS = dict(clip=('source', 'weights', 'sha256', 'size', 'head', 'recipe'), knn=('options', ), interrogator=('options', ),
-              vit=('source', 'weights', 'sha256', 'size', 'head', 'recipe', 'options'))
+_NETWORK = 'source', 'weights', 'sha256', 'size', 'head', 'recipe'
+_READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=(*_NETWORK, 'options'))
 _OPTIONS = dict(knn=dict(bank=('best', 'texts')),
                 interrogator=dict(words=('classic', 'writeup'), favourites=(False, True), phrases=dict))
 _TYPES = dict(source=str | None, weights=str | None, sha256=str | None, size=int | None, head=str,

@@ -48,9 +48,10 @@ def _board_rows(board):  # yields model, score, skill, lo, hi, CPU s or '', as t
 
 # %% ../nbs/08_report.ipynb #scoreboard-lines
 def _board_lines(board):
-    lines = ['model          score   skill   95 % interval      CPU s']
-    for model, score, skill, lo, hi, cpu in _board_rows(board):
-        lines.append(f'{model:13}  {score}  {skill}   {lo} .. {hi}  {cpu or "-":>6}')
+    width = max(13, *map(len, board.model))
+    lines = [f"{'model':{width}}  score   skill   95 % interval      CPU s"]
+    for model, score, gain, lo, hi, cpu in _board_rows(board):
+        lines.append(f'{model:{width}}  {score}  {gain}   {lo} .. {hi}  {cpu or "-":>6}')
     return lines
 
 # %% ../nbs/08_report.ipynb #gain-lines
