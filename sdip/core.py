@@ -295,7 +295,7 @@ def first_few(
     values,  # any number of them
     k: int = 3,  # how many to show
 ) -> str:  # such as "'a', 'b', 'c', ..."
-    "The first `k` of many values, for a message"
+    "The first `k` of many values, for an error message"
     values = list(values)
     return ', '.join(map(repr, values[:k])) + (', ...' if len(values) > k else '')
 
