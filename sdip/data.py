@@ -331,6 +331,17 @@ def find_images(
         _check_stems(found.values())
     return list(found.values())
 
+# %% ../nbs/00_data.ipynb #with-warnings
+def with_warnings(
+    f,  # called with the other arguments
+    *args,
+    **kw,
+) -> tuple:  # (what f returned, the texts of its warnings)
+    "The result of a call, and its warnings instead of lines on stderr"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        return f(*args, **kw), [str(w.message) for w in caught]
+
 # %% ../nbs/00_data.ipynb #check-numbers
 PAIR_COLUMNS = ('id', 'image', 'prompt', 'source', 'split', 'group', 'weight')
 

@@ -15,8 +15,23 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import check_emb
+from .core import check_emb, unit
 from .preprocess import pick_device
+
+# %% ../nbs/00j_near_duplicates.ipynb #family-rows
+def family_rows(
+    n_families: int,  # centres
+    size: int,  # rows around each
+    noise: float,  # length of what a row adds to its centre
+    d: int = 384,  # width
+    shared: float = .8,  # length of the direction that all centres share
+    seed: int = 0,  # of everything
+) -> np.ndarray:  # (n_families*size, d) float32 unit rows, family by family
+    "Made-up rows around centres that share a direction, as embeddings of prompts do"
+    rng = np.random.default_rng(seed)
+    centre = unit(rng.normal(size=(n_families, d))) + shared*unit(rng.normal(size=d))
+    noise = noise*rng.normal(size=(n_families*size, d))/np.sqrt(d)
+    return unit(np.repeat(unit(centre), size, 0) + noise)
 
 # %% ../nbs/00j_near_duplicates.ipynb #rows-checks
 def _row_norms(x):  # (n, d) array -> (n,) float64, read a block at a time
