@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import check_emb, unit
+from .core import check_emb, unit as unit_rows
 from .preprocess import pick_device
 
 # %% ../nbs/00j_near_duplicates.ipynb #family-rows
@@ -29,9 +29,9 @@ def family_rows(
 ) -> np.ndarray:  # (n_families*size, d) float32 unit rows, family by family
     "Made-up rows around centres that share a direction, as embeddings of prompts do"
     rng = np.random.default_rng(seed)
-    centre = unit(rng.normal(size=(n_families, d))) + shared*unit(rng.normal(size=d))
+    centre = unit_rows(rng.normal(size=(n_families, d))) + shared*unit_rows(rng.normal(size=d))
     noise = noise*rng.normal(size=(n_families*size, d))/np.sqrt(d)
-    return unit(np.repeat(unit(centre), size, 0) + noise)
+    return unit_rows(np.repeat(unit_rows(centre), size, 0) + noise)
 
 # %% ../nbs/00j_near_duplicates.ipynb #rows-checks
 def _row_norms(x):  # (n, d) array -> (n,) float64, read a block at a time
