@@ -8,8 +8,6 @@ __all__ = ['layer_groups', 'ridge', 'probe', 'ImageRegressor']
 # %% ../nbs/02_backbone.ipynb #imports
 from functools import partial
 
-from functools import partial
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -44,8 +42,8 @@ def _stages(net):
     "Loose parameters and the stem, each stage, what follows them"
     groups = [list(net.parameters(recurse=False))]
     for name, layer in net.named_children():
-        parts = list(layer) if isinstance(layer, (nn.Sequential, nn.ModuleList)) and name != 'head' else [layer]
-        groups += [[part] for part in parts if any(True for _ in part.parameters())]
+        stages = isinstance(layer, (nn.Sequential, nn.ModuleList)) and name != 'head'
+        groups += [[part] for part in (layer if stages else [layer]) if next(part.parameters(), None) is not None]
     return [groups[0] + groups[1], *groups[2:]]
 
 # %% ../nbs/02_backbone.ipynb #layer-groups
@@ -114,7 +112,7 @@ def _heads(moments, alphas):
         yield coef.astype(np.float32), (at_y - coef @ at_x).astype(np.float32)
 
 def ridge(
-        x: np.ndarray,  # (n, d) features, of any float type, in memory or a memmap; rows with NaN are left out
+        x: np.ndarray,  # (n, d) features of any float type, also a memmap; rows with NaN are left out
         y: np.ndarray,  # (n, 384) targets
         weight=None,  # (n,) sample weights, mean 1; None: all 1
         alpha: float = 1.,  # L2 penalty, in units of the features' mean variance

@@ -39,10 +39,10 @@ def _at_size(tower, state, size):
     from open_clip.model import resize_pos_embed
     vision = tower['vision_cfg']
     if _is_bound(vision):
-        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or a convolutional tower "
-                         'of timm: leave img_size=None, or take a CLIP that was trained at that size')
-    place = 'attnpool.positional_embedding' if 'attnpool.positional_embedding' in state else 'positional_embedding'
-    if place in state:
+        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or timm's convolutions: "
+                         'leave img_size=None, or take a CLIP that was trained at that size')
+    [place] = [k for k in state if k.endswith('positional_embedding')] or [None]
+    if place:
         side = size // (vision['patch_size'] if place == 'positional_embedding' else 32)
         table = {'visual.positional_embedding': state[place]}  # (side**2 + 1, width), as in a whole CLIP
         resize_pos_embed(table, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))

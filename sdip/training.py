@@ -125,8 +125,7 @@ def make_learner(
     cls=Learner,  # a subclass of fastai's
 ) -> Learner:  # `peaks` holds the peak learning rate of each group of parameters
     "fastai's learner with AdamW and the callbacks of the chapter before"
-    decay = recipe.layer_decay, recipe.weight_decay, undecayed(model)
-    ps, lrs, wds = param_groups(groups, recipe.lr, *decay)
+    ps, lrs, wds = param_groups(groups, recipe.lr, recipe.layer_decay, recipe.weight_decay, undecayed(model))
     cbs = [*_callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet), *cbs]
     if checkpoint:
         cbs.append(checkpoint)
