@@ -16,8 +16,6 @@ import fastai.callback.hook
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.mixup import MixHandler
-from fastai.learner import Learner
 from fastcore.basics import patch
 
 from . import __version__
@@ -31,6 +29,7 @@ from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower, undecayed)
 from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
+from .base_learner import RegressorLearner
 
 # %% ../nbs/02_base_regressor.ipynb #regressor
 class Regressor:
@@ -49,24 +48,27 @@ class Regressor:
         self.device = pick_device(device)
         self.net, self.prep, self.report, self.probe_scores = net.to(self.device).eval(), prep, [], {}
 
-    def predict(
-            self,
-            images,  # paths, PIL images, bytes, or uint8 (n, S, S, 3)
-            bs: int = 128,  # pictures at once
-            desc: str | None = None,  # of a progress bar
-            shared: bool = False,  # divide the work among the processes of a run; then all have to call
-    ) -> np.ndarray:  # (n, 384) float32, raw; NaN rows where unreadable (see `.report`)
-        "Predicted embeddings, in the order of `images`"
-        return self._rows_of(self.net, EMB_DIM, images, bs, desc, shared)
+# %% ../nbs/02_base_regressor.ipynb #regressor-predict
+@patch
+def predict(
+        self: Regressor,
+        images,  # paths, PIL images, bytes, or uint8 (n, S, S, 3)
+        bs: int = 128,  # pictures at once
+        desc: str | None = None,  # of a progress bar
+        shared: bool = False,  # divide the work among the processes of a run; then all have to call
+) -> np.ndarray:  # (n, 384) float32, raw; NaN rows where unreadable (see `.report`)
+    "Predicted embeddings, in the order of `images`"
+    return self._rows_of(self.net, EMB_DIM, images, bs, desc, shared)
 
-    def features(
-            self,
-            images,  # as in `predict`
-            bs: int = 128,  # pictures at once
-            shared: bool = False,  # as in `predict`
-    ) -> np.ndarray:  # (n, d) float32, rows of root mean square 1
-        "What the head sees"
-        return self._rows_of(Features(self.net), self.net.width, images, bs, None, shared)
+@patch
+def features(
+        self: Regressor,
+        images,  # as in `predict`
+        bs: int = 128,  # pictures at once
+        shared: bool = False,  # as in `predict`
+) -> np.ndarray:  # (n, d) float32, rows of root mean square 1
+    "What the head sees"
+    return self._rows_of(Features(self.net), self.net.width, images, bs, None, shared)
 
 # %% ../nbs/02_base_regressor.ipynb #rows-of
 @patch
@@ -164,96 +166,6 @@ def _set_last(self: Regressor, coef, bias):
     self.net.last.weight.copy_(torch.from_numpy(coef))
     self.net.last.bias.copy_(torch.from_numpy(bias))
 
-# %% ../nbs/02_base_regressor.ipynb #regressor-learner
-class RegressorLearner(Learner):
-    "fastai's learner, which can show what it learns from and what it predicts"
-    def add_cb(
-            self,
-            cb,  # a callback
-    ):
-        "fastai's; ValueError for callbacks that mix targets"
-        if isinstance(cb, MixHandler):
-            raise ValueError(f"{type(cb).__name__} mixes a batch's targets, but these have weights beside: "
-                             "take Recipe(augment=('shift', 'light', 'flip')), which changes pictures only")
-        return super().add_cb(cb)
-
-    def get_preds(
-            self,
-            ds_idx: int = 1,  # 0: the training rows, 1: the validation rows
-            dl=None,  # another loader
-            *args,  # see fastai
-            **kw,  # see fastai
-    ):
-        "fastai's, of every row in the table's order; ValueError where a picture cannot be read"
-        if any(dl is one for one in self.dls.loaders):
-            dl = dl.new(shuffle=False)
-        broken = lambda: [len(one.dataset.report) for one in self.dls.loaders]
-        before = broken()
-        found = super().get_preds(ds_idx, dl, *args, **kw)
-        if broken() != before:
-            raise ValueError('pictures could not be read, and fastai has no empty row: '
-                             'ask regressor.predict(paths), which answers NaN for them')
-        return found
-
-# %% ../nbs/02_base_regressor.ipynb #learner-refused
-@patch
-def export(self: RegressorLearner, *args, **kw):
-    "ValueError: a pickle runs code when it is loaded"
-    raise ValueError('export would pickle the pictures and callbacks: call regressor.keep(learn) and '
-                     'regressor.save(folder), and read it with sdip.run.load_predictor(folder)')
-
-# %% ../nbs/02_base_regressor.ipynb #show
-def _wrapped(text, width=28, most=3):
-    "A prompt in short lines"
-    import textwrap
-    return '\n'.join(textwrap.wrap(text, width, max_lines=most, placeholder=' ..'))
-
-def _show(pictures, texts):
-    "Pictures in a row, a text under each"
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(pictures), figsize=(2.4*len(pictures), 3.6), layout='constrained',
-                            squeeze=False)
-    for ax, picture, text in zip(axs[0], pictures, texts):
-        ax.imshow(picture)
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_xlabel(text, fontsize=8, loc='left')
-    plt.close(fig)  # it is shown as a cell's result, not a second time
-    return fig
-
-# %% ../nbs/02_base_regressor.ipynb #show-batch
-@patch
-def show_batch(
-        self: RegressorLearner,
-        max_n: int = 6,  # pictures
-):  # a matplotlib figure
-    "Pictures and prompts of a training batch"
-    ds, rows = self.dls.train.dataset, next(iter(self.dls.train.batch_sampler))[:max_n]
-    return _show([ds.__getitems__([r])[0][0] for r in rows],
-                 [_wrapped(ds.table.prompt.iloc[r]) for r in rows])
-
-# %% ../nbs/02_base_regressor.ipynb #show-results
-@patch
-def show_results(
-        self: RegressorLearner,
-        max_n: int = 3,  # pictures
-        k: int = 2,  # nearest training prompts
-):  # a matplotlib figure
-    "Validation pictures, their prompts, the nearest training prompts and the cosine"
-    train, valid = self.dls.train.dataset, self.dls.valid.dataset
-    first = train.table.reset_index(drop=True).drop_duplicates('prompt')
-    bank = unit(train.ys[0].numpy()[first.index])  # (prompts, 384)
-    rows = np.flatnonzero(valid.ok)[:max_n].tolist()
-    px = torch.cat([valid.__getitems__([r])[0] for r in rows])
-    pred = predict_images(self.model, px.numpy(), valid.prep, EMB_DIM, precision=self.ema.precision)
-    targ = valid.ys[0][rows].numpy()
-    near = (-unit(pred) @ bank.T).argsort(1)[:, :k]  # (max_n, 384) @ (384, prompts) -> (max_n, k)
-    texts = []
-    for row, cos, nearest in zip(rows, row_cosine(pred, targ), near):
-        lines = [_wrapped(valid.table.prompt.iloc[row]), f'cosine {cos:.2f}; near:']
-        texts.append('\n'.join(lines + [_wrapped(first.prompt.iloc[i]) for i in nearest]))
-    return _show(px, texts)
-
 # %% ../nbs/02_base_regressor.ipynb #regressor-key
 @patch
 def _key(self: Regressor, pairs, targets):
@@ -333,10 +245,10 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     dls = make_loaders(*splits, splits[0].table.group.to_numpy(), recipe.bs, recipe.seed, device=self.device,
                        parts=recipe.accumulate)
     head_open = [(None if depth is None else depth + 1, epochs) for depth, epochs in recipe.unfreezing]
+    cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
-                         checkpoint=checkpoint, watch_raw=True, cbs=[*self._callbacks(dls, checkpoint, logged), *cbs],
-                         desc=self.kind, quiet=quiet, cls=RegressorLearner,
-                         path=checkpoint.file.parent if checkpoint else own.name)
+                         checkpoint=checkpoint, watch_raw=True, cbs=cbs, desc=self.kind, quiet=quiet,
+                         cls=RegressorLearner, path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder = own  # goes when the learner goes
     return learn
 

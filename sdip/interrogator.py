@@ -366,6 +366,7 @@ def calibrate(
     said, self._text_rows, self._target_of = [c[0] for c in heads], {}, {}
     for name, table in self._appended.items():
         more, gain = self._try_one(emb, said, table)
+        more = [b if g > min(margins) else a for a, b, g in zip(said, more, gain)]  # the rest is never named
         without, with_it = (row_cosine(self._embed_prompts(p), targ) for p in (said, more))
         cos = np.stack([np.where(gain > m, with_it, without) for m in margins])  # (margins, n)
         best = largest_good(cos)

@@ -207,11 +207,16 @@ def _ranker_rows(run, part, table):
 def _seen(part):  # rows of the ranking CLIP, while the stage lasts
     return f'emb/{part.stage}_pictures'
 
+# %% ../nbs/08_members.ipynb #some-rows
+def _some_rows(n, most):  # row numbers, rising; the first rows of a sorted table are of one kind
+    return np.sort(np.random.default_rng(0).choice(n, min(n, most), replace=False))
+
 # %% ../nbs/08_members.ipynb #ranker-rows-2
 def _picture_rows(run, m, part):
     "(rows (n, d) of all pictures by the CLIP that ranks phrases, row numbers of those for the reference)"
     table, split = run.pairs()[0], _split(run, part)
-    some = np.flatnonzero(split == 'train')[:500]
+    some = np.flatnonzero(split == 'train')
+    some = some[_some_rows(len(some), 500)]
     if run.args['start'] != 'real':
         return clip_rows(run, 'images'), some
     if m['options'].get('favourites'):
@@ -223,26 +228,27 @@ def _picture_rows(run, m, part):
     return out, some
 
 # %% ../nbs/08_members.ipynb #interrogator-answers
-def _learn_answers(model, table, paths, images, n=300):
-    "Margins and the form of the answer -> rows of the first n pictures; the write-up learns nothing"
-    if model.mode == 'writeup':
-        return np.zeros((0, EMB_DIM), np.float32)
-    given = paths[:n], table.prompt[:n].tolist(), images[:n]
-    model.calibrate(*given)
-    model.choose_answer(*given)
-    return model.last_answers()
+def _learn_answers(model, table, images, n=300):
+    "Margins and the answer's form, learned from n of the pictures -> rows of all; the write-up learns none"
+    paths, out = image_paths(table, ''), np.zeros((len(table), EMB_DIM), np.float32)
+    known = _some_rows(len(table), 0 if model.mode == 'writeup' else n)
+    rest = np.setdiff1d(np.arange(len(table)), known)
+    if len(known):
+        given = [paths[i] for i in known], table.prompt.iloc[known].tolist(), images[known]
+        model.calibrate(*given)
+        model.choose_answer(*given)
+        out[known] = model.last_answers()
+    if len(rest):
+        out[rest] = model.predict([paths[i] for i in rest], images[rest])
+    return out
 
 # %% ../nbs/08_members.ipynb #interrogator-answers-2
 def _learn_and_predict(run, part, model, images):
     "-> rows of both held-out splits, words of the test pictures"
     table, split = run.pairs()[0], _split(run, part)
     emb, tables = ({s: o[split == s] for s in HELD_OUT} for o in (images, table))
-    paths = {s: image_paths(t, '') for s, t in tables.items()}
-    known = _learn_answers(model, tables['valid'], paths['valid'], emb['valid'])
-    rest = slice(len(known), None)
-    more = [model.predict(paths['valid'][rest], emb['valid'][rest])] if paths['valid'][rest] else []
-    valid = np.concatenate([known, *more])
-    test = model.predict(paths['test'], emb['test'])
+    valid = _learn_answers(model, tables['valid'], emb['valid'])
+    test = model.predict(image_paths(tables['test'], ''), emb['test'])
     words = model.words.prompt.tolist()  # of the test pictures
     return dict(valid=valid, test=test), words
 

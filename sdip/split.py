@@ -294,7 +294,8 @@ def prepare_pairs(
     emb = _embed_prompts(prompts, folder, device)  # (prompts, 384)
     if threshold is not None:
         rank = first.split.map(dict(test=2, valid=1)).fillna(0).to_numpy()
-        kept = first_alone(lambda: dedup(emb, threshold, priority=rank, ids=prompts).keep)[table.group]  # (n,)
+        keep = first_alone(lambda: dedup(emb, threshold, priority=rank, ids=prompts).keep)
+        kept = keep[table.group]  # (n,)
         dropped = dropped | {'near-duplicate': int((~kept).sum())}
         table = table[kept].reset_index(drop=True)
     table['split'] = first_alone(lambda: split_pairs(table, emb, need, seed))
