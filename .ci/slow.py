@@ -958,6 +958,44 @@ def test_first_process_alone():
     failed = 'RuntimeError: the first process failed: ValueError: no room'
     assert second == f'made by 0, {failed}, then out of patience', second
 
+HOURS = '''
+import zlib
+import numpy as np, torch, torch.nn as nn
+from fastai.callback.core import Callback
+from sdip.preprocess import Preprocess
+from sdip.batches import PairRows, make_loaders, share_among, world_of_processes
+from sdip.training import TrainRecipe, make_learner, run_learner
+from sdip.training_hours import TimeBudget
+
+rank, world = world_of_processes()
+class Clock(Callback):
+    "The second process's clock runs three times as fast"
+    order, seconds = 60, 0.
+    def after_batch(self): self.seconds += 60 + 120*rank
+
+rng, prep = np.random.default_rng(0), Preprocess(4, (.5, )*3, (.5, )*3)
+rows = PairRows(rng.integers(0, 256, (128, 4, 4, 3), dtype=np.uint8), prep,
+                np.eye(2, dtype=np.float32)[rng.integers(0, 2, 128)], np.ones(128, np.float32))
+torch.manual_seed(0)
+net, clock = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 2)), Clock()
+recipe = TrainRecipe(unfreezing=((1, 1), (None, 2)))
+learn = make_learner(net, make_loaders(rows, rows, np.arange(128), bs=16, device='cpu', parts=2), prep,
+                     [[net[1]], [net[3]]], recipe, cbs=[clock, TimeBudget(.8, lambda: clock.seconds)], quiet=True)
+run_learner(learn, 3, recipe)
+ends = [(zlib.crc32(b''.join(v.numpy().tobytes() for v in net.state_dict().values())), learn.recorder.lrs,
+         [r.get('cut') for r in learn.history.rows], clock.seconds)]
+first, second = share_among(ends)
+assert first[:3] == second[:3], (first, second)
+assert len(first[2]) == 3 and all(first[2]) and second[3] > 2*first[3] > 2*2000 and first[3] <= 2880, (first, second)
+print(first[2])
+'''
+
+def test_hours_of_two_processes():
+    "Two processes whose clocks differ stop at the same steps, and end with the same weights"
+    Path('hours.py').write_text(HOURS)
+    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'hours.py',
+       **NO_CARD)
+
 TOY_CLIP = '''
 import json
 from open_clip.model import CLIP

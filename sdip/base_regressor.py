@@ -30,6 +30,7 @@ from .training import (load_weights, make_learner, predict_images, run_learner, 
                            say_what_to_lower, undecayed)
 from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
 from .base_learner import RegressorLearner
+from .training_hours import TimeBudget
 
 # %% ../nbs/02_base_regressor.ipynb #regressor
 class Regressor:
@@ -170,7 +171,7 @@ def _set_last(self: Regressor, coef, bias):
 @patch
 def _key(self: Regressor, pairs, targets):
     "What a checkpoint of this training depends on, in words that can be compared"
-    recipe = {k: v for k, v in asdict(self.recipe).items() if k != 'minutes'}
+    recipe = {k: v for k, v in asdict(self.recipe).items() if k not in ('minutes', 'hours')}
     start = self.net if self.recipe.probe is None else self.net.body  # any other head is set anew
     sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts().sort_index().items())
     rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets,
@@ -219,6 +220,7 @@ def learner(
         features: np.ndarray | None = None,  # (n, d) rows of the base CLIP, one a pair, for the ridge probe
 ) -> RegressorLearner:  # its `model` is this regressor's `net`
     "Data, head and callbacks in place, before the first step; ValueError for data that cannot be trained on"
+    budget = [TimeBudget(recipe.hours)] if recipe.hours is not None else []  # the probe is in it
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
     if recipe.keep not in ('best', 'last'):
         raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
@@ -231,7 +233,7 @@ def learner(
         self.probe_scores = begun.notes['probe_scores']
     else:
         self._start_head(features, pairs, splits)
-    return self._learner(splits, begun, cbs, quiet or rank > 0, logged=checkpoint and not rank)
+    return self._learner(splits, begun, [*budget, *cbs], quiet or rank > 0, logged=checkpoint and not rank)
 
 # %% ../nbs/02_base_regressor.ipynb #learner-parts
 @patch
@@ -260,7 +262,7 @@ def fit(
         targets: np.ndarray,  # (n, 384) unit rows, one a pair
         root='.',  # folder that `pairs.image` is relative to
         recipe: Recipe = Recipe(),  # how to train
-        checkpoint=None,  # file of a killed training to go on with; gone at the end
+        checkpoint=None,  # file of a killed or cut training to go on with; gone at the end
         cbs=(),  # further callbacks
         quiet: bool = False,  # neither bar nor rule
         features: np.ndarray | None = None,  # (n, d) rows of the base CLIP (`encode_images`) for the probe
@@ -276,8 +278,8 @@ def fit(
     with torch.random.fork_rng(devices=devices), say_what_to_lower(step, remedy):
         torch.manual_seed(recipe.seed + rank)
         run_learner(learn, recipe.epochs, recipe)
-    if checkpoint and not rank:
-        Path(checkpoint).unlink()
+    if checkpoint and not rank and 'cut' not in learn.history.rows[-1]:
+        Path(checkpoint).unlink()  # else the same call with more hours goes on
     return self.keep(learn)
 
 # %% ../nbs/02_base_regressor.ipynb #regressor-keep

@@ -115,7 +115,7 @@ def finetune(
 ) -> dict:  # scores: mean_vector, probe, valid, and test where there are such rows
     "Train on a table of pairs and leave a folder that `load` reads; ValueError where there is a model"
     out, rank = Path(out), world_of_processes()[0]
-    if (out/'config.json').exists():
+    if (out/'config.json').exists() and not (out/'checkpoint.pt').exists():  # there where `hours` cut it
         raise ValueError(f'{out} holds a finished model: choose another folder, or delete this one')
     with folder_lock(out, 'sdip_finetune') if rank == 0 else nullcontext():
         root = pairs.attrs.get('root', '.')

@@ -35,6 +35,7 @@ class Recipe:
     keep: str = 'best'  # weights to end with: of the start and all epochs the 'best', or the 'last'
     patience: int | None = None  # epochs without a new best after which to stop; None: never
     minutes: float | None = 10  # between two checkpoints within an epoch; None: at its end only
+    hours: float | None = None  # in which a call of `fit` ends, its epochs cut if need be; None: no limit
     seed: int = 0  # of the order and the augmentation
 
     @property
