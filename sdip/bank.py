@@ -27,7 +27,7 @@ from .encoders import ClipEncoder, shipped
 def append_rows(
         file: Path,  # .npy file, made if missing
         rows: np.ndarray,  # (m, ...) of the file's dtype and width
-        n: int,  # rows of the file that count; what lies behind them is overwritten
+        n: int,  # rows of the file that count; what is behind them is overwritten
 ):
     "Write rows after the first n of an .npy file."
     from numpy.lib import format as npy

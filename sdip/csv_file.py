@@ -197,7 +197,7 @@ def _value_faults(ids, cells, values):
 
 # %% ../nbs/07_csv.ipynb #image-faults
 def _image_faults(found, expected, ordered):
-    "Pictures that are missing, were not expected, or stand in another order"
+    "Pictures that are missing, were not expected, or are in another order"
     there, wanted = set(found), set(expected)
     lack, extra = [i for i in expected if i not in there], [i for i in found if i not in wanted]
     if lack:
@@ -221,7 +221,7 @@ def check_submission(
         return faults
     if (np.diff(cells) != 1).any() and not any('rows' in f for f in faults):
         faults.append(f"the rows are not in order: expected {EMB_DIM} rows in a row for each image, _0, _1, "
-                      f"... _{EMB_DIM-1}; read_submission and write_submission mend it")
+                      f"... _{EMB_DIM-1}; read_submission and write_submission correct it")
     faults += _value_faults(found, cells, values)
     if expected is not None:
         faults += _image_faults(found, expected, ordered)

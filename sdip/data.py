@@ -67,7 +67,7 @@ def _whole_numbers(im, png):
     return a.astype(np.uint8) if bytes_only else _eight_bits(a)
 
 def _over_white(im):
-    "A picture with transparency, laid over white"
+    "A picture with transparency, composed over white"
     if im.mode == 'La':
         im = im.convert('LA')
     im = im.convert('RGBA')
@@ -441,7 +441,7 @@ def check_own_pairs(
     folder,  # that gets a pairs.parquet
     ids,  # of its rows
 ):
-    "ValueError where another table is there already: neither a part of this one nor one that holds it"
+    "ValueError where another table is there already, unless one of the two is a part of the other"
     file = Path(folder)/'pairs.parquet'
     if not file.exists():
         return

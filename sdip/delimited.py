@@ -22,7 +22,7 @@ from .data import IMAGE_EXTS
 
 # %% ../nbs/00_delimited.ipynb #decode-text
 def _looks_western(data):
-    "Do bytes above 127 stand alone, as accents do in CP1252?"
+    "Do bytes above 127 occur one at a time, as accents do in CP1252?"
     high = np.frombuffer(data, np.uint8) > 127
     return (high[1:] & high[:-1]).sum() <= .2*high.sum()
 

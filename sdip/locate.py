@@ -149,7 +149,7 @@ def __call__(
 def ids_from_paths(
     images,  # n paths as text, None where there is none; the same picture may occur again
 ) -> list:  # n ids: stems where they differ, else paths without ending, else paths
-    "The shortest names that tell pictures apart"
+    "The shortest names that differ from picture to picture"
     distinct = list(dict.fromkeys(i for i in images if i))
     for short in (lambda p: Path(p).stem, lambda p: Path(p).with_suffix('').as_posix(), str):
         ids = {p: short(p) for p in distinct}

@@ -58,7 +58,7 @@ def _reset_peak():
 # %% ../nbs/00k_measure.ipynb #measure
 @dataclass
 class Cost:
-    "What it took to do a thing once"
+    "What it took to do the work once"
     cpu: float  # CPU seconds, user and system, all threads
     seconds: float  # seconds on the clock
     peak_mb: float | None  # most memory held, above what was held before (MB); None: not known
@@ -67,7 +67,7 @@ class Cost:
 def measure(
         f,  # called without arguments
 ) -> tuple:  # (what f returned, Cost)
-    "Do a thing and count what it took"
+    "Do the work and count what it took"
     resets, before = _reset_peak(), _memory('VmRSS')
     cpu, start = cpu_seconds(), time.perf_counter()
     result = f()

@@ -118,8 +118,8 @@ MEDIA = {}  # name -> Medium
 # %% ../nbs/00b_media.ipynb #medium-decorator
 def medium(
     name: str,  # as scenes call it
-    of: str,  # phrases that stand before "of", separated by ', '
-    tags: str,  # phrases that stand after a comma
+    of: str,  # phrases that come before "of", separated by ', '
+    tags: str,  # phrases that come after a comma
     words: str,  # all phrases by which the reader knows it
 ):  # decorator
     "File a function (x, m, rng) -> x as the medium `name`"

@@ -382,7 +382,7 @@ def text_prompt(
 
 # %% ../nbs/00a_metadata.ipynb #comment-prompt
 def _comment_prompt(text):
-    "A comment may be anybody's (a screenshot's, an editor's): settings or JSON tell a program's"
+    "A comment may come from anything (a screenshot, an editor): settings or JSON mark a program's"
     found = text_prompt(text, 'AUTOMATIC1111')
     plain = text.replace('\r\n', '\n').strip()
     if _as_json(text) is not None or parse_parameters(text)[0] != plain:

@@ -17,7 +17,7 @@ class Html(str):
 def markup(
     v,  # `Html` stays as it is; anything else counts as text
 ) -> Html:  # escaped where it is text
-    "A value as it may stand between two tags, or between quotes in one"
+    "A value as it may be written between two tags, or between quotes in one"
     return v if isinstance(v, Html) else Html(escape(str(v)))
 
 # %% ../nbs/00_page.ipynb #html-table

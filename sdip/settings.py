@@ -38,7 +38,7 @@ SETTINGS = {}  # name -> Setting
 
 # %% ../nbs/00b_settings.ipynb #setting-decorator
 def setting(
-    phrases: str,  # how prompts speak of it, separated by ', '
+    phrases: str,  # how prompts name it, separated by ', '
     words: str,  # all phrases by which the reader knows it
     sky: bool = True,  # open to the sky?
     ground: float = None,  # y where solid ground begins, 0..1, which falling snow turns white
@@ -350,7 +350,7 @@ def relight(
     m: np.ndarray,  # (h, w, 1) the subjects' mask, 0..1
     time: str,  # 'night' or 'sunset'
     sky: bool,  # open to the sky?
-    rng,  # numpy Generator: where the lights stand
+    rng,  # numpy Generator: where the lights are
 ) -> np.ndarray:  # (h, w, 3)
     "Colour of the hour, and under an open sky its lights"
     if sky:

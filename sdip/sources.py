@@ -107,7 +107,7 @@ def _by_row_number(table, folder):
     if first is None or max(numbered) >= n + first:
         return None
     if table.blank:
-        raise ValueError(f"{path} names no pictures, and {table.blank} blank lines stand between its rows: "
+        raise ValueError(f"{path} names no pictures, and {table.blank} blank lines are between its rows: "
                          "whether these count for the pictures' numbers cannot be known; "
                          "remove them, or add a column image")
     warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, "
@@ -405,7 +405,7 @@ def load_pairs(
     source,  # folder or file, see the table above, or a list of them
     image_col: str = None,  # a table's column of paths, absolute or relative to its folder; None: guessed
     prompt_col: str = None,  # a table's column of prompts; None: guessed
-    images=None,  # folder of the pictures, where a table or COCO's JSON lies elsewhere
+    images=None,  # folder of the pictures, where a table or COCO's JSON is elsewhere
     unpack=None,  # folder to unpack tars into; None: beside them
     spare=None,  # folder to unpack tars into where their own cannot be written
 ) -> pd.DataFrame:  # attrs['root']: the folder of `image`; attrs['read']: how prompts in pictures were read

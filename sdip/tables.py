@@ -50,7 +50,7 @@ class Table:
 
     @property
     def blank(self) -> int:
-        "Number of blank lines skipped between its rows: whoever counts lines counts differently then"
+        "Number of blank lines skipped between its rows: line numbers are then ambiguous"
         if self.place is None:
             return 0
         gaps = zip(self.place[:-1, 1], self.place[1:, 0])
