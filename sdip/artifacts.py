@@ -207,7 +207,7 @@ def _left(self: Run, s):
 # %% ../nbs/08_artifacts.ipynb #run-files-2
 @patch
 def _says(self: Run, f, digest):
-    "Digest of what a file says: of a pairs table its rows, wherever the pictures lie"
+    "Digest of what a file says: of a pairs table its rows, wherever the pictures are"
     if Path(f).name != 'pairs.parquet':
         return digest
     table = read_parquet(self/f).drop(columns='image')

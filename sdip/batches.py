@@ -317,7 +317,7 @@ def make_loaders(
     "fastai `DataLoaders` of two torch loaders; ValueError as from `GroupSampler`"
     rank, world = world_of_processes()
     ok = np.flatnonzero(valid.ok)
-    chunks = [c.tolist() for c in np.array_split(ok, math.ceil(len(ok)/bs))]
+    chunks = [c.tolist() for c in np.array_split(ok, math.ceil(len(ok)*parts/bs))]
     sampler = GroupSampler(groups, bs, seed, train.ok, parts, rank, world)
     device = pick_device(device)
     return DataLoaders(make_loader(train, sampler, device, n_inp, workers),

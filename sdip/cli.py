@@ -364,7 +364,7 @@ def sdip_submit(
 @_polite(_GOES_ON)
 def sdip_run(
         out: str = None,  # run folder; default runs/<preset>, or runs/<name of the pairs>
-        preset: str = None,  # playground, scratch, tiny, original or full; with --pairs: scratch
+        preset: str = None,  # playground, scratch, tiny, original, t4 or full; with --pairs: scratch
         pairs: Param('your own pairs: folders or tables, see load_pairs', str, nargs='*') = None,  # n places
         seed: int = None,  # of pictures, weights and order; default 0
         clip: str = None,  # original, full: CLIP ViT-L/14 as folder or file, default looked for

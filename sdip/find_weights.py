@@ -143,6 +143,7 @@ def _in_cache(repo):
         if isinstance(file, str):
             return Path(file).parent
 
+# %% ../nbs/08_find_weights.ipynb #by-sign
 def _by_sign(sign, models):
     folders = [p for place in models if Path(place).is_dir() for p in model_folders(place)]
     return [p for p in folders if config_sign(p) == sign]

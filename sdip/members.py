@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/08_members.ipynb #imports
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -66,18 +66,21 @@ def _fit_tower(run, m, part, model, **given):
     return probe | save_predictions(run, part, _predict_files(run, part, model))
 
 # %% ../nbs/08_members.ipynb #stage-clip
+def _clip(run, m):
+    from sdip.encoders import ClipEncoder
+    from sdip.finetune_clip import ClipRegressor
+    clip = run/'base_clip' if m['source'] is None else ClipEncoder(m['source'], m['weights'])
+    return ClipRegressor(clip, head=m['head'], img_size=m['size'])
+
 def fit_clip(
     run,
     m: dict,  # of the member, see `check_members`
     part: Part,  # of it
 ) -> dict:  # facts for the receipt
     "The base CLIP's image tower, or another CLIP's, with a 384-d head"
-    from sdip.encoders import ClipEncoder
-    from sdip.finetune_clip import ClipRegressor
-    clip = run/'base_clip' if m['source'] is None else ClipEncoder(m['source'], m['weights'])
-    model = ClipRegressor(clip, head=m['head'], img_size=m['size'])
     embedded = m['source'] is None and m['size'] is None  # then the probe's features are there already
-    return _fit_tower(run, m, part, model, features=clip_rows(run, 'images') if embedded else None)
+    features = clip_rows(run, 'images') if embedded else None
+    return _fit_tower(run, m, part, _clip(run, m), features=features)
 
 # %% ../nbs/08_members.ipynb #stage-vit
 def _vit(run, m):
@@ -103,6 +106,26 @@ def fit_vit(
 ) -> dict:  # facts for the receipt
     "A timm backbone: the shipped small ViT, a real one, or any other"
     return _fit_tower(run, m, part, _vit(run, m))
+
+# %% ../nbs/08_members.ipynb #plan-members
+def plan_members(
+    run,
+) -> str:  # lines for a terminal; '' where no network is trained
+    "Memory, hours and disk of all networks that a run trains; ValueError: one does not fit the card here"
+    from sdip.plan import card_here, check_card, measured_step, member_plan, plan_text
+    (table, _), plans = run.pairs(), []
+    card = (here := card_here()) and replace(here, count=1)  # a run is one process
+    n = dict(n_train=table.group[table.split == 'train'].nunique(), n_valid=int((table.split == 'valid').sum()))
+    for name, m in run.members.items():
+        if m['kind'] in ('clip', 'vit'):
+            model, recipe = dict(clip=_clip, vit=_vit)[m['kind']](run, m), member_recipe(m, name)
+            net, size = model.net.to('cpu'), model.prep.size
+            plan = check_card(member_plan(net, size, recipe, **n, card=card, name=name))
+            if card is not None:
+                step = measured_step(net, size, recipe, plan.at_once)
+                plan = check_card(member_plan(net, size, recipe, **n, card=card, name=name, step=step))
+            plans.append(plan)
+    return plan_text(plans, card is not None) if plans else ''
 
 # %% ../nbs/08_members.ipynb #stage-knn
 def fit_knn(

@@ -376,21 +376,6 @@ def check_card(
     said = ' '.join(f'{k}={v}' for k, v in changes.items())
     raise ValueError(f'{need}set {said} (the same step in smaller parts), or take a smaller model')
 
-# %% ../nbs/07a_plan.ipynb #presets
-_WRITEUP = dict(lr=1e-4, bs=64, unfreezing=((1, 1), (4, 1), (12, 1), (None, 2)))
-_OURS = _WRITEUP | dict(layer_decay=0.9, ema_decay=0.999, augment=('shift', 'light'))
-_ON_T4 = _OURS | dict(accumulate=2, grad_checkpoint=True, precision='fp16')
-
-def _two(clip, vit):
-    "CLIP's tower and a ViT of timm, with their recipes"
-    return dict(clip=dict(kind='clip', model='ViT-L-14', img_size=224, recipe=clip),
-                vit=dict(kind='vit', model='vit_large_patch16_384', img_size=384, recipe=vit))
-
-MEMBER_PRESETS = dict(
-    original=_two(*[_WRITEUP | dict(layer_decay=1., ema_decay=0.)]*2),
-    t4=_two(_ON_T4 | dict(hours=2.), _ON_T4 | dict(hours=4.75)),
-    full=_two(_OURS, _OURS))
-
 # %% ../nbs/07a_plan.ipynb #plans-of
 def plans_of(
         members: dict,  # name -> kind, model, img_size, head (None: linear), recipe (fields of `Recipe`)

@@ -165,7 +165,7 @@ def _accepted(said, what):
         if dropped := getattr(said, k, None):
             faults.append(f"{k[8:].replace('_', ' ')} not taken: {', '.join(map(str, dropped))}")
     if faults:
-        raise ValueError(f"Kaggle did not take {what} as it is: {'; '.join(faults)}; mend it and push again "
+        raise ValueError(f"Kaggle did not take {what} as it is: {'; '.join(faults)}; correct it and push again "
                          "(is a data set still being unpacked, are the competition's rules accepted?)")
     return said
 

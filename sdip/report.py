@@ -187,7 +187,7 @@ def nearest_prompts(
     emb,  # (n, 384) rows; NaN rows have no neighbours
     k: int = 3,  # how many
 ) -> list:  # n tuples of k (training prompt, cosine)
-    "The training prompts whose targets lie nearest to predicted rows"
+    "The training prompts whose targets are nearest to predicted rows"
     train, targ = run.pairs('train')
     once = train.drop_duplicates('group').index.to_numpy()
     prompts = train.prompt[once].tolist()

@@ -22,7 +22,7 @@ from .artifacts import Run, stage
 from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
 from .inputs import read_source, SOURCE_ARGS
 from .kinds import add_member, check_members, read_members, set_fields
-from .members import HELD_OUT
+from .members import HELD_OUT, plan_members
 from .report import scoreboard_text, write_report
 
 # %% ../nbs/08_run.ipynb #preset-playground
@@ -70,6 +70,8 @@ _ORIGINAL_RECIPE = dict(lr=1e-4, bs=64, unfreezing=_STEPS, layer_decay=1., ema_d
 _FULL_RECIPE = _ORIGINAL_RECIPE | dict(layer_decay=.9, ema_decay=.995)
 _LISTS = dict(mediums=1, movements=1, flavors=3)  # phrase lists, and how many of each the write-up takes
 
+_ON_T4 = _FULL_RECIPE | dict(accumulate=2, grad_checkpoint=True, precision='fp16')  # 16 GB, no bf16
+
 _ORIGINAL = _REAL | dict(
     weights='writeup', weight_power=1., ratios=dict(clip=1., knn=1., vit=0.4, interrogator=0.2),
     members=_lineup(_ORIGINAL_RECIPE, _ORIGINAL_RECIPE, 'texts',
@@ -77,13 +79,15 @@ _ORIGINAL = _REAL | dict(
 _FULL = _REAL | dict(
     weights='ratio', weight_power=0.5, ratios=None,
     members=_lineup(_FULL_RECIPE, _FULL_RECIPE, words='classic', phrases=_LISTS, favourites=False))
+_T4 = _FULL | dict(members=_lineup(_ON_T4 | dict(hours=2.), _ON_T4 | dict(hours=4.75),
+                                   words='classic', phrases=_LISTS, favourites=False))
 
 # %% ../nbs/08_run.ipynb #presets
 PRESETS = dict(
     playground=_PLAYGROUND, scratch=_SCRATCH,
     tiny=_PLAYGROUND | _FEW | dict(members=_lineup(*(_TOWER | dict(unfreezing=u) for u in _ONE))),
     tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1, members=_scratch(*_ONE)),
-    original=_ORIGINAL, full=_FULL)
+    original=_ORIGINAL, t4=_T4, full=_FULL)
 
 # %% ../nbs/08_run.ipynb #with-ratios
 def with_ratios(
@@ -216,9 +220,12 @@ def walk(
 
 # %% ../nbs/08_run.ipynb #do-stages
 def _do_stages(run, names):  # names: None for all
-    every = run.stages()
+    every, planned = run.stages(), run.args['start'] != 'real'
     for i, s in enumerate(every, 1):
         if names is None or s.name in names:
+            if s.member is not None and not planned and not run.is_done(s):
+                run.say(plan_members(run))
+                planned = True
             run.do(s, i, len(every))
 
 # %% ../nbs/08_run.ipynb #walk-arguments
