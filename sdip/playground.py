@@ -300,7 +300,7 @@ def make_pairs(
     seed: int = 0,  # other prompts, other pictures; the held-out scenes stay
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # pairs: id, image, prompt, source, split, group, weight; attrs['root']
-    "Draw a data set; goes on where a stopped run was. ValueError: amounts that make no sense, foreign pairs"
+    "Draw a dataset; goes on where a stopped run was. ValueError: amounts that make no sense, foreign pairs"
     _check_amounts((n_train, n_valid, n_test), per_prompt, loose)
     folder, rows, group = Path(folder), [], 0
     for split, n in dict(train=n_train, valid=n_valid, test=n_test).items():
