@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .core import EMB_DIM, row_cosine
+from .batches import share_among
 
 # %% ../nbs/02_backbone.ipynb #build-tower
 def build_tower(
@@ -43,7 +44,8 @@ def _stages(net):
     groups = [list(net.parameters(recurse=False))]
     for name, layer in net.named_children():
         stages = isinstance(layer, (nn.Sequential, nn.ModuleList)) and name != 'head'
-        groups += [[part] for part in (layer if stages else [layer]) if next(part.parameters(), None) is not None]
+        parts = layer if stages else [layer]
+        groups += [[part] for part in parts if next(part.parameters(), None) is not None]
     return [groups[0] + groups[1], *groups[2:]]
 
 # %% ../nbs/02_backbone.ipynb #layer-groups
@@ -83,22 +85,36 @@ def _blocks(x, y, weight=None, through=None):
 
 # %% ../nbs/02_backbone.ipynb #moments
 def _moments(x, y, weight, through):
-    "Weighted means of x (d,) and y (384,), covariance of x (d, d), of x and y (d, 384)"
+    "Total weight, means of x (d,) and y (384,), covariances (d, d) and (d, 384); None without a row"
     total, at_x, at_y, xx, xy, about = 0., 0., 0., 0., 0., None
     for rows, targ, w in _blocks(x, y, weight, through):
-        if about is None and len(rows):
-            about = rows.mean(0), targ.mean(0)  # sums of small numbers lose fewer digits
-        if not len(rows):
+        if not w.any():
             continue
+        if about is None:
+            about = rows.mean(0), targ.mean(0)  # sums of small numbers lose fewer digits
         root = np.sqrt(w)
         rows, targ = (rows - about[0])*root[:, None], (targ - about[1])*root[:, None]
         total, at_x, at_y = total + w.sum(), at_x + root @ rows, at_y + root @ targ
         xx, xy = xx + rows.T @ rows, xy + rows.T @ targ  # (d, b) @ (b, d), (d, b) @ (b, 384)
-    if not total:
-        raise ValueError(f'none of {len(x)} rows has finite features and a weight above 0: nothing to fit')
+    if about is None:
+        return None
     at_x, at_y = at_x/total, at_y/total
     cov, cross = xx/total - np.outer(at_x, at_x), xy/total - np.outer(at_x, at_y)
-    return about[0] + at_x, about[1] + at_y, cov, cross
+    return total, about[0] + at_x, about[1] + at_y, cov, cross
+
+# %% ../nbs/02_backbone.ipynb #together
+def _together(parts):
+    "Means and covariances of all rows out of those of several stretches; ValueError where no row is left"
+    parts = [p for p in parts if p is not None]
+    if not parts:
+        raise ValueError('no row has finite features and a weight above 0: nothing to fit')
+    share = np.array([p[0] for p in parts])/sum(p[0] for p in parts)
+    at_x, at_y = (sum(s*p[i] for s, p in zip(share, parts)) for i in (1, 2))
+    cov, cross = 0., 0.
+    for s, (_, a, b, xx, xy) in zip(share, parts):
+        cov = cov + s*(xx + np.outer(a - at_x, a - at_x))
+        cross = cross + s*(xy + np.outer(a - at_x, b - at_y))
+    return at_x, at_y, cov, cross
 
 # %% ../nbs/02_backbone.ipynb #ridge
 def _heads(moments, alphas):
@@ -118,7 +134,7 @@ def ridge(
         alpha: float = 1.,  # L2 penalty, in units of the features' mean variance
 ) -> tuple:  # (weight (384, d), bias (384,))
     "Weighted ridge regression with an intercept that is not penalised; ValueError where no row is left"
-    [head] = _heads(_moments(x, y, weight, None), [alpha])
+    [head] = _heads(_together([_moments(x, y, weight, None)]), [alpha])
     return head
 
 # %% ../nbs/02_backbone.ipynb #probe-head
@@ -130,15 +146,18 @@ def probe(
     weight=None,  # (n,) sample weights, as in `ridge`
     alphas=(1e-4, 1e-3, 1e-2, 1e-1, 1.),  # to choose from
     through=None,  # f((b, d) float32) -> what the head's last layer sees; None: the features
+    shared: bool = False,  # rows are a stretch of all; the other processes of a run bring the others
 ) -> tuple:  # (weight (384, d), bias (384,), {alpha: validation score})
     "The ridge head whose alpha scores best on validation rows; ValueError where no row is left"
-    heads = list(_heads(_moments(x, y, weight, through), alphas))
+    all_of = share_among if shared else list
+    heads = list(_heads(_together(all_of([_moments(x, y, weight, through)])), alphas))
     sums, n = np.zeros(len(heads)), 0
     for rows, targ, _ in _blocks(valid_x, valid_y, None, through):
         sums += [row_cosine(rows @ coef.T + bias, targ).sum() for coef, bias in heads]  # (b, d) @ (d, 384)
         n += len(rows)
+    sums, n = map(sum, zip(*all_of([(sums, n)])))
     scores = dict(zip(alphas, (sums/max(n, 1)).tolist()))
-    return *heads[int(np.argmax(sums))], scores
+    return all_of([(*heads[int(np.argmax(sums))], scores)])[0]  # all go on with the same digits
 
 # %% ../nbs/02_backbone.ipynb #heads
 def make_head(
@@ -207,6 +226,7 @@ class Features(nn.Module):
 def prime_mlp(
         head: nn.Sequential,  # of kind 'mlp'
         x: np.ndarray,  # (n, d) features of the training rows; rows with NaN are left out
+        shared: bool = False,  # as in `probe`
 ):  # function: features (b, d) float32 -> (b, 2d), what the last layer sees
     "Give BatchNorm the statistics of the training rows; the way up to the last layer"
     def up_to(layers, rows):
@@ -217,6 +237,8 @@ def prime_mlp(
     total, squares = np.zeros((2, head[0].out_features))
     for h, _, _ in _blocks(x, nothing, through=partial(up_to, head[0])):
         n, total, squares = n + len(h), total + h.sum(0), squares + (h**2).sum(0)
+    if shared:
+        n, total, squares = map(sum, zip(*share_among([(n, total, squares)])))
     mean = total/max(n, 1)
     head[1].running_mean.copy_(torch.from_numpy(mean))
     head[1].running_var.copy_(torch.from_numpy(squares/max(n, 1) - mean**2))
