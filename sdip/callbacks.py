@@ -295,7 +295,7 @@ class LastWord(Callback):
 # %% ../nbs/00g_callbacks.ipynb #thaw-modes
 def _set_modes(net):
     "Frozen modules in evaluation mode, all others in training mode"
-    trains = True
+    trains = any(p.requires_grad for p in [*net.parameters()][:1])  # what stands before all parameters
     for m in net.modules():
         own = [p.requires_grad for p in m.parameters(recurse=False)]
         inside = [p.requires_grad for p in m.parameters()]
