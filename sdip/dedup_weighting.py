@@ -150,7 +150,11 @@ def _writeup(sim, centre, steep):  # (n,) similarities -> (n,) |centre - s|^stee
     return np.abs(centre - sim)**steep
 
 # %% ../nbs/01_dedup_weighting.ipynb #weights-within
-def _within(raw, max_weight):  # (n,) from 0 -> (n,) of mean 1, from 1/max_weight to max_weight
+def within_limits(
+    raw,  # (n,) ratios from 0
+    max_weight: float,  # limits are this and its inverse; at least 1
+) -> np.ndarray:  # (n,) of mean 1; all 1 where every ratio is 0
+    "Ratios as weights: scaled, and cut at the limits"
     if not raw.max() > 0:
         return np.ones(len(raw))
     w = raw/raw.mean()
@@ -194,7 +198,7 @@ def sample_weights(
                          "it is the largest weight beside the mean")
     sim, known, ref = _check_sims(sim, reference, method)
     w = np.ones(len(sim))
-    w[known] = _within(rules[method](sim[known], ref)**power, max_weight)
+    w[known] = within_limits(rules[method](sim[known], ref)**power, max_weight)
     return w.astype(np.float32)
 
 # %% ../nbs/01_dedup_weighting.ipynb #ess
