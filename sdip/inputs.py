@@ -204,19 +204,56 @@ def stage_similarity(run):
     _save_rows(sims, run/'emb/similarity.npy')
     return {s: f'{np.nanmean(sims[table.split == s]):.3f}' for s in ('train', 'valid')}
 
+# %% ../nbs/08_inputs.ipynb #find-weights
+_ALL_ONE = ('all weights are 1, since nothing says what the test is like: name pictures like it, '
+            'with prompts or without, with --reference')
+
+def _by_reference(run, train, targ, groups, sims):  # of n training rows -> (weights (n,), facts)
+    from sdip.encoders import ClipEncoder
+    from sdip.similarity_gap import read_reference, reference_weights
+    place, judges = run.args['reference'], None
+    if run.args['start'] == 'scratch':
+        judges = [ClipEncoder(run/f'base_clip/fold{f}') for f in (0, 1)]
+    write_json(fingerprint(read_reference(place)), run/'data/reference.json')
+    own = clip_rows(run, 'images')[train], sims[train], targ[train], groups
+    how = run.args['weights'], run.args['weight_power']
+    return reference_weights(place, ClipEncoder(run/'base_clip'), *own, *how, judges)
+
+def _reference_changed(run):
+    "'' where the reference is what it was, or is no longer there, else a few words"
+    from sdip.similarity_gap import read_reference
+    place, file = run.args.get('reference'), run/'data/reference.json'
+    if place is None or not os.path.exists(place):
+        return ''
+    now = fingerprint(read_reference(place))
+    return '' if file.is_file() and read_json(file) == now else 'the reference has changed'
+
 # %% ../nbs/08_inputs.ipynb #stage-weights
-@stage('Sample weights', needs=['pairs', 'similarity'], args=['weights', 'weight_power', 'pairs', 'images'],
-       files=['pairs.parquet'])
-def stage_weights(run):
-    "Weights that close the similarity gap between training and held-out pairs"
-    from sdip.dedup_weighting import effective_sample_size, sample_weights
-    (table, _), sims = run.pairs(weighted=False), np.load(run/'emb/similarity.npy')
+def _training_weights(run, table, targ, sims):  # -> (weights of the training rows, or None), facts
+    from sdip.dedup_weighting import sample_weights
     train, valid = ((table.split == s).to_numpy() for s in ('train', 'valid'))
-    ref, w = sims[valid & np.isfinite(sims)], table.weight.to_numpy(np.float32)  # w: the user's own
-    facts = dict(note=f'{len(ref)} held-out pairs are too few to weigh by')
-    if len(ref) >= 30:
-        w[train] *= sample_weights(sims[train], ref, run.args['weights'], power=run.args['weight_power'])
-        facts = dict(effective_rows=f'{effective_sample_size(w[train]):.0f} of {train.sum()}')
+    (run/'data/reference.json').unlink(missing_ok=True)
+    if run.args.get('reference'):
+        return _by_reference(run, train, targ, table.group[train], sims)
+    method, ref = run.args['weights'], sims[valid & np.isfinite(sims)]
+    if run.args['pairs'] is not None and method != 'writeup':
+        return None, dict(note=_ALL_ONE)
+    if len(ref) < 30:
+        return None, dict(note=f'{len(ref)} held-out pairs are too few to weigh by')
+    return sample_weights(sims[train], ref, method, power=run.args['weight_power']), {}
+
+@stage('Sample weights', needs=['pairs', 'base_clip', 'clip_emb', 'similarity'],
+       args=['weights', 'weight_power', 'pairs', 'images', 'reference'],
+       files=['pairs.parquet', 'data/reference*.json'], changed=_reference_changed)
+def stage_weights(run):
+    "Weights that make training pairs like a reference: the one given, or the playground's held-out pairs"
+    from sdip.dedup_weighting import effective_sample_size
+    (table, targ), sims = run.pairs(weighted=False), np.load(run/'emb/similarity.npy')
+    train, w = (table.split == 'train').to_numpy(), table.weight.to_numpy(np.float32)  # w: the user's own
+    found, facts = _training_weights(run, table, targ, sims)
+    if found is not None:
+        w[train] *= found
+        facts['effective_rows'] = f'{effective_sample_size(w[train]):.0f} of {train.sum()}'
     (run/'emb/weights.npy').unlink(missing_ok=True)  # of version 0.2.0
     _save_table(table.assign(weight=w), run.folder)
     return facts
