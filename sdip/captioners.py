@@ -30,14 +30,14 @@ def _an(words):
     return ('an ' if words[:1].lower() in tuple('aeiou') else 'a ') + words
 
 def scene_captions(
-    phrases: dict,  # subjects, colours, settings; several (number words) and plurals for more than one
-) -> list:  # of str: 'a red cat on the beach', 'a cat', ...
-    "Every combination of subject, colour or none, setting or none."
+    phrases: dict,  # subjects, colours, settings; counts (number words) and plurals for more than one
+) -> list:  # of str: 'a red cat on the beach', 'a cat', 'two red cats', ...
+    "Every combination of number, subject, colour or none, setting or none."
     places = ['', *(' ' + s for s in phrases.get('settings', ()))]
     colours = ['', *(c + ' ' for c in phrases.get('colours', ()))]
     one = [_an(c + s) for s, c in product(phrases['subjects'], colours)]
-    plurals = product(phrases.get('several', ()), phrases.get('plurals', ()), colours)
-    many = [f'{n} {c}{s}' for n, s, c in plurals]
+    several = [n for n in phrases.get('counts', ()) if n != 'one']  # 'a cat' says it
+    many = [f'{n} {c}{s}' for n, s, c in product(several, phrases.get('plurals', ()), colours)]
     return [what + where for what, where in product(one + many, places)]
 
 # %% ../nbs/05_captioners.ipynb #scene-phrases
@@ -47,7 +47,7 @@ def scene_phrases() -> dict:  # subjects, colours, settings (one phrase for each
 
 # %% ../nbs/05_captioners.ipynb #scene-captioner
 class SceneCaptioner:
-    "Picks the best of all subject x colour x setting captions."
+    "Picks the best of all number x subject x colour x setting captions."
     def __init__(
             self,
             clip: ClipEncoder,  # ranks the captions
@@ -61,15 +61,17 @@ class SceneCaptioner:
         captions, fills = captions or scene_captions(phrases), phrases.get('media', ())
         self.table = PhraseTable(captions, LEADING, clip, fills, n_fills, matrix=matrix, cache=cache)
 
-    def __call__(
-        self,
-        images,  # list of n pictures: what `read_image` takes
-        emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
-    ) -> list:  # n captions, '' for one that cannot be read, see `.report`
-        "Captions for pictures."
-        emb, self.report = image_rows(self.clip, images, emb)
-        ranked = self.rank(np.nan_to_num(emb))
-        return [c if np.isfinite(e).all() else '' for (c, ), e in zip(ranked, emb)]
+# %% ../nbs/05_captioners.ipynb #scene-captioner-call
+@patch
+def __call__(
+    self: SceneCaptioner,
+    images,  # list of n pictures: what `read_image` takes
+    emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
+) -> list:  # n captions, '' for one that cannot be read, see `.report`
+    "Captions for pictures."
+    emb, self.report = image_rows(self.clip, images, emb)
+    ranked = self.rank(np.nan_to_num(emb))
+    return [c if np.isfinite(e).all() else '' for (c, ), e in zip(ranked, emb)]
 
 # %% ../nbs/05_captioners.ipynb #scene-captioner-rank
 @patch
@@ -123,18 +125,20 @@ class CocaCaptioner:
             raise ValueError(f"{name} is a {kind}, which writes no captions: give a CoCa, such as "
                              "'coca_ViT-L-14'")
 
-    def __call__(
-        self,
-        images,  # list of n pictures: what `read_image` takes
-    ) -> list:  # n captions, '' for one that cannot be read, see `.report`
-        "Captions, in the order given."
-        self.report, out, tok = [], ['']*len(images), self.clip.tokenizer
-        for rows, px in image_batches(images, self.clip.prep, self.bs, report=self.report):
-            px = torch.from_numpy(np.array(px)).to(self.clip.device)
-            x = self.clip.prep.normalize(px)  # (b, S, S, 3) -> (b, 3, S, S)
-            for i, ids in zip(rows, self.decode(x).tolist()):
-                out[i] = ' '.join(tok.decode(ids[:ids.index(tok.eot_token_id)]).split())
-        return out
+# %% ../nbs/05_captioners.ipynb #coca-call
+@patch
+def __call__(
+    self: CocaCaptioner,
+    images,  # list of n pictures: what `read_image` takes
+) -> list:  # n captions, '' for one that cannot be read, see `.report`
+    "Captions, in the order given."
+    self.report, out, tok = [], ['']*len(images), self.clip.tokenizer
+    for rows, px in image_batches(images, self.clip.prep, self.bs, report=self.report):
+        px = torch.from_numpy(np.array(px)).to(self.clip.device)
+        x = self.clip.prep.normalize(px)  # (b, S, S, 3) -> (b, 3, S, S)
+        for i, ids in zip(rows, self.decode(x).tolist()):
+            out[i] = ' '.join(tok.decode(ids[:ids.index(tok.eot_token_id)]).split())
+    return out
 
 # %% ../nbs/05_captioners.ipynb #coca-decode
 @patch
