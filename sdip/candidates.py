@@ -113,6 +113,7 @@ def token_room(
         return None
     return clip.model_cfg['text_cfg'].get('context_length', 77) - 1 - _end_mark(clip, [''])[0]
 
+# %% ../nbs/05_candidates.ipynb #token-counts-all
 def token_counts(
         clip,  # ClipEncoder
         texts,  # list of n str
@@ -182,6 +183,7 @@ def _drop_long(self: PhraseTable, clip):  # a cut phrase would be ranked by its 
     if not self.phrases:
         raise ValueError(f"{self.notes[0]}; no phrase is left: give shorter ones")
 
+# %% ../nbs/05_candidates.ipynb #phrase-table-sentences
 @patch
 def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
     "-> blocks (b, d), mean over each phrase's sentences"
@@ -189,8 +191,9 @@ def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
         texts = [[p] for p in phrases]
         if templates:
             texts = fill_templates(phrases, templates, fills, n_fills, seed)
-        emb = clip.encode_texts([t for row in texts for t in row])  # (b*n_fills, d)
-        return unit(emb.reshape(len(texts), -1, emb.shape[1]).mean(1))  # (b, n_fills, d) -> (b, d)
+        alike = [t for sentence in zip(*texts) for t in sentence]  # sentence by sentence: of like length
+        emb = clip.encode_texts(alike)  # (n_fills*b, d)
+        return unit(emb.reshape(-1, len(texts), emb.shape[1]).mean(0))  # (n_fills, b, d) -> (b, d)
 
     if cache is None:
         return map(rows, _blocks(self.phrases))
@@ -226,6 +229,7 @@ def top(
     found, ids = faiss.knn(x, self.matrix, min(k, len(self.phrases)), metric=faiss.METRIC_INNER_PRODUCT)
     return found*sign, ids
 
+# %% ../nbs/05_candidates.ipynb #phrase-rank
 @patch
 def rank(
         self: PhraseTable,
@@ -247,6 +251,7 @@ _BY = re.compile(
     r"(?:by|in the style of|style of)\s+"
     r"(?!the\b|an?\b|night\b|day\b|candle|moon|sun|lamp|fire)(.+)$", re.I)
 
+# %% ../nbs/05_candidates.ipynb #sieve-spelling
 def _spelling(p):  # what near-repeats have in common
     p = re.sub(r'^(a|an|the)\s+', '', p.casefold())
     return re.sub(r'[\W_]+', '', p).rstrip('s') or p
