@@ -19,6 +19,7 @@ def join_phrases(*parts) -> str:  # parts: str; empty ones are left out
     "A prompt of its parts."
     return ', '.join(p for p in parts if p)
 
+# %% ../nbs/05_climb.ipynb #token-budget-class
 class TokenBudget:
     "How many tokens each part takes, and whether parts fit together."
     def __init__(
@@ -171,6 +172,7 @@ def see(
         if h and h[:-1] in self.emb:
             self.adds[h[-1]] = row - self.emb[h[:-1]]
 
+# %% ../nbs/05_climb.ipynb #climb-guess
 @patch
 def guess(
         self: Climb,

@@ -31,6 +31,7 @@ def _claim_folder(out, plan):
             raise ValueError(f"{out} holds work with {k} = {old!r}, now it is {plan.get(k)!r}: choose "
                              "another folder, or delete this one")
 
+# %% ../nbs/05b_folder.ipynb #walk-blocks
 def _pass(out, name, blocks, make, work, desc):
     "A pass over all blocks: a file each, the model made at the first one missing -> files"
     from tqdm import tqdm
@@ -111,6 +112,7 @@ def make_interrogator(
     return Interrogator(old.clip, old.captioner, lists, reference=old.reference, n_fills=n_fills, clean=False,
                         cache=cache, matrices=matrices)
 
+# %% ../nbs/05b_folder.ipynb #named-clip
 def _named_clip(clip, device):  # None: the shipped one
     if not clip:
         with shipped('base_clip') as folder:
