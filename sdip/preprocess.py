@@ -6,9 +6,11 @@
 __all__ = ['Preprocess', 'image_batches', 'pick_device']
 
 # %% ../nbs/00d_preprocess.ipynb #imports
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +66,11 @@ def _middle(img, most=50):
 def pixels(
     self: Preprocess,
     img,  # anything `read_image` takes: path, bytes, PIL image, array
+    draft: bool = False,  # decode JPEGs of twice the size or more at a half, a quarter or an eighth
 ) -> np.ndarray:  # uint8 (size, size, 3)
     "Resize and cut one picture, exactly as open_clip and torchvision do; ImageError where it is unreadable"
-    img, short = read_image(img), int(self.size/self.crop_pct)
+    short = int(self.size/self.crop_pct)
+    img = read_image(img, draft=short if draft else None)
     squash = self.resize_mode == 'squash'
     img = img if squash else _middle(img)
     w, h = img.size
@@ -82,6 +86,12 @@ def pixels(
     return np.array(img.crop((left, top, left + self.size, top + self.size)))
 
 # %% ../nbs/00d_preprocess.ipynb #normalize
+@lru_cache
+def _constants(mean, std, device):
+    "Mean and standard deviation, (1, 3, 1, 1) each, on a device"
+    with torch.inference_mode(False):  # a training may use what a prediction has made
+        return [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std)]
+
 @patch
 def normalize(
     self: Preprocess,
@@ -93,8 +103,8 @@ def normalize(
     if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected uint8 (b, S, S, 3): "
                          "stack what `pixels` gives")
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-    return (x.permute(0, 3, 1, 2).float()/255 - mean)/std  # (b, S, S, 3) -> (b, 3, S, S)
+    mean, std = _constants(self.mean, self.std, x.device)
+    return x.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)  # (b, S, S, 3) -> (b, 3, S, S)
 
 # %% ../nbs/00d_preprocess.ipynb #prep-from
 def square_size(
@@ -199,11 +209,25 @@ def from_folder(
     with right_shape(folder):
         return said and cls.from_transformers(said)
 
+# %% ../nbs/00d_preprocess.ipynb #workers
+def decode_workers(
+    workers: int = None,  # as somebody asked for; None: by the cores
+) -> int:
+    "Threads or processes that decode for one process of a run; ValueError for fewer than none"
+    if workers is None:
+        known = hasattr(os, 'sched_getaffinity')
+        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        beside = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', 1)))
+        return max(1, cores // beside)
+    if int(workers) < 0:
+        raise ValueError(f'workers is {workers}, expected 0 or more: leave it out for one a core')
+    return int(workers)
+
 # %% ../nbs/00d_preprocess.ipynb #batch-kinds
-def _try_pixels(img, prep):
+def _try_pixels(img, prep, draft=False):
     "Pixels and no error, or the error's text"
     try:
-        return prep.pixels(img), None
+        return prep.pixels(img, draft), None
     except ImageError as e:
         return None, str(e)
 
@@ -219,16 +243,16 @@ def _array_batches(images, prep, bs, starts):
         raise ValueError(f"images is {images.dtype} {images.shape}, expected uint8 (n, {prep.size}, "
                          f"{prep.size}, 3): pass files or PIL images, or prepare them with this `prep`")
     for lo in starts:
-        yield np.arange(lo, min(lo + bs, len(images))), images[lo:lo + bs]
+        yield np.arange(lo, min(lo + bs, len(images))), np.asarray(images[lo:lo + bs])
 
 # %% ../nbs/00d_preprocess.ipynb #decoded-batches
-def _decoded_batches(images, prep, bs, starts, workers, report, ahead=2):
+def _decoded_batches(images, prep, bs, starts, workers, report, draft, ahead=2):
     "Batches decoded by threads, `ahead` of their use"
-    pool, queue = ThreadPoolExecutor(workers), deque()
+    pool, queue = ThreadPoolExecutor(max(1, workers)), deque()
 
     def submit(lo):
         if lo < len(images):
-            queue.append((lo, [pool.submit(_try_pixels, im, prep) for im in images[lo:lo + bs]]))
+            queue.append((lo, [pool.submit(_try_pixels, im, prep, draft) for im in images[lo:lo + bs]]))
 
     try:
         for k in range(ahead):
@@ -247,12 +271,13 @@ def _decoded_batches(images, prep, bs, starts, workers, report, ahead=2):
 
 # %% ../nbs/00d_preprocess.ipynb #image-batches
 def image_batches(
-    images,  # list of what `read_image` takes, or uint8 (n, S, S, 3) that is already prepared
+    images,  # list of what `read_image` takes, or uint8 (n, S, S, 3) that is prepared, in memory or `Decoded`
     prep: Preprocess,  # how to prepare them
     bs: int = 64,  # pictures a batch; unreadable ones make it smaller
-    workers: int = 2,  # decoding threads
+    workers: int = None,  # decoding threads; None: see `decode_workers`
     report: list = None,  # gets dict(row, image, error) for each unreadable picture
     desc: str = None,  # shows a progress bar of this name on a terminal
+    draft: bool = False,  # large JPEGs at reduced resolution, see `Preprocess.pixels`
 ):  # yields rows int64 (b,), pixels uint8 (b, S, S, 3)
     """Decoded batches in order, made ahead of their use
 
@@ -261,10 +286,10 @@ def image_batches(
         raise ValueError(f"images is one {type(images).__name__}, expected a list: "
                          "write [image], or find_images(folder)")
     starts = tqdm(range(0, len(images), bs), desc=desc, disable=None if desc else True)
-    if isinstance(images, np.ndarray) and images.ndim == 4:
+    if getattr(images, 'ndim', 0) == 4:
         yield from _array_batches(images, prep, bs, starts)
     else:
-        yield from _decoded_batches(list(images), prep, bs, starts, workers, report)
+        yield from _decoded_batches(list(images), prep, bs, starts, decode_workers(workers), report, draft)
 
 # %% ../nbs/00d_preprocess.ipynb #pick-device
 def pick_device(
@@ -274,3 +299,53 @@ def pick_device(
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return torch.device(device)
+
+# %% ../nbs/00d_preprocess.ipynb #on-device
+def on_device(
+    px: np.ndarray,  # (b, S, S, 3) uint8
+    device: torch.device,  # where the network lies
+) -> torch.Tensor:  # the same there
+    "Pixels moved to a device; a GPU is not waited for"
+    x = torch.from_numpy(px if px.flags.writeable else px.copy())
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+def channels_last(
+    net: torch.nn.Module,  # of any kind
+) -> torch.nn.Module:  # the same
+    "Kernels of a convolutional network in the order of `normalize`'s pixels; a ViT's only one is left alone"
+    if sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) > 1:
+        with torch.inference_mode(False):  # weights made in a prediction could not be trained
+            net.to(memory_format=torch.channels_last)
+    return net
+
+# %% ../nbs/00d_preprocess.ipynb #half-type
+PRECISIONS = ('auto', 'bf16', 'fp16', 'fp32')
+
+def half_type(
+        capability: tuple,  # of the GPU, as `torch.cuda.get_device_capability()` gives it
+        precision: str = 'auto',  # one of PRECISIONS
+):  # torch.bfloat16, torch.float16, or None for full precision
+    "The type in which a GPU's forward pass runs; ValueError for an unknown precision"
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision {precision!r} is unknown, known are {", ".join(PRECISIONS)}')
+    if precision == 'auto':
+        precision = 'bf16' if capability >= (8, 0) else 'fp16'
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=None)[precision]
+
+# %% ../nbs/00d_preprocess.ipynb #half-precision
+def half_on(
+        device: torch.device,  # where the network lies
+        precision: str = 'auto',  # one of PRECISIONS
+):  # torch.bfloat16, torch.float16, or None for full precision
+    "The type in which a forward pass on `device` runs: on a CPU the weights' own"
+    if device.type != 'cuda':
+        return None
+    return half_type(torch.cuda.get_device_capability(device), precision)
+
+def half_precision(
+        device: torch.device,  # where the network lies
+        precision: str = 'auto',  # one of PRECISIONS
+):  # a context manager
+    "A context for forward passes; on a CPU it changes nothing"
+    kind = half_on(device, precision)
+    return torch.autocast(device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
