@@ -247,7 +247,7 @@ def encode(
     shard: tuple = None,  # (i, m): only every m-th shard, from the i-th on: one of m processes or machines
     key: str = None,  # names the encoder, where it has no .fingerprint
     names=None,  # n strings that stand for the items in the manifest; None: the items themselves
-    amp: bool = True,  # half precision arithmetic on CUDA
+    amp: bool = True,  # half precision on CUDA, for an encoder that does not choose its own
 ) -> np.ndarray:  # (n, d) float16, read-only memory map; None when `shard` is given
     """Encode once, keep on disk, compute on the next call only what is missing or damaged
 
