@@ -705,6 +705,36 @@ def test_encode_by_three_processes():
         'one/emb.npy').read_bytes(), 'three processes made other bytes than one'
     assert not list(Path('three').glob('shard-*')), 'shards are left over'
 
+DECODE = """
+import sdip.decoded as d
+from pathlib import Path
+from sdip.preprocess import Preprocess
+d._SHARD_BYTES = 16*3*224**2  # 16 pictures a shard
+pictures = sorted(str(p.resolve()) for p in Path('pictures').glob('*'))
+px = d.decoded(pictures, Preprocess(224), 'kept', workers=1)
+for i in range(0, len(px), 7):
+    assert (px[i] == Preprocess(224).pixels(pictures[i])).all(), i
+print(len(px))
+"""
+
+def test_decoded_by_two_processes():
+    """Decoded pictures: one process is killed, two others go on at once; nothing half-written stays"""
+    from sdip.bench_data import FeedWork
+    Path('pictures').mkdir()
+    FeedWork('pictures', 160)
+    Path('job.py').write_text(DECODE)
+    start = lambda: subprocess.Popen([sys.executable, 'job.py'])
+    first, done = start(), lambda: {p: p.stat().st_mtime_ns for p in Path('kept').glob('*/*.json')}
+    wait_for(lambda: len(done()) >= 2)
+    first.kill()
+    first.wait()
+    before, jobs = done(), [start(), start()]
+    assert [j.wait() for j in jobs] == [0, 0]
+    after = done()
+    assert len(after) == 10 and before.items() <= after.items(), 'whole shards were made again'
+    left = sorted({p.suffix for p in Path('kept').glob('*/*')})
+    assert left == ['.json', '.npy'], left
+
 def test_original_says_what_is_missing():
     """Without the four networks the original stops within 10 s and names each, where it looked and how to
     get it; a dry run says the same"""

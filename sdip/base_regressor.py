@@ -9,7 +9,6 @@ __all__ = ['Regressor']
 import math
 import tempfile
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import fastai.callback.hook
@@ -22,8 +21,7 @@ from . import __version__
 from .core import EMB_DIM, check_emb, read_json, right_shape, row_cosine, unit
 from .data import image_paths
 from .preprocess import pick_device, Preprocess
-from .batches import (Augment, first_alone, make_loaders, PairRows, share_among, start_alike,
-                          world_of_processes)
+from .batches import Augment, make_loaders, PairRows, share_among, start_alike, world_of_processes
 from .callbacks import Checkpoint, CsvLog, digest, KeepBest, score_of
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
@@ -35,7 +33,7 @@ from .training_hours import TimeBudget
 # %% ../nbs/02_base_regressor.ipynb #regressor
 class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
-    kind, history, precision = None, None, 'auto'
+    kind, history, precision, workers = None, None, 'auto', None
 
     def __init__(
             self,
@@ -72,28 +70,32 @@ def features(
     return self._rows_of(Features(self.net), self.net.width, images, bs, None, shared)
 
 # %% ../nbs/02_base_regressor.ipynb #rows-of
+def _stretch(n):
+    "The rows of `n` that are this process's"
+    rank, world = world_of_processes()
+    return slice(n*rank // world, n*(rank + 1) // world)
+
 @patch
 def _rows_of(self: Regressor, net, width, images, bs, desc, shared):
     "Rows of `net` for images, by one process or by all"
-    rank, world = world_of_processes() if shared else (0, 1)
-    cut = [len(images)*i // world for i in range(world + 1)]
-    report, mine = [], images[cut[rank]:cut[rank + 1]]
-    rows = predict_images(net, mine, self.prep, width, bs, report, desc, self.precision)
-    self.report = [r | dict(row=r['row'] + cut[rank]) for r in report]
-    if world == 1:
+    mine, report = _stretch(len(images)) if shared else slice(0, len(images)), []
+    rows = predict_images(net, images[mine], self.prep, width, bs, report, desc, self.precision, self.workers)
+    self.report = [r | dict(row=r['row'] + mine.start) for r in report]
+    if not shared or world_of_processes()[1] == 1:
         return rows
     self.report = share_among(self.report)
     return np.concatenate(share_among([rows]))
 
 # %% ../nbs/02_base_regressor.ipynb #regressor-rows
-def _split_rows(pairs, targets, root, prep, split):
+def _split_rows(pairs, targets, root, prep, split, **feed):
     "`PairRows` of one split, with targets and weights; `.table` its pairs, `.at` their row numbers"
     at = np.flatnonzero(pairs.split == split)
     if not len(at):
         raise ValueError(f"no rows with split '{split}' among {len(pairs)} pairs: "
                          'split them first (sdip.split.group_split)')
     table = pairs.iloc[at]
-    rows = PairRows(image_paths(table, root), prep, targets[at], table.weight.to_numpy(np.float32))
+    weight = table.weight.to_numpy(np.float32)
+    rows = PairRows(image_paths(table, root), prep, targets[at], weight, **feed)
     rows.table, rows.at = table, at
     return rows
 
@@ -112,35 +114,42 @@ def _checked_targets(pairs, targets):
 
 # %% ../nbs/02_base_regressor.ipynb #given-features
 @patch
-def _given_features(self: Regressor, features, pairs, splits):
-    "Features of each split out of rows of the base CLIP; ValueError where they are not the tower's"
-    width = self.net.width
-    if np.shape(features) != (len(pairs), width):
-        raise ValueError(f'features have shape {np.shape(features)}, expected {(len(pairs), width)}: '
+def _check_features(self: Regressor, features, pairs, rows):
+    "ValueError where `features` are not the tower's"
+    if features.shape != (len(pairs), self.net.width):
+        raise ValueError(f'features have shape {features.shape}, expected {(len(pairs), self.net.width)}: '
                          "one row a pair, of this regressor's own base CLIP")
-    out = [np.empty((len(rows.at), width), np.float32) for rows in splits]
-    for x, rows in zip(out, splits):
-        for lo in range(0, len(x), 8192):  # a block at a time: no second copy of all rows
-            part = slice(lo, lo + 8192)
-            x[part] = unit(np.asarray(features[rows.at[part]], np.float32))*math.sqrt(width)
-    known = np.flatnonzero(splits[0].ok & np.isfinite(out[0]).all(1))[:4]
-    own = self.features([splits[0].images[i] for i in known])
-    if len(known) and row_cosine(own, out[0][known]).min() < .99:
+    known = [i for i in np.flatnonzero(rows.ok)[:64] if np.isfinite(features[rows.at[i]]).all()][:4]
+    own = self.features([rows.images[i] for i in known])
+    if known and row_cosine(own, features[rows.at[known]]).min() < .99:
         raise ValueError("features are not those of this regressor's tower: give rows of the CLIP that it "
                          'was made from, in the order of the pairs, or leave features=None')
+
+@patch
+def _given_features(self: Regressor, features, at):
+    "Rows `at` of the base CLIP's, at the length of the tower's features"
+    out = np.empty((len(at), self.net.width), np.float32)
+    for lo in range(0, len(at), 8192):  # a block at a time: `features` may lie in a file
+        rows = np.asarray(features[at[lo:lo + 8192]], np.float32)
+        out[lo:lo + 8192] = unit(rows)*math.sqrt(self.net.width)
     return out
 
 # %% ../nbs/02_base_regressor.ipynb #probe-features
 @patch
 def _probe_features(self: Regressor, features, pairs, splits):
-    "(n, d) and (m, d), NaN where a picture cannot be read: given, or by the frozen tower"
+    "This process's stretch of each split: (n, d), (m, d), NaN where a picture cannot be read"
     if features is not None:
-        out = self._given_features(features, pairs, splits)
-    else:
-        images = [rows.images if rows.pixels is None else rows.pixels for rows in splits]
-        out = [self.features(each, shared=True) for each in images]
-    for x, rows in zip(out, splits):
-        x[~rows.ok] = np.nan  # a broken picture is no black one
+        features = np.asarray(features)
+        self._check_features(features, pairs, splits[0])
+    out = []
+    for rows in splits:
+        mine = _stretch(len(rows))
+        if features is None:
+            x = self.features((rows.images if rows.pixels is None else rows.pixels)[mine])
+        else:
+            x = self._given_features(features, rows.at[mine])
+        x[~rows.ok[mine]] = np.nan  # a broken picture is no black one
+        out.append(x)
     return out
 
 # %% ../nbs/02_base_regressor.ipynb #start-head
@@ -154,9 +163,10 @@ def _start_head(self: Regressor, features, pairs, splits):
     bias = np.average(y, 0, w).astype(np.float32)
     if self.recipe.probe:
         x, valid_x = self._probe_features(features, pairs, splits)
-        through = prime_mlp(self.net.head, x) if self.net.kind == 'mlp' else None
-        solve = partial(probe, x, y, valid_x, valid_y, w, through=through)
-        coef, bias, self.probe_scores = first_alone(solve)
+        through = prime_mlp(self.net.head, x, shared=True) if self.net.kind == 'mlp' else None
+        mine, valid = _stretch(len(y)), _stretch(len(valid_y))
+        coef, bias, self.probe_scores = probe(x, y[mine], valid_x, valid_y[valid], w[mine], through=through,
+                                              shared=True)
     self._set_last(coef, bias)
 
 # %% ../nbs/02_base_regressor.ipynb #set-last
@@ -171,7 +181,7 @@ def _set_last(self: Regressor, coef, bias):
 @patch
 def _key(self: Regressor, pairs, targets):
     "What a checkpoint of this training depends on, in words that can be compared"
-    recipe = {k: v for k, v in asdict(self.recipe).items() if k not in ('minutes', 'hours')}
+    recipe = self.recipe.outcome()
     start = self.net if self.recipe.probe is None else self.net.body  # any other head is set anew
     sizes = ', '.join(f'{n} {s or "dropped"}' for s, n in pairs.split.value_counts().sort_index().items())
     rows = dict(groups=pairs.group, pictures=pairs.image.astype(str), targets=targets,
@@ -224,7 +234,8 @@ def learner(
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
     if recipe.keep not in ('best', 'last'):
         raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
-    splits = [_split_rows(pairs, targets, root, self.prep, split) for split in ('train', 'valid')]
+    self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
+    splits = [_split_rows(pairs, targets, root, self.prep, split, **feed) for split in ('train', 'valid')]
     start_alike(self.net)  # a new head is random
     self.recipe, self.precision, self.net = recipe, recipe.precision, self.net.requires_grad_(True)
     key = self._key(pairs, targets)
@@ -244,8 +255,8 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
         own = tempfile.TemporaryDirectory(prefix='sdip-')  # for fastai's callbacks
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
     groups = layer_groups(self.net.body) + [[self.net.head]]
-    dls = make_loaders(*splits, splits[0].table.group.to_numpy(), recipe.bs, recipe.seed, device=self.device,
-                       parts=recipe.accumulate)
+    dls = make_loaders(*splits, splits[0].table.group.to_numpy(), recipe.bs, recipe.seed, recipe.workers,
+                       device=self.device, parts=recipe.accumulate)
     head_open = [(None if depth is None else depth + 1, epochs) for depth, epochs in recipe.unfreezing]
     cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
@@ -307,7 +318,7 @@ def save(
     "Everything that `load` needs: architecture, preprocessing, weights, and how they came about"
     config = dict(kind=self.kind, sdip=__version__, tower=self.tower, width=self.net.width,
                   head=self.net.kind, preprocess=self.prep.to_dict(),
-                  recipe=asdict(self.recipe) if self.history else None, probe_scores=self.probe_scores,
+                  recipe=self.recipe.outcome() if self.history else None, probe_scores=self.probe_scores,
                   history=self.history)
     save_weights(self.net, config, folder)
 

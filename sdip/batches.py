@@ -9,6 +9,7 @@ __all__ = ['PairRows', 'GroupSampler', 'make_loaders', 'Augment']
 import itertools
 import math
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -18,11 +19,23 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import bn_types
 from fastai.data.core import DataLoaders
+from fastai.torch_core import to_detach, to_device
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from .data import ImageError
-from .preprocess import image_batches, pick_device, Preprocess
+from .preprocess import decode_workers, image_batches, pick_device, Preprocess
+from .decoded import decoded, Decoded
+
+# %% ../nbs/00g_batches.ipynb #feed
+@dataclass
+class Feed:
+    "Where decoded pictures are kept, and who decodes"
+    cache_gb: float = 2.  # up to this size (GB) decode once and keep in memory; beyond it, read at each use
+    cache: str | None = None  # folder of `decoded`: then from there instead, whatever their size
+    workers: int | None = None  # threads that decode; None: one a core
+    draft: bool = False  # large JPEGs at reduced resolution, see `Preprocess.pixels`
+    quiet: bool = True  # do not say how much is written
 
 # %% ../nbs/00g_batches.ipynb #pair-rows
 class PairRows:
@@ -32,19 +45,18 @@ class PairRows:
             images,  # n paths, PIL images or bytes; or a uint8 array (n, S, S, 3)
             prep: Preprocess,  # makes the pixels the network expects
             *ys,  # arrays with n rows each: targets, weights, tokens
-            cache_gb: float = 2.0,  # up to this size (GB) decode once and keep; beyond it, read at each use
+            **feed,  # fields of `Feed`: cache_gb=2, cache=None, workers=None, draft=False, quiet=True
     ):
         "ValueError where an array has another number of rows, or where no picture can be read"
-        self.images, self.prep, self.report = images, prep, []
+        self.images, self.prep, self.report, self.feed = images, prep, [], Feed(**feed)
         self.ys = [y if torch.is_tensor(y) else torch.from_numpy(np.array(y)) for y in ys]
         for y in self.ys:
             if len(y) != len(images):
                 raise ValueError(f'{len(y)} rows beside {len(images)} images: '
                                  'each image needs exactly one row')
         self.ok = np.ones(len(images), bool)  # rows whose picture can be read, as far as known
-        self.pixels = None
-        if len(images)*prep.size**2*3 <= cache_gb*1e9:
-            self._decode_all()
+        self.pixels = self._decode_all()  # None: read at each use
+        self.ok[[r['row'] for r in self.report]] = False
         if not self.ok.any():
             raise ValueError(f'none of the {len(images)} images can be read; '
                              f'the first: {self.report[0]["error"]}')
@@ -55,12 +67,19 @@ class PairRows:
 # %% ../nbs/00g_batches.ipynb #pair-rows-decode
 @patch
 def _decode_all(self: PairRows):
-    "Read every picture into one array (n, S, S, 3); what cannot be read is reported"
-    size = self.prep.size
-    self.pixels = np.zeros((len(self), size, size, 3), np.uint8)
-    for rows, px in image_batches(self.images, self.prep, bs=256, report=self.report):
-        self.pixels[rows] = px
-    self.ok[[r['row'] for r in self.report]] = False
+    "Every picture in one array (n, S, S, 3), in memory or on disk, or None; unreadable ones are reported"
+    feed, size = self.feed, self.prep.size
+    if feed.cache is not None and getattr(self.images, 'ndim', 0) != 4:
+        px = decoded(self.images, self.prep, feed.cache, feed.workers, feed.draft, feed.quiet)
+        self.report += [dict(row=i, image=str(self.images[i]), error=e) for i, e in px.errors.items()]
+        return px
+    if len(self)*size**2*3 > feed.cache_gb*1e9:
+        return None
+    px = np.zeros((len(self), size, size, 3), np.uint8)
+    for rows, batch in image_batches(self.images, self.prep, 256, feed.workers, self.report,
+                                     draft=feed.draft):
+        px[rows] = batch
+    return px
 
 # %% ../nbs/00g_batches.ipynb #pair-rows-read
 @patch
@@ -69,7 +88,7 @@ def _read_rows(self: PairRows, rows):
     px, out = [], []
     for r in rows:
         try:
-            px.append(self.prep.pixels(self.images[r]))
+            px.append(self.prep.pixels(self.images[r], self.feed.draft))
             out.append(r)
         except ImageError as e:
             self.report.append(dict(row=int(r), image=str(self.images[r]), error=str(e)))
@@ -268,11 +287,14 @@ class _Loader(DataLoader):
     def one_batch(self):
         return next(iter(self))
 
+    def to_detach(self, b, cpu=True, gather=True):  # fastai's validation: numbers stay on the device
+        return to_detach(b, cpu and getattr(b, 'ndim', 1) > 0, gather)
+
     def __iter__(self):
         for batch, reported in super().__iter__():
             if self.num_workers:
                 self.dataset.report += reported
-            yield batch
+            yield to_device(batch, self.device, non_blocking=True) if self.pin_memory else batch
 
 # %% ../nbs/00g_batches.ipynb #make-loader
 def make_loader(
@@ -280,10 +302,11 @@ def make_loader(
         sampler,  # gives lists of row numbers
         device,  # a torch device
         n_inp: int = 1,  # arrays of a batch that the model takes
-        workers: int = 0,  # processes that decode, where the pictures are not in memory
+        workers: int | None = 0,  # processes that decode, where the pictures are not in memory
 ):  # a torch DataLoader that fastai takes
     "One loader: in this process where the pixels are at hand, else in others"
-    workers = 0 if ds.pixels is not None else workers
+    on_disk = isinstance(ds.pixels, Decoded) and device.type == 'cuda'  # others read ahead of the GPU
+    workers = 0 if ds.pixels is not None and not on_disk else decode_workers(workers)
     dl = _Loader(ds, batch_sampler=sampler, collate_fn=_Collate(ds), num_workers=workers,
                  worker_init_fn=_set_worker_threads, pin_memory=device.type == 'cuda',
                  persistent_workers=workers > 0)
@@ -309,7 +332,7 @@ def make_loaders(
         groups,  # (n,) int: train rows with the same number share a prompt
         bs: int = 64,  # rows a step
         seed: int = 0,  # of the order
-        workers: int = 2,  # processes that decode, where the pictures do not fit into memory
+        workers: int | None = None,  # processes that decode, where they do not fit into memory; None: a core
         n_inp: int = 1,  # arrays of a batch that the model takes; the rest go to the loss
         device=None,  # None: the GPU where there is one
         parts: int = 1,  # batches that a step comes in

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.progress import CSVLogger
+from fastai.learner import AvgSmoothLoss
 from fastcore.basics import patch
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from .core import atomic_path, hash_items
-from .preprocess import Preprocess
+from .preprocess import channels_last, half_on, half_precision, Preprocess
 from .batches import share_among, world_of_processes
 
 # %% ../nbs/00g_callbacks.ipynb #cosine-loss
@@ -47,39 +48,23 @@ def cosine(
     return F.cosine_similarity(pred.float(), targ.float(), dim=-1).mean()
 
 # %% ../nbs/00g_callbacks.ipynb #amp
-PRECISIONS = ('auto', 'bf16', 'fp16', 'fp32')
-
-def half_type(
-        capability: tuple,  # of the GPU, as `torch.cuda.get_device_capability()` gives it
-        precision: str = 'auto',  # one of PRECISIONS
-):  # torch.bfloat16, torch.float16, or None for full precision
-    "The type in which a GPU's forward pass runs; ValueError for an unknown precision"
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision {precision!r} is unknown, known are {", ".join(PRECISIONS)}')
-    if precision == 'auto':
-        precision = 'bf16' if capability >= (8, 0) else 'fp16'
-    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=None)[precision]
-
-# %% ../nbs/00g_callbacks.ipynb #amp-use
-def half_precision(
-        device: torch.device,  # where the network lies
-        precision: str = 'auto',  # one of PRECISIONS
-):  # a context manager
-    "A context for forward passes; on a CPU it changes nothing"
-    kind = half_type(torch.cuda.get_device_capability(device), precision) if device.type == 'cuda' else None
-    return torch.autocast(device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
-
 def amp_callbacks(
         device: torch.device,  # where the network trains
         precision: str = 'auto',  # one of PRECISIONS
 ) -> list:  # of callbacks; empty for full precision
     "fastai's mixed precision on CUDA, with loss scaling where it is fp16; nothing on a CPU"
-    if device.type != 'cuda':
-        return []
-    kind = half_type(torch.cuda.get_device_capability(device), precision)
+    kind = half_on(device, precision)
     if kind is None:
         return []
     return [MixedPrecision(AMPMode.BF16 if kind is torch.bfloat16 else AMPMode.FP16)]
+
+# %% ../nbs/00g_callbacks.ipynb #smooth-loss
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, on the network's device"
+    def accumulate(self, learn):
+        loss = learn.loss.detach().mean()
+        self.count += 1
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
 # %% ../nbs/00g_callbacks.ipynb #batch-callbacks
 class OnDevice(Callback):
@@ -92,8 +77,15 @@ class OnDevice(Callback):
     ):
         self.prep = prep
 
+    def before_fit(self):
+        channels_last(self.model)
+        self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
+
     def before_batch(self):
         self.learn.xb = (self.prep.normalize(self.xb[0]), *self.xb[1:])
+
+    def after_train(self):
+        self.recorder.losses = [loss.cpu() for loss in self.recorder.losses]  # for `plot_loss`
 
 class TellEpoch(Callback):
     "The sampler's order follows the number of the epoch"
@@ -195,11 +187,11 @@ def score_of(
     model.eval()
     with torch.random.fork_rng(devices=[]), half_precision(device, precision):
         for x, y, *_ in dl:
-            pred = model(prep.normalize(x.to(device)))  # (b, d)
-            total, n = total + cosine(pred, y.to(device)).item()*len(x), n + len(x)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            total, n = total + cosine(model(prep.normalize(x)), y)*len(x), n + len(x)
     for m, training in modes.items():
         m.training = training
-    return total/n
+    return float(total)/n
 
 # %% ../nbs/00g_callbacks.ipynb #ema
 class EMA(Callback):
@@ -210,9 +202,12 @@ class EMA(Callback):
             self,
             decay: float = 0.995,  # decay of the averaged weights, a step
             watch_raw: bool = False,  # score the raw weights too, in `raw_score`
-            precision: str = 'auto',  # of that score's forward pass on CUDA
     ):
-        self.decay, self.watch_raw, self.precision, self.raw_score = decay, watch_raw, precision, 0.
+        self.decay, self.watch_raw, self.raw = decay, watch_raw, (0., 1)
+
+    @property
+    def raw_score(self):
+        return float(self.raw[0])/max(self.raw[1], 1)  # mean cosine of the last validation
 
     def before_fit(self):
         self.avg, self.steps = ModelEmaV3(self.model, decay=self.decay, use_warmup=True), 0
@@ -221,18 +216,25 @@ class EMA(Callback):
         self.steps += 1
         self.avg.update(self.model, step=self.steps)
 
-    def before_validate(self):
-        if self.watch_raw:
-            prep = self.learn.on_device.prep
-            self.raw_score = score_of(self.model, self.dls.valid, prep, self.precision)
-        self.raw = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.avg.module.state_dict())
-
-    def after_validate(self):
-        self.model.load_state_dict(self.raw)
-
     def after_fit(self):
         self.model.load_state_dict(self.avg.module.state_dict())
+
+# %% ../nbs/00g_callbacks.ipynb #ema-validate
+@patch
+def before_validate(self: EMA):
+    self.trained, self.raw = self.model, (0., 0)
+    self.learn.model = self.avg.module
+
+@patch
+def after_pred(self: EMA):
+    if self.training or not (self.watch_raw and self.yb):
+        return
+    total, n = self.raw
+    self.raw = total + cosine(self.trained(*self.xb), *self.yb)*len(self.xb[0]), n + len(self.xb[0])
+
+@patch
+def after_validate(self: EMA):
+    self.learn.model = self.trained
 
 # %% ../nbs/00g_callbacks.ipynb #best
 def _cpu_copy(model):

@@ -152,7 +152,7 @@ if Path(sys.argv[0]).name.startswith('sdip_'):
 @call_parse
 @_polite(_GOES_ON)
 def sdip_generate(
-    out: str,  # folder for a data set; with --prompt, the picture's file (.png, .jpg)
+    out: str,  # folder for a dataset; with --prompt, the picture's file (.png, .jpg)
     n: int = 5000,  # training prompts; a tenth as many for validation, a fifth for test
     per_prompt: int = 2,  # pictures of each training prompt, or of each of --prompts
     loose: float = .3,  # share of training prompts whose pictures ignore a part of them
@@ -167,7 +167,7 @@ def sdip_generate(
     made: int = 768,  # with --prompts: pixels before the picture is reduced to --size
     force: bool = False,  # with --prompt: replace a picture that is there
 ):
-    "Draw a playground data set, or one prompt; or paint a file of prompts with Stable Diffusion"
+    "Draw a playground dataset, or one prompt; or paint a file of prompts with Stable Diffusion"
     if prompts is None and (model or shard or prompt_col):
         raise ValueError('--model, --shard and --prompt_col go with --prompts FILE, and there is none')
     if prompts is not None:
@@ -261,7 +261,8 @@ def sdip_finetune(
         weights: str = None,  # a CLIP's tag or file; for timm pretrained, a file or a folder
         head: str = 'linear',  # linear or mlp
         img_size: int = None,  # size of the pictures in pixels; default: the model's own
-        set: Param('fields of the recipe, such as lr=3e-4 bs=128', str, nargs='*') = None,  # field=value
+        set: Param('fields of the recipe, such as lr=3e-4 workers=4', str, nargs='*') = None,  # field=value
+        cache: str = None,  # folder that keeps decoded pictures, for every training at their size
         device: str = None,  # cpu or cuda; default: the GPU where there is one
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
@@ -278,7 +279,8 @@ def sdip_finetune(
     table = load_pairs(pairs, image_col, prompt_col, images, spare=f'{out}/unpacked')
     if 'read' in table.attrs:
         print(table.attrs['read'])
-    scores = finetune(reg, table, out, FINETUNE[preset]['recipe'].change(set))
+    recipe = FINETUNE[preset]['recipe'].change([*(set or ()), *([f'cache={cache}'] if cache else ())])
+    scores = finetune(reg, table, out, recipe)
     print_summary(reg, scores, out)
 
 # %% ../nbs/05b_folder.ipynb #command
@@ -312,8 +314,8 @@ def sdip_push(
     notebook: Param('chapter to push, such as 07_submit', str, nargs='?', opt=False) = None,  # one of KERNELS
     user: str = None,  # your name on Kaggle, with --write
     write: bool = False,  # write kernels/*/kernel-metadata.json for --user
-    attach: str = '',  # with --write: more data sets for the notebooks, owner/slug,owner/slug
-    assets: bool = False,  # build the data set that the notebooks attach, and upload it
+    attach: str = '',  # with --write: more datasets for the notebooks, owner/slug,owner/slug
+    assets: bool = False,  # build the dataset that the notebooks attach, and upload it
     run: str = None,  # with --assets: finished run folder
     weights: str = '',  # with --assets: more files or folders of weights, separated by commas
     wheels: str = None,  # with --assets: folder of wheels to take instead of the package index

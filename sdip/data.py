@@ -81,7 +81,7 @@ def _upright(im):
         return im
 
 # %% ../nbs/00_data.ipynb #to-rgb
-def _to_rgb(im, max_pixels):  # any PIL image -> new RGB image, upright, over white, no metadata
+def _to_rgb(im, max_pixels, draft=None):  # any PIL image -> new RGB image, upright, over white, no metadata
     w, h = im.size
     if not w*h:
         raise ImageError(f"it has {w} x {h} pixels, expected at least one")
@@ -89,6 +89,8 @@ def _to_rgb(im, max_pixels):  # any PIL image -> new RGB image, upright, over wh
         raise ImageError(f"it claims {w} x {h} = {w*h:,} pixels, at most {max_pixels:,} are decoded "
                          "(a small file can unpack to fill the memory): "
                          "shrink it, or pass a larger max_pixels if you trust it")
+    if draft:
+        im.draft(None, (draft, draft))  # of a JPEG: fewer pixels, as long as each side keeps so many
     im.load()  # the decoding; all above came from the header
     png = im.format == 'PNG'
     im = _upright(im)
@@ -130,9 +132,9 @@ def _in_steps(data):
         at += size + 2
     return True
 
-def _decode(src, max_pixels):
+def _decode(src, max_pixels, draft=None):
     with Image.open(src, formats=IMAGE_FORMATS) as im:
-        return _to_rgb(im, max_pixels)
+        return _to_rgb(im, max_pixels, draft)
 
 def _without_end(data, max_pixels):
     "A JPEG that lacks its end mark only, as RGB; None where more is missing"
@@ -195,7 +197,7 @@ def _why_unreadable(src, e):  # reason and remedy for whatever opening `src` rai
     return f'the file is damaged or cut short ({said}): download or render it again, or leave it out'
 
 # %% ../nbs/00_data.ipynb #read-image
-def _read_source(src, max_pixels):
+def _read_source(src, max_pixels, draft):
     if isinstance(src, np.ndarray):
         return _to_rgb(_array_image(src), max_pixels)
     if isinstance(src, Image.Image):
@@ -207,7 +209,7 @@ def _read_source(src, max_pixels):
         # opening it might wait for ever
         raise ImageError('it is a pipe, a socket or a device, expected a file: leave it out')
     try:
-        return _decode(io.BytesIO(src) if inside else src, max_pixels)
+        return _decode(io.BytesIO(src) if inside else src, max_pixels, draft)
     except (ValueError, OSError) as e:
         im = None if isinstance(e, ImageError) else _recover(src, e, max_pixels)
         if im is None:
@@ -217,10 +219,11 @@ def _read_source(src, max_pixels):
 def read_image(
     src,  # path, bytes of a file, PIL image, or array (h, w[, 3 or 4]) of uint8, uint16, or floats in 0..1
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures before decoding
+    draft: int = None,  # of a JPEG: decode fewer pixels, with at least this many a side; None: all
 ) -> Image.Image:  # RGB, upright, a new image without metadata
     "Read a picture of nearly any kind as RGB. ImageError names what cannot be read, and why"
     try:
-        return _read_source(src, max_pixels)
+        return _read_source(src, max_pixels, draft)
     except Exception as e:
         raise ImageError(f'{_picture_name(src)}: {_why_unreadable(src, e)}') from e
 

@@ -16,11 +16,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.func import functional_call
 
 from .core import EMB_DIM, check_sha256, hash_items, right_shape, unit
-from .preprocess import Preprocess, checked_prep, image_batches, pick_device, square_size
+from .preprocess import (channels_last, checked_prep, half_precision, image_batches, on_device,
+                             pick_device, Preprocess, square_size)
 from .pretrained import (CLIP_CONFIG, check_fits, clip_folder, read_clip_config, refuse_code, save_clip,
                              weights_file)
 from .wrappings import (assumed_prep, clip_state, clip_tokenizer, folder_prep, needs_quick_gelu,
@@ -145,14 +147,15 @@ class ClipEncoder:
         pretrained=None,  # open_clip's tag or a file of weights; only with a model's name
         device=None,  # see `pick_device`
         bs: int = 128,  # pictures or texts a batch
-        workers: int = 2,  # decoding threads
+        workers: int = None,  # decoding threads; None: see `decode_workers`
         quick_gelu: bool = None,  # QuickGELU or not; None: as the weights' origin says
         prep: Preprocess = None,  # instead of the preprocessing that the weights bring
         sha256: str = None,  # expected of the file of weights; any other is refused
+        precision: str = 'fp16',  # of a forward pass on CUDA, see `half_type`
     ):
         "ValueError: weights that are missing, incomplete, not the expected ones, or that do not fit"
         self.name, self.pretrained, self.notes, self.report = str(name), pretrained, [], []
-        self.device, self.bs, self.workers = pick_device(device), bs, workers
+        self.device, self.bs, self.workers, self.precision = pick_device(device), bs, workers, precision
         folder = clip_folder(name)
         if folder and (pretrained or quick_gelu is not None):
             raise ValueError(f"{folder} brings its own weights and activation: leave "
@@ -162,11 +165,9 @@ class ClipEncoder:
             self.model_cfg['quick_gelu'], self.notes = quick_gelu, []
         with right_shape(folder/CLIP_CONFIG if folder else self.name):
             model = _empty_clip(self.model_cfg)
-        self.model = self._fill(model, state).to(self.device).eval().requires_grad_(False)
+        self.model = channels_last(self._fill(model, state).to(self.device).eval().requires_grad_(False))
         self.activation, self.dim = _activation(self.model, self.model_cfg), self.model_cfg['embed_dim']
         self._choose_prep(prep)
-        for note in self.notes:
-            warnings.warn(note, stacklevel=2)
 
 # %% ../nbs/00e_encoders.ipynb #clip-found
 @patch
@@ -321,6 +322,8 @@ def _choose_prep(self: ClipEncoder, prep):
         raise ValueError(f"preprocessing makes pictures of {self.prep.size} pixels, {self.name} takes "
                          f"{size}: the two do not belong together")
     self._check_tokenizer()
+    for note in self.notes:
+        warnings.warn(note, stacklevel=3)
 
 # %% ../nbs/00e_encoders.ipynb #encode-images
 @patch
@@ -333,9 +336,10 @@ def encode_images(
     "Pictures into CLIP's space, in the order given"
     self.report, out = [], np.full((len(images), self.dim), np.nan, np.float32)
     for rows, px in image_batches(images, self.prep, self.bs, self.workers, self.report, desc):
-        x = torch.from_numpy(np.array(px)).to(self.device)  # (b, S, S, 3)
-        emb = self.model.encode_image(self.prep.normalize(x), normalize=True)  # (b, 3, S, S) -> (b, dim)
-        out[rows] = emb.float().cpu()
+        x = self.prep.normalize(on_device(px, self.device))  # (b, 3, S, S)
+        with half_precision(self.device, self.precision):
+            emb = self.model.encode_image(x, normalize=False)  # (b, dim)
+        out[rows] = F.normalize(emb.float(), dim=-1).cpu()
     return out
 
 # %% ../nbs/00e_encoders.ipynb #encode-texts
@@ -352,13 +356,15 @@ def encode_texts(
     todo, out = list(distinct), np.zeros((len(distinct), self.dim), np.float32)
     for lo in range(0, len(todo), self.bs):
         tokens = self.tokenizer(todo[lo:lo + self.bs]).to(self.device)  # (b, context)
-        out[lo:lo + self.bs] = _text_rows(self.model, tokens).float().cpu()  # (b, dim)
+        with half_precision(self.device, self.precision):
+            emb = _text_rows(self.model, tokens)  # (b, dim)
+        out[lo:lo + self.bs] = F.normalize(emb.float(), dim=-1).cpu()
     return out[np.array([distinct[t] for t in texts], dtype=np.int64)]  # (distinct, dim) -> (n, dim)
 
 # %% ../nbs/00e_encoders.ipynb #text-rows
 def _text_rows(model, tokens):  # (b, context) -> (b, dim)
     if getattr(model, 'text_pool_type', None) != 'argmax' or model.attn_mask is None:
-        return model.encode_text(tokens, normalize=True)
+        return model.encode_text(tokens, normalize=False)
     n = int(tokens.argmax(1).max()) + 1  # up to the last end mark, which is the largest token
     short = dict(positional_embedding=model.positional_embedding[:n], attn_mask=model.attn_mask[:n, :n])
     return functional_call(model, short, kwargs=dict(text=tokens[:, :n]))[1]

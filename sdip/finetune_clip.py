@@ -39,7 +39,7 @@ def _at_size(tower, state, size):
     from open_clip.model import resize_pos_embed
     vision = tower['vision_cfg']
     if _is_bound(vision):
-        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or timm's convolutions: "
+        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or a ConvNet of timm: "
                          'leave img_size=None, or take a CLIP that was trained at that size')
     [place] = [k for k in state if k.endswith('positional_embedding')] or [None]
     if place:

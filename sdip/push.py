@@ -29,7 +29,7 @@ USER = 'USERNAME'  # nobody yet
 def kernel_metadata(
     notebook: str,  # one of `KERNELS`
     user: str = USER,  # who pushes
-    attach=(),  # more data sets to attach, as owner/slug
+    attach=(),  # more datasets to attach, as owner/slug
 ) -> dict:  # what Kaggle's client reads
     "Internet off, a T4, the competition and the assets attached, private"
     title = f"sdip {notebook.replace('_', ' ')}"
@@ -52,7 +52,7 @@ def _kernels(folder):
 # %% ../nbs/07_push.ipynb #kernel-write
 def write_kernels(
     user: str,  # your name on Kaggle, as in kaggle.com/NAME
-    attach=(),  # more data sets to attach, as owner/slug
+    attach=(),  # more datasets to attach, as owner/slug
     folder='kernels',  # where the eight files go
 ) -> list:  # their paths
     "Write the eight kernel-metadata.json for a user; ValueError for odd names, or outside of a clone"
@@ -128,13 +128,13 @@ _NOT_READ = ('data', 'images', 'preds', 'prompts', 'report.html', 'submission.cs
 
 def build_assets(
     out,  # folder, made anew
-    user: str = USER,  # whose data set
+    user: str = USER,  # whose dataset
     run=None,  # a finished run folder, or None
     weights=(),  # files or folders of weights to put in as well, under weights/
     wheels=None,  # folder of wheels to take instead of asking the package index
     root='.',  # the clone
 ) -> Path:  # `out`, ready for upload
-    "Put together the data set that the notebooks attach; ValueError where a part of it is missing"
+    "Put together the dataset that the notebooks attach; ValueError where a part of it is missing"
     out = Path(out)
     missing = [str(w) for w in weights if not Path(w).exists()]
     if missing:
@@ -165,13 +165,13 @@ def _accepted(said, what):
         if dropped := getattr(said, k, None):
             faults.append(f"{k[8:].replace('_', ' ')} not taken: {', '.join(map(str, dropped))}")
     if faults:
-        raise ValueError(f"Kaggle did not take {what} as it is: {'; '.join(faults)}; correct it and push again "
-                         "(is a data set still being unpacked, are the competition's rules accepted?)")
+        raise ValueError(f"Kaggle did not take {what} as it is: {'; '.join(faults)}; correct it and push "
+                         "again (is a dataset still being unpacked, are the competition's rules accepted?)")
     return said
 
 # %% ../nbs/07_push.ipynb #push-client
 def kaggle_client(
-    owner: str,  # whose notebooks and data sets it is about
+    owner: str,  # whose notebooks and datasets it is about
 ):  # the official `KaggleApi`
     "Kaggle's own client, signed in; or a ValueError of one line, and nothing sent"
     if owner == USER:
@@ -207,8 +207,8 @@ def push(
 # %% ../nbs/07_push.ipynb #push-upload
 def upload_assets(
     folder,  # made by `build_assets`
-) -> str:  # address of the data set
-    "Upload the assets: a new data set, or a new version of it; ValueError unless all of it was taken"
+) -> str:  # address of the dataset
+    "Upload the assets: a new dataset, or a new version of it; ValueError unless all of it was taken"
     from requests import HTTPError
     ref = read_json(Path(folder)/'dataset-metadata.json')['id']
     api = kaggle_client(ref.split('/')[0])
@@ -245,7 +245,7 @@ def send_assets(
 
 # %% ../nbs/07_push.ipynb #attached
 def attached(
-    slug: str,  # of a data set or competition
+    slug: str,  # of a dataset or competition
     pattern: str,  # glob below its folder
     root='/kaggle/input',  # where Kaggle mounts what is attached
 ) -> Path:  # the first that fits

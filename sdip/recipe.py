@@ -7,7 +7,7 @@ __all__ = ['Recipe']
 
 # %% ../nbs/00g_recipe.ipynb #imports
 import ast
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import get_args
 
@@ -19,8 +19,7 @@ class Recipe:
     "How a regressor is fine-tuned; the defaults are the write-up's"
     lr: float = 1e-4  # peak learning rate, of the head and the top group
     bs: int = 64  # rows a step of the optimiser, over all processes; lr / bs is what matters most
-    # unfreezing schedule: (groups of the tower to unfreeze, epochs); 0: the head alone; None: all
-    unfreezing: tuple = ((1, 1), (4, 1), (12, 1), (None, 2))
+    unfreezing: tuple = ((1, 1), (4, 1), (12, 1), (None, 2))  # (groups open, epochs); 0: head; None: all
     layer_decay: float = 0.9  # factor on lr from each group to the one below
     weight_decay: float = 0.05  # of matrices and kernels; norms and biases have none
     ema_decay: float = 0.995  # decay of the averaged weights (EMA), a step
@@ -37,6 +36,10 @@ class Recipe:
     minutes: float | None = 10  # between two checkpoints within an epoch; None: at its end only
     hours: float | None = None  # in which a call of `fit` ends, its epochs cut if need be; None: no limit
     seed: int = 0  # of the order and the augmentation
+    workers: int | None = None  # threads or processes that decode pictures; None: one a core
+    cache: str | None = None  # folder that keeps decoded pictures, for every training at this size
+    cache_gb: float = 2.  # without it: up to this size (GB) they are kept in memory
+    draft: bool = False  # decode large JPEGs at reduced resolution: faster, slightly other pixels
 
     @property
     def epochs(self):
@@ -60,6 +63,18 @@ def rule(
     step = f'{self.bs} rows a step in {self.accumulate} part(s) on {world} process(es)'
     return (f'{self.epochs} epochs, {step}; lr {self.lr:g}, which is {self.lr/self.bs:.2g} a row. Another '
             f'batch size: recipe.at(bs) keeps lr/bs. Out of memory: accumulate={2*self.accumulate}')
+
+# %% ../nbs/00g_recipe.ipynb #recipe-outcome
+@patch(as_prop=True)
+def feed(self: Recipe):
+    "How pictures come in: fields of `PairRows`"
+    return {k: getattr(self, k) for k in ('workers', 'cache', 'cache_gb', 'draft')}
+
+@patch
+def outcome(self: Recipe):
+    "The fields that change what comes out, for a file: no machine's folders, cores and hours"
+    other = {'minutes', 'hours', 'workers', 'cache', 'cache_gb', *(() if self.draft else ['draft'])}
+    return {k: v for k, v in asdict(self).items() if k not in other}
 
 # %% ../nbs/00g_recipe.ipynb #field-value
 _SPELLED = dict(true=True, false=False, none=None, null=None)

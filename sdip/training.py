@@ -23,11 +23,11 @@ from fastai.learner import Learner, ValueMetric
 from fastai.optimizer import OptimWrapper
 
 from .core import atomic_path, check_sha256, keep_memory, read_json, sha256, write_json
-from .preprocess import image_batches, Preprocess
+from .preprocess import channels_last, half_precision, image_batches, on_device, Preprocess
 from .pretrained import check_fits
 from .batches import DDP, world_of_processes
-from .callbacks import (amp_callbacks, Checkpoint, cosine, cosine_loss, EMA, half_precision, History,
-                            LastWord, OnDevice, TellEpoch, Thaw)
+from .callbacks import (EMA, amp_callbacks, Checkpoint, cosine, cosine_loss, History, LastWord, OnDevice,
+                            TellEpoch, Thaw)
 
 # %% ../nbs/00g_training.ipynb #schedule
 def schedule(
@@ -95,7 +95,7 @@ class TrainRecipe:
 def _callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet):
     "The callbacks that every run has, by what the recipe and the loaders ask for"
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
-    ema = EMA(recipe.ema_decay, watch_raw, recipe.precision)
+    ema = EMA(recipe.ema_decay, watch_raw)
     cbs = [OnDevice(prep), TellEpoch(), ema, History(desc, quiet), LastWord()]
     cbs += [GradientClip(recipe.max_grad_norm), *amp_callbacks(dls.device, recipe.precision)]
     if parts > 1:
@@ -205,15 +205,21 @@ def predict_images(
         report: list | None = None,  # unreadable pictures are appended here
         desc: str | None = None,  # of the progress bar
         precision: str = 'auto',  # of the forward pass on CUDA, see `half_type`
+        workers: int | None = None,  # threads that decode; None: one a core
 ) -> np.ndarray:  # (n, d) float32; NaN rows where a picture cannot be read
     "The network's rows for `images`, in their order"
     device = next(model.parameters()).device
     out = np.full((len(images), width), np.nan, np.float32)
-    model.eval()
-    for rows, px in image_batches(images, prep, bs=bs, report=report, desc=desc):
+    channels_last(model).eval()
+    last = None  # rows that a GPU is still at work on
+    for rows, px in image_batches(images, prep, bs, workers, report, desc):
         with say_what_to_lower(f'bs={bs} pictures at once', 'lower bs'), half_precision(device, precision):
-            pred = model(prep.normalize(torch.from_numpy(px).to(device)))  # (b, d)
-        out[rows] = pred.float().cpu().numpy()
+            pred = model(prep.normalize(on_device(px, device))).float()  # (b, d)
+        if last:
+            out[last[0]] = last[1].cpu().numpy()
+        last = rows, pred
+    if last:
+        out[last[0]] = last[1].cpu().numpy()
     return out
 
 # %% ../nbs/00g_training.ipynb #save-weights
