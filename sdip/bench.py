@@ -15,8 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .measure import compare, measure, threads
-from .bench_data import (alike, blocked_product, crowd, grammar_anchors, prompts_like_diffusiondb,
-                             usual_recipe)
+from .bench_data import (alike, bench_feed, bench_walk, blocked_product, crowd, grammar_anchors,
+                             prompts_like_diffusiondb, usual_recipe)
 
 # %% ../nbs/09_benchmarks.ipynb #benches
 BENCHES = {}
@@ -39,6 +39,7 @@ def run_benches(
     rows: int | None = None,  # of each; None: its default
     full: bool = False,  # at the size where the promise is made
     n_threads: int = 2,  # of torch, faiss and numpy
+    options: dict | None = None,  # name -> further arguments of that benchmark
 ) -> list:  # of `Comparison`
     "Run benchmarks one after the other; ValueError for an unknown name"
     unknown = [o for o in only or [] if o not in BENCHES]
@@ -49,7 +50,7 @@ def run_benches(
         if only and name not in only:
             continue
         with threads(n_threads):
-            out += f(rows or (whole if full else default))
+            out += f(rows or (whole if full else default), **(options or {}).get(name, {}))
     return out
 
 # %% ../nbs/09_benchmarks.ipynb #finetune-work
@@ -535,3 +536,7 @@ def bench_submission(
         read = compare('submission read', 'pandas read_csv and pivot', n, lambda: read_submission(mine),
                        lambda: _pandas_read(mine), _read_alike, turns=2)
     return [wrote, read]
+
+# %% ../nbs/09_benchmarks.ipynb #others
+bench('feed', 64, 512)(bench_feed)
+bench('walk', 240, 11600)(bench_walk)
