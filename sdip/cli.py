@@ -422,6 +422,8 @@ def sdip_bench(
         rows: Param('sizes of the work, one or several; default: some seconds', int, nargs='*') = None,  # n
         full: bool = False,  # the size at which each promise is made: minutes
         threads: int = 2,  # of torch, faiss and numpy
+        card: int = 300,  # feed: pictures a second that a GPU takes
+        before: str = None,  # walk: folder of another version of sdip; default: this one without keep_memory
         plot: str = None,  # a .png or .svg: CPU seconds over rows; needs two sizes or more
         force: bool = False,  # replace a plot that is there
 ):
@@ -429,7 +431,8 @@ def sdip_bench(
     _free(force, plot)
     from sdip.measure import bench_text, growth_plot
     from sdip.bench import run_benches
-    found = [c for n in rows or [None] for c in run_benches(only, n, full, threads)]
+    options = dict(feed=dict(card=card), walk=dict(before=before))
+    found = [c for n in rows or [None] for c in run_benches(only, n, full, threads, options)]
     print(bench_text(found, threads))
     if not plot:
         return

@@ -100,7 +100,7 @@ def typed(
         kind,  # a type, or a union of types
 ):  # the value, of that type
     "A value as its field's type wants it; ValueError where it does not fit"
-    value, kinds = _tuples(shell_value(value)), get_args(kind) or (kind, )
+    text, value, kinds = value, _tuples(shell_value(value)), get_args(kind) or (kind, )
     if tuple in kinds:
         words = [w.strip() for w in value.split(',')] if isinstance(value, str) else value
         return tuple(words) if isinstance(words, (list, tuple)) else (words, )
@@ -111,6 +111,8 @@ def typed(
         return int(value)
     if isinstance(value, kinds):
         return value
+    if str in kinds and isinstance(text, str):
+        return text  # a folder may be called 2026
     wanted = ' or '.join('none' if k is NoneType else k.__name__ for k in kinds)
     raise ValueError(f'{name} is {value!r}, expected {wanted}')
 
