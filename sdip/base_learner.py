@@ -18,6 +18,8 @@ from .training import predict_images
 # %% ../nbs/02_base_learner.ipynb #regressor-learner
 class RegressorLearner(Learner):
     "fastai's learner, which can show what it learns from and what it predicts"
+    precision = 'auto'  # of `show_results`, see `Recipe`
+
     def add_cb(
             self,
             cb,  # a callback
@@ -96,7 +98,7 @@ def show_results(
     bank = unit(train.ys[0].numpy()[first.index])  # (prompts, 384)
     rows = np.flatnonzero(valid.ok)[:max_n].tolist()
     px = torch.cat([valid.__getitems__([r])[0] for r in rows])
-    pred = predict_images(self.model, px.numpy(), valid.prep, EMB_DIM, precision=self.ema.precision)
+    pred = predict_images(self.model, px.numpy(), valid.prep, EMB_DIM, precision=self.precision)
     targ = valid.ys[0][rows].numpy()
     near = (-unit(pred) @ bank.T).argsort(1)[:, :k]  # (max_n, 384) @ (384, prompts) -> (max_n, k)
     texts = []

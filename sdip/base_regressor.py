@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import fastai.callback.hook
+import fastai.callback.hook  # noqa: F401 (gives a learner its summary())
 import numpy as np
 import pandas as pd
 import torch
@@ -262,7 +262,7 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
                          checkpoint=checkpoint, watch_raw=True, cbs=cbs, desc=self.kind, quiet=quiet,
                          cls=RegressorLearner, path=checkpoint.file.parent if checkpoint else own.name)
-    learn.own_folder = own  # goes when the learner goes
+    learn.own_folder, learn.precision = own, recipe.precision  # the folder goes when the learner goes
     return learn
 
 # %% ../nbs/02_base_regressor.ipynb #regressor-fit
