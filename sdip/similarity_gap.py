@@ -180,12 +180,19 @@ def picture_weights(
 def read_reference(
     place,  # what `load_pairs` reads, or a folder of pictures without prompts
 ) -> pd.DataFrame:  # as of `load_pairs`; every prompt is '' where the pictures have none
-    "The reference of a run's weights. ValueError: it does not exist, or holds no pictures"
+    "The reference of a run's weights. ValueError: it does not exist, or holds fewer than 30 pictures"
     try:
-        return load_pairs(place)
+        table = load_pairs(place)
     except ValueError as e:
         if 'pictures and no prompts' not in str(e):
             raise
+        table = _bare_pictures(place)
+    if len(table) < 30:
+        raise ValueError(f'{place} holds {len(table)} pictures, expected at least 30 for a reference: '
+                         'bring more, or leave the weights at 1')
+    return table
+
+def _bare_pictures(place):
     names = [path_text(f.relative_to(place)) for f in find_images(place)]
     table = pd.DataFrame(dict(id=names, image=names, prompt='', source='', split='', group=-1, weight=1.))
     table.attrs['root'] = str(Path(place))
