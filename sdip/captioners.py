@@ -61,17 +61,15 @@ class SceneCaptioner:
         captions, fills = captions or scene_captions(phrases), phrases.get('media', ())
         self.table = PhraseTable(captions, LEADING, clip, fills, n_fills, matrix=matrix, cache=cache)
 
-# %% ../nbs/05_captioners.ipynb #scene-captioner-call
-@patch
-def __call__(
-    self: SceneCaptioner,
-    images,  # list of n pictures: what `read_image` takes
-    emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
-) -> list:  # n captions, '' for one that cannot be read, see `.report`
-    "Captions for pictures."
-    emb, self.report = image_rows(self.clip, images, emb)
-    ranked = self.rank(np.nan_to_num(emb))
-    return [c if np.isfinite(e).all() else '' for (c, ), e in zip(ranked, emb)]
+    def __call__(
+        self,
+        images,  # list of n pictures: what `read_image` takes
+        emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
+    ) -> list:  # n captions, '' for one that cannot be read, see `.report`
+        "Captions for pictures."
+        emb, self.report = image_rows(self.clip, images, emb)
+        ranked = self.rank(np.nan_to_num(emb))
+        return [c if np.isfinite(e).all() else '' for (c, ), e in zip(ranked, emb)]
 
 # %% ../nbs/05_captioners.ipynb #scene-captioner-rank
 @patch
@@ -125,20 +123,18 @@ class CocaCaptioner:
             raise ValueError(f"{name} is a {kind}, which writes no captions: give a CoCa, such as "
                              "'coca_ViT-L-14'")
 
-# %% ../nbs/05_captioners.ipynb #coca-call
-@patch
-def __call__(
-    self: CocaCaptioner,
-    images,  # list of n pictures: what `read_image` takes
-) -> list:  # n captions, '' for one that cannot be read, see `.report`
-    "Captions, in the order given."
-    self.report, out, tok = [], ['']*len(images), self.clip.tokenizer
-    for rows, px in image_batches(images, self.clip.prep, self.bs, report=self.report):
-        px = torch.from_numpy(np.array(px)).to(self.clip.device)
-        x = self.clip.prep.normalize(px)  # (b, S, S, 3) -> (b, 3, S, S)
-        for i, ids in zip(rows, self.decode(x).tolist()):
-            out[i] = ' '.join(tok.decode(ids[:ids.index(tok.eot_token_id)]).split())
-    return out
+    def __call__(
+        self,
+        images,  # list of n pictures: what `read_image` takes
+    ) -> list:  # n captions, '' for one that cannot be read, see `.report`
+        "Captions, in the order given."
+        self.report, out, tok = [], ['']*len(images), self.clip.tokenizer
+        for rows, px in image_batches(images, self.clip.prep, self.bs, report=self.report):
+            px = torch.from_numpy(np.array(px)).to(self.clip.device)
+            x = self.clip.prep.normalize(px)  # (b, S, S, 3) -> (b, 3, S, S)
+            for i, ids in zip(rows, self.decode(x).tolist()):
+                out[i] = ' '.join(tok.decode(ids[:ids.index(tok.eot_token_id)]).split())
+        return out
 
 # %% ../nbs/05_captioners.ipynb #coca-decode
 @patch
