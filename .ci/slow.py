@@ -857,7 +857,7 @@ import numpy as np, torch
 from fastai.callback.core import Callback
 from sdip.data import find_images
 from sdip.sources import load_pairs
-from sdip.base_regressor import Recipe; from sdip.finetune_clip import finetune
+from sdip.recipe import Recipe; from sdip.finetune_clip import finetune
 from sdip.finetune_vit import make_regressor
 from sdip.batches import DDP, share_among, world_of_processes
 

@@ -151,7 +151,7 @@ def _plain_predict(self: _FinetuneWork):
 # %% ../nbs/09_benchmarks.ipynb #finetune-ours
 @patch
 def _our_train(self: _FinetuneWork):
-    from sdip.base_regressor import Recipe
+    from sdip.recipe import Recipe
     few = pd.concat([self.pairs, self.pairs[:8].assign(split='valid')], ignore_index=True)
     targ = np.concatenate([self.targ, self.targ[:8]])
     recipe = Recipe(lr=self.lr, bs=self.bs, unfreezing=((None, self.epochs), ), layer_decay=1., probe=False)

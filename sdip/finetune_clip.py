@@ -24,7 +24,8 @@ from .batches import world_of_processes
 from .callbacks import Say
 from .split import prepare_pairs
 from .backbone import build_tower, ImageRegressor, ridge
-from .base_regressor import Recipe, Regressor
+from .recipe import Recipe
+from .base_regressor import Regressor
 
 # %% ../nbs/02_finetune_clip.ipynb #at-size
 def _is_bound(vision):

@@ -19,7 +19,8 @@ from .encoders import ClipEncoder, shipped
 from .batches import world_of_processes
 from .training import load_weights
 from .backbone import ImageRegressor
-from .base_regressor import Recipe, Regressor
+from .recipe import Recipe
+from .base_regressor import Regressor
 from .finetune_clip import ClipRegressor
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-folder

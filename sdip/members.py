@@ -335,7 +335,7 @@ _BANK = [f'{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts', '*')]
 # %% ../nbs/08_members.ipynb #kinds-2
 _OUTSIDE = 'captioner_from', 'ranker_from', 'phrases_from'
 
-KINDS = dict(
+MEMBER_KINDS = dict(
     clip=Kind('CLIP regressor', fit_clip, ('weights', *_EMBEDDED), ('seed', ), **_TOWER),
     vit=Kind('timm regressor', fit_vit, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
     knn=Kind('kNN regression', fit_knn, _EMBEDDED, (), ('config.json', *_BANK)),
@@ -346,7 +346,7 @@ KINDS = dict(
 # %% ../nbs/08_members.ipynb #member-stage
 def _member_stage(run, m, part):
     "The stage of one part of a member"
-    kind = KINDS.get(m['kind']) or Kind(m['kind'], fit_own, files=('config.json', '*'))
+    kind = MEMBER_KINDS.get(m['kind']) or Kind(m['kind'], fit_own, files=('config.json', '*'))
     title = kind.title if part.member == m['kind'] else f'{kind.title} {part.member}'
     if part.fold is not None:
         title += f", fold {part.fold + 1} of {run.args['folds']}"

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from .callbacks import cosine_loss, half_precision
+from .callbacks import cosine_loss
+from .preprocess import half_precision
 from .backbone import build_tower, checkpoint_gradients, ImageRegressor, layer_groups
-from .base_regressor import Recipe
+from .recipe import Recipe
 
 # %% ../nbs/07a_plan.ipynb #card
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .lock import folder_lock
 from .sources import fingerprint
 from .pretrained import MODEL_PLACES
 from .artifacts import Run, stage
+from .similarity_gap import read_reference
 from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
 from .inputs import read_source, SOURCE_ARGS
 from .kinds import add_member, check_members, read_members, set_fields
@@ -242,8 +243,19 @@ def _arguments(preset, changes, add, fields, kinds):
                          'trained towers')
     if args['folds'] == 1 or args['folds'] < 0:
         raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
-    args |= dict(members=_lineup_of(args, add, fields, kinds), reference=_places(args['reference']))
+    args |= dict(members=_lineup_of(args, add, fields, kinds), reference=_reference(args))
     return args
+
+def _reference(args):
+    "Absolute path of what sample weights aim at, looked into before any work"
+    if args['reference'] is None:
+        return None
+    if args['weights'] == 'writeup':
+        raise ValueError(f"reference={args['reference']}: preset {args['preset']!r} weighs by the write-up's "
+                         'rule, which knows no reference; leave it out, or take another preset')
+    place = _places(args['reference'])
+    read_reference(place)
+    return place
 
 def _source(pairs, images, image_col, prompt_col):
     said = dict(images=images and os.path.abspath(images), image_col=image_col, prompt_col=prompt_col)
