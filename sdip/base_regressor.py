@@ -8,7 +8,7 @@ __all__ = ['Regressor']
 # %% ../nbs/02_base_regressor.ipynb #imports
 import math
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import fastai.callback.hook  # noqa: F401 (gives a learner its summary())

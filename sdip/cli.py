@@ -271,17 +271,11 @@ def sdip_finetune(
     "Fine-tune a regressor from pictures to prompt embeddings on your own pairs"
     if not pairs:
         raise ValueError('--pairs is missing: give a folder of pictures with their prompts, or a table')
-    from sdip.sources import load_pairs
-    from sdip.finetune_clip import finetune
-    from sdip.finetune_vit import FINETUNE, make_regressor, print_summary
-    out = out or f'runs/{kind}'
+    from sdip.finetune_vit import finetune_files, make_regressor
     reg = make_regressor(kind, preset, model, weights, head, device, img_size)
-    table = load_pairs(pairs, image_col, prompt_col, images, spare=f'{out}/unpacked')
-    if 'read' in table.attrs:
-        print(table.attrs['read'])
-    recipe = FINETUNE[preset]['recipe'].change([*(set or ()), *([f'cache={cache}'] if cache else ())])
-    scores = finetune(reg, table, out, recipe)
-    print_summary(reg, scores, out)
+    where = dict(image_col=image_col, prompt_col=prompt_col, images=images)
+    changes = [*(set or ()), *([f'cache={cache}'] if cache else ())]
+    finetune_files(reg, pairs, out or f'runs/{kind}', preset, changes, **where)
 
 # %% ../nbs/05b_folder.ipynb #command
 @call_parse

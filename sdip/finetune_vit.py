@@ -21,7 +21,7 @@ from .training import load_weights
 from .backbone import ImageRegressor
 from .recipe import Recipe
 from .base_regressor import Regressor
-from .finetune_clip import ClipRegressor
+from .finetune_clip import ClipRegressor, finetune
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-folder
 _TIMM_FILES = ('model.safetensors', 'pytorch_model.bin')
@@ -248,3 +248,20 @@ def print_summary(
     for r in reg.report[:5]:
         print(f"unreadable: {r['image']} ({r['error']})")
     print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) + f'; model in {out}')
+
+# %% ../nbs/03_finetune_vit.ipynb #finetune-files
+def finetune_files(
+        reg: Regressor,  # to train
+        pairs,  # folders or tables of pairs
+        out,  # folder for the model
+        preset: str,  # one of FINETUNE, whose recipe it begins with
+        changes,  # of the recipe, as `Recipe.change` takes them
+        **where,  # image_col, prompt_col, images, as for `load_pairs`
+):
+    "What `sdip_finetune` does: read, train, print; ValueError as from `load_pairs` and `finetune`"
+    from sdip.sources import load_pairs
+    recipe = FINETUNE[preset]['recipe'].change(changes)  # a misprint is found before the pairs are read
+    table = load_pairs(pairs, spare=f'{out}/unpacked', **where)
+    if 'read' in table.attrs:
+        print(table.attrs['read'])
+    print_summary(reg, finetune(reg, table, out, recipe), out)

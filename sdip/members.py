@@ -115,7 +115,7 @@ def plan_members(
     from sdip.plan import card_here, check_card, measured_step, member_plan, plan_text
     (table, _), plans = run.pairs(), []
     card = (here := card_here()) and replace(here, count=1)  # a run is one process
-    n = dict(n_train=table.group[table.split == 'train'].nunique(), n_valid=int((table.split == 'valid').sum()))
+    n = dict(n_train=table.group[table.split == 'train'].nunique(), n_valid=(table.split == 'valid').sum())
     for name, m in run.members.items():
         if m['kind'] in ('clip', 'vit'):
             model, recipe = dict(clip=_clip, vit=_vit)[m['kind']](run, m), member_recipe(m, name)
