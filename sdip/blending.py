@@ -265,7 +265,8 @@ def plot_curves(
         line, = ax.plot(ratios, scores, label=name if one_peak else f'{name}: more than one peak')
         ax.plot(*best, '*', c=line.get_color(), ms=10)
     ax.set(xlabel='ratio, when last offered', ylabel='mean cosine of the blend')
-    ax.legend()
+    if searches:
+        ax.legend()
     ax.grid(alpha=.3)
     return ax
 

@@ -9,6 +9,7 @@ __all__ = []
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def _vit(run, m):
     from sdip.encoders import shipped
     from sdip.finetune_vit import VitRegressor
     a, said = run.args, dict(img_size=m['size'], head=m['head'], seed=run.args['seed'], **m['options'])
-    if m['source'] and Path(m['source']).exists():
+    if m['source'] and Path(m['source']).is_dir():
         return VitRegressor(weights=m['source'], **said)
     if m['source']:
         if m['weights'] == 'random':
@@ -106,6 +107,21 @@ def fit_vit(
 ) -> dict:  # facts for the receipt
     "A timm backbone: the shipped small ViT, a real one, or any other"
     return _fit_tower(run, m, part, _vit(run, m))
+
+# %% ../nbs/08_members.ipynb #try-towers
+def try_towers(
+    args: dict,  # of a run
+    names,  # of members that are new to it
+):
+    "Build each network that these members name, and drop it. ValueError: one cannot be had"
+    run = SimpleNamespace(args=args)
+    for name in names:
+        m = args['members'][name]
+        if m.get('source'):
+            try:
+                dict(clip=_clip, vit=_vit)[m['kind']](run, m)
+            except ValueError as e:
+                raise ValueError(f'member {name!r}: {e}') from None
 
 # %% ../nbs/08_members.ipynb #plan-members
 def plan_members(

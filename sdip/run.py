@@ -23,7 +23,7 @@ from .similarity_gap import read_reference
 from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
 from .inputs import read_source, SOURCE_ARGS
 from .kinds import add_member, check_members, read_members, set_fields
-from .members import HELD_OUT, plan_members
+from .members import HELD_OUT, plan_members, try_towers
 from .report import scoreboard_text, write_report
 
 # %% ../nbs/08_run.ipynb #preset-playground
@@ -211,6 +211,7 @@ def walk(
     with folder_lock(out, 'sdip_run'):
         real = args['start'] == 'real'
         found = _before_work(args, out, models, download) if real else None
+        try_towers(args, args['members'].keys() - _members_there(out))
         _take_moved(out, args)
         run = Run(out, args, quiet, kinds)
         if real:
@@ -220,6 +221,9 @@ def walk(
     return run
 
 # %% ../nbs/08_run.ipynb #do-stages
+def _members_there(out):  # names of members that a run folder has begun with
+    return Run(out, quiet=True).members.keys() if (Path(out)/'run.json').exists() else set()
+
 def _do_stages(run, names):  # names: None for all
     every, planned = run.stages(), run.args['start'] != 'real'
     for i, s in enumerate(every, 1):
@@ -276,16 +280,20 @@ def _lineup_of(args, add, changes, kinds):
     return {name: _pinned(name, m) for name, m in members.items()}
 
 def _pinned(name, m):
-    place = m.get('source') and Path(m['source'])
-    if not place or not place.exists():
+    field = next((f for f in ('source', 'weights') if m.get(f) and Path(m[f]).exists()), None)
+    if field is None:
         return m
+    place = Path(m[field])
+    if field == 'source' and not place.is_dir():
+        raise ValueError(f'member {name!r}: {place} is a file, which does not say what network it is for: '
+                         f'give the name of one as source, and the file as weights')
     file, fault = weights_in(place)
     if fault or file is None:
         raise ValueError(f"member {name!r}: {fault or f'{place} holds no weights'}")
     digest = sha256(file)
     if m['sha256'] not in (None, digest):
         raise ValueError(f"member {name!r}: {file} has SHA-256 {digest}, expected {m['sha256']}")
-    return m | dict(source=str(place.resolve()), sha256=digest)
+    return m | {field: str(place.resolve()), 'sha256': digest}
 
 # %% ../nbs/08_run.ipynb #walk-arguments-2
 def _places(pairs):
