@@ -205,16 +205,9 @@ def _disk_line(gb, out):  # gb: role -> size
     return f'disk: about {disk:.0f} GB in {out} at the most, {free:.0f} GB free there{little}'
 
 # %% ../nbs/08_find_weights.ipynb #memory-line
-def _memory_line(gb, bs):
-    tokens, width, layers = (384//16)**2 + 1, 1024, 24  # of the ViT at 384 pixels, the larger of the two
-    gpu_gb = 5*_TOWER_GB + 34*tokens*bs*width*layers/1e9
-    return (f'memory: about {2*max(gb.values()) + 3:.0f} GB; on the GPU about {gpu_gb:.0f} GB while the ViT '
-            f'trains at batch {bs} with all layers open (estimated: weights, gradients, average and Adam in '
-            'single precision, 34 bytes x tokens x width x layers of activations in half)')
-
-def _largest_batch(args):
-    recipes = [m.get('recipe', {}) for m in args.get('members', {}).values()]
-    return max([r.get('bs', 64)//r.get('accumulate', 1) for r in recipes], default=64)
+def _memory_line(gb):
+    "Twice the largest file while it is read, and what Python needs"
+    return f'memory: about {2*max(gb.values()) + 3:.0f} GB'
 
 # %% ../nbs/08_find_weights.ipynb #survey-costs-2
 def _minilm_line():
@@ -252,7 +245,7 @@ def survey_text(
     "What is there, what is missing and how to get it, disk and memory"
     gb = {f['role']: f['gb'] for f in found}
     lines = [line for f in found for line in _network_lines(f, models[0])]
-    lines += [_minilm_line(), _disk_line(gb, out), _memory_line(gb, _largest_batch(args))]
+    lines += [_minilm_line(), _disk_line(gb, out), _memory_line(gb)]
     if pairs is not None:
         names = pairs if isinstance(pairs, str) else ', '.join(pairs)
         lines.append(f'pairs: {len(load_pairs(pairs))} in {names}')

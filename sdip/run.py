@@ -16,13 +16,13 @@ from . import __version__
 from .core import (bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, sha256,
                        write_json)
 from .lock import folder_lock
-from .sources import fingerprint
+from .sources import fingerprint, load_pairs
 from .pretrained import MODEL_PLACES
 from .artifacts import Run, stage
 from .similarity_gap import read_reference
 from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
 from .inputs import read_source, SOURCE_ARGS
-from .kinds import add_member, check_members, read_members, set_fields
+from .kinds import add_member, check_members, member_recipe, read_members, set_fields
 from .members import HELD_OUT, plan_members, try_towers
 from .report import scoreboard_text, write_report
 
@@ -367,10 +367,26 @@ def run_command(
     return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
             f"{run/'submission.csv'}: predictions for the test pictures")
 
+# %% ../nbs/08_run.ipynb #plan-by-names
+def _plan_by_names(args, n_prompts):
+    "The plan of the networks that a dry run names: for the GPU here, else for Kaggle's"
+    from sdip.plan import CARDS, card_here, plan_text, plans_of
+    trained = {}
+    for name, m in args['members'].items():
+        if m['kind'] in ('clip', 'vit') and not (m['source'] and Path(m['source']).is_dir()):
+            model, recipe = m['source'] or ROLES[m['kind']].arch, vars(member_recipe(m, name))
+            trained[name] = dict(kind=m['kind'], model=model, img_size=m['size'], head=m['head'],
+                                 recipe=recipe)
+    if not trained:
+        return ''
+    n, card = n_prompts or 20_000, card_here() or CARDS['T4']
+    return f'for {n} prompts: ' + plan_text(plans_of(trained, n, n // 20, card))
+
 # %% ../nbs/08_run.ipynb #run-command-2
 def _dry_run(out, preset, pairs, given, places, download):
     said = {k: given.pop(k, ()) for k in ('add', 'set')}
     args = _arguments(preset, {k: v for k, v in given.items() if k not in SOURCE_ARGS}, *said.values(), {})
     if args.get('start') != 'real':
         raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
-    return survey_text(survey(args, places, download), args, out, pairs, places)
+    text = survey_text(survey(args, places, download), args, out, pairs, places)
+    return f'{text}\n{_plan_by_names(args, pairs and load_pairs(pairs).prompt.nunique())}'.strip()
