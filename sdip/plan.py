@@ -416,6 +416,15 @@ def plan_table(
                          pictures_s=round(p.train_speed), hours=round(p.hours, 2), bound=p.bound))
     return pd.DataFrame(rows)
 
+# %% ../nbs/07a_plan.ipynb #remedy
+def _remedy(plan):
+    "'' where a training fits its card, else what to set"
+    changes = fitting(plan)
+    if changes is None:
+        return '; does not fit, whatever is set'
+    said = ' '.join(f'{k}={v}' for k, v in changes.items())
+    return f'; does not fit: set {said}' if said else ''
+
 # %% ../nbs/07a_plan.ipynb #plan-text
 def plan_text(
         plans,  # `MemberPlan`s of one card
@@ -429,9 +438,10 @@ def plan_text(
     for p in plans:
         limit = f' of {p.recipe.hours:g}' if p.recipe.hours else ''
         cut = ', its epochs will be cut' if p.recipe.hours and p.hours > p.recipe.hours else ''
+        pace = f'{p.train_speed:.0f} pictures/s ({p.bound}), {p.hours:.1f}{limit} hours{cut}'
         memory = f'{p.train_gb:.1f} GB' + (f' of {card.memory_gb:g}' if card else '')
         lines.append(f'{p.name}: {p.params/1e6:.0f} M numbers, {p.at_once} pictures at once, {memory}; '
-                     f'{p.train_speed:.0f} pictures/s ({p.bound}), {p.hours:.1f}{limit} hours{cut}')
+                     f'{pace}{_remedy(p)}')
     disk = max(p.checkpoint_gb for p in plans) + sum(p.model_gb for p in plans)
     hours = sum(min(p.hours, p.recipe.hours or math.inf) for p in plans)
     cache = max(p.cache_gb for p in plans)
