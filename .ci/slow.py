@@ -399,6 +399,8 @@ def test_members_of_a_run():
         assert line in out, (line, out)
     scores = json.loads(Path('run/scores.json').read_text())
     assert set(scores['test']) == {'mean_vector', 'knn', 'vit', 'second', 'ensemble'}, scores['test']
+    board = [line.split() for line in out.splitlines() if line.startswith('vit ')]
+    assert float(board[0][-1]) >= round(scores['cpu']['vit.fold0']), board  # a member costs what its folds cost
     assert 'checked' in sh('sdip_predict', 'run/data/images', '--run', 'run', '--out', 'submission.csv')
     assert 'members.second.recipe.lr: the folder has' in sh(
         *run, '--add', 'second=vit:resnet10t:random', '--set', 'second.lr=1', 'second.probe=false', status=1)

@@ -33,11 +33,13 @@ def scoreboard(
 ) -> pd.DataFrame:  # one row a model, the ensemble last: model, score, skill, lo, hi, cpu (s)
     "Test scores of a finished run. ValueError: it has none"
     s, rows = _read_scores(run), []
+    cpu = pd.Series(s['cpu'], dtype=float)
+    cpu = cpu.groupby(cpu.index.str.partition('.').get_level_values(0)).sum()  # with its folds
     by_score = sorted(s['test'].items(), key=lambda kv: (kv[0] == 'ensemble', kv[1]))
     for name, score in by_score:
         lo, hi = s['intervals'][name]
         rows.append((name.replace('_', ' '), score, skill(score, s['test']['mean_vector']), lo, hi,
-                     s['cpu'].get(name, np.nan)))
+                     cpu.get(name, np.nan)))
     return pd.DataFrame(rows, columns=['model', 'score', 'skill', 'lo', 'hi', 'cpu'])
 
 # %% ../nbs/08_report.ipynb #board-rows
