@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import stat
 import uuid
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -145,12 +146,19 @@ def _same_file(fd, file):
     except FileNotFoundError:
         return False
 
+def _is_foreign(file):
+    "Is there something that is no file? One look: between two of them the owner may release his lock"
+    try:
+        return not stat.S_ISREG(os.lstat(file).st_mode)
+    except FileNotFoundError:
+        return False
+
 # %% ../nbs/00_lock.ipynb #take-2
 def _take(file, what):  # -> (descriptor of our lock file, when a dead owner took it, or None)
     "Our lock file in its place; ValueError: somebody has the folder"
     text, died = json.dumps(_me(what)).encode(), None
     while (fd := _create(file, text)) is None:
-        if file.is_symlink() or (file.exists() and not file.is_file()):
+        if _is_foreign(file):
             raise ValueError(f'{file} is no file, so it is no lock of ours: '
                              'remove it, or choose another folder')
         try:
