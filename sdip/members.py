@@ -73,11 +73,7 @@ def _clip(run, m):
     clip = run/'base_clip' if m['source'] is None else ClipEncoder(m['source'], m['weights'])
     return ClipRegressor(clip, head=m['head'], img_size=m['size'])
 
-def fit_clip(
-    run,
-    m: dict,  # of the member, see `check_members`
-    part: Part,  # of it
-) -> dict:  # facts for the receipt
+def _fit_clip(run, m, part):
     "The base CLIP's image tower, or another CLIP's, with a 384-d head"
     embedded = m['source'] is None and m['size'] is None  # then the probe's features are there already
     features = clip_rows(run, 'images') if embedded else None
@@ -100,11 +96,7 @@ def _vit(run, m):
         return VitRegressor(weights=folder, **said)
 
 # %% ../nbs/08_members.ipynb #stage-vit-2
-def fit_vit(
-    run,
-    m: dict,  # of the member, see `check_members`
-    part: Part,  # of it
-) -> dict:  # facts for the receipt
+def _fit_vit(run, m, part):
     "A timm backbone: the shipped small ViT, a real one, or any other"
     return _fit_tower(run, m, part, _vit(run, m))
 
@@ -144,11 +136,7 @@ def plan_members(
     return plan_text(plans, card is not None) if plans else ''
 
 # %% ../nbs/08_members.ipynb #stage-knn
-def fit_knn(
-    run,
-    m: dict,  # of the member, see `check_members`
-    part: Part,  # of it
-) -> dict:  # facts for the receipt
+def _fit_knn(run, m, part):
     "A bank of the training prompts' texts and of their pictures, tuned on validation pictures"
     (table, targ), images, split = run.pairs(), clip_rows(run, 'images'), _split(run, part)
     mine = {s: np.flatnonzero(split == s) for s in ('train', *HELD_OUT)}
@@ -292,11 +280,7 @@ def _learn_and_predict(run, part, model, images):
     return dict(valid=valid, test=test), words
 
 # %% ../nbs/08_members.ipynb #stage-interrogator-2
-def fit_interrogator(
-    run,
-    m: dict,  # of the member, see `check_members`
-    part: Part,  # of it
-) -> dict:  # facts for the receipt
+def _fit_interrogator(run, m, part):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts"
     images, some = _picture_rows(run, m, part)
     prompts = run.pairs()[0].prompt[_split(run, part) == 'train'].drop_duplicates().tolist()
@@ -309,11 +293,7 @@ def fit_interrogator(
     return facts | save_predictions(run, part, rows)
 
 # %% ../nbs/08_members.ipynb #fit-own
-def fit_own(
-    run,
-    m: dict,  # of the member, see `check_members`
-    part: Part,  # of it
-) -> dict:  # facts for the receipt
+def _fit_own(run, m, part):
     "A member of the caller's own class; ValueError: the class was not passed, or its rows have another shape"
     if m['kind'] not in run.kinds:
         raise ValueError(f"member {part.member!r} is of kind {m['kind']!r}: pass its class, kinds={{..}}")
@@ -352,17 +332,17 @@ _BANK = [f'{o}.npy' for o in ('keys', 'values', 'groups', 'ends', 'texts', '*')]
 _OUTSIDE = 'captioner_from', 'ranker_from', 'phrases_from'
 
 MEMBER_KINDS = dict(
-    clip=Kind('CLIP regressor', fit_clip, ('weights', *_EMBEDDED), ('seed', ), **_TOWER),
-    vit=Kind('timm regressor', fit_vit, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
-    knn=Kind('kNN regression', fit_knn, _EMBEDDED, (), ('config.json', *_BANK)),
-    interrogator=Kind('Interrogator', fit_interrogator, _EMBEDDED, ('own', 'start', *_OUTSIDE),
+    clip=Kind('CLIP regressor', _fit_clip, ('weights', *_EMBEDDED), ('seed', ), **_TOWER),
+    vit=Kind('timm regressor', _fit_vit, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
+    knn=Kind('kNN regression', _fit_knn, _EMBEDDED, (), ('config.json', *_BANK)),
+    interrogator=Kind('Interrogator', _fit_interrogator, _EMBEDDED, ('own', 'start', *_OUTSIDE),
                       ('config.json', 'phrases.json', 'words.test.json', '*.json', '*.npy'),
                       halves=(_cache, _seen)))
 
 # %% ../nbs/08_members.ipynb #member-stage
 def _member_stage(run, m, part):
     "The stage of one part of a member"
-    kind = MEMBER_KINDS.get(m['kind']) or Kind(m['kind'], fit_own, files=('config.json', '*'))
+    kind = MEMBER_KINDS.get(m['kind']) or Kind(m['kind'], _fit_own, files=('config.json', '*'))
     title = kind.title if part.member == m['kind'] else f'{kind.title} {part.member}'
     if part.fold is not None:
         title += f", fold {part.fold + 1} of {run.args['folds']}"
