@@ -135,6 +135,21 @@ def say(
     if not self.quiet:
         print(line, flush=True)
 
+# %% ../nbs/08_artifacts.ipynb #outcome
+_MACHINE = 'hours', 'minutes', 'workers', 'cache', 'cache_gb'  # of a recipe
+
+def _outcome(member):
+    "What the run says of a member, without such fields"
+    recipe = member.get('recipe')
+    if not isinstance(recipe, dict):
+        return member
+    return member | dict(recipe={k: v for k, v in recipe.items() if k not in _MACHINE})
+
+def _goes_on(receipt, member):
+    "Was the training cut by its hours, and are there more of them now?"
+    before, now = receipt['facts'].get('hours'), ((member or {}).get('recipe') or {}).get('hours')
+    return before is not None and (now is None or float(now) > before)
+
 # %% ../nbs/08_artifacts.ipynb #run-refuse
 def _flat(args, name=''):
     "Nested arguments by dotted names: members.clip.recipe.lr"
@@ -146,7 +161,7 @@ def _in_both(args, other):
     "Arguments without the blend's ratios, and without members that only one of two runs has"
     out = {k: v for k, v in args.items() if k != 'ratios'}
     if isinstance(args.get('members'), dict) and isinstance(other.get('members'), dict):
-        out['members'] = {k: v for k, v in args['members'].items() if k in other['members']}
+        out['members'] = {k: _outcome(v) for k, v in args['members'].items() if k in other['members']}
     return _flat(out)
 
 # %% ../nbs/08_artifacts.ipynb #run-refuse-other
@@ -192,7 +207,7 @@ def _wanted(self: Run, s):
     if 'own' in args:
         args['own'] = self.args['pairs'] is not None
     if s.member is not None:
-        args['member'] = _json_args(s.member)
+        args['member'] = _json_args(_outcome(s.member))
     return dict(args=args, needs=needs, sdip=__version__)
 
 # %% ../nbs/08_artifacts.ipynb #run-files
@@ -230,7 +245,7 @@ def is_done(
         r, wanted = self.receipt(s.name), self._wanted(s)
     except ValueError:
         return False  # a receipt that cannot be read is none
-    if r is None or any(r.get(k) != v for k, v in wanted.items()):
+    if r is None or any(r.get(k) != v for k, v in wanted.items()) or _goes_on(r, s.member):
         return False
     return {f for f in s.files if '*' not in f} <= r['files'].keys() and not self._damaged(r)
 

@@ -63,8 +63,10 @@ def _fit_tower(run, m, part, model, **given):
     at.mkdir(parents=True, exist_ok=True)
     model.fit(table, targ, run.folder, recipe, checkpoint=at/'checkpoint.pt', quiet=run.quiet, **given)
     model.save(at)
-    probe = {'probe': f'{max(model.probe_scores.values()):.4f}'} if model.probe_scores else {}
-    return probe | save_predictions(run, part, _predict_files(run, part, model))
+    facts = {'probe': f'{max(model.probe_scores.values()):.4f}'} if model.probe_scores else {}
+    if 'cut' in model.history[-1]:
+        facts['hours'] = recipe.hours  # more of them, and the training goes on
+    return facts | save_predictions(run, part, _predict_files(run, part, model))
 
 # %% ../nbs/08_members.ipynb #stage-clip
 def _clip(run, m):
