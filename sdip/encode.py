@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from .core import atomic_path, hash_items, read_json, right_shape, write_json
-from .lock import read_fields
+from .lock import read_fields, shared_folder
 
 # %% ../nbs/00f_encode.ipynb #encode-distinct
 def _distinct_items(items):
@@ -256,15 +257,15 @@ def encode(
     _check_encode(items, engine, shard_size, i, m)
     few, which = _distinct_items(items)
     plan, rows = _plan(items, names, few, encoder, shard_size, key), _Occurrences(which)
-    tag, old, joined = _tag(plan), _claim(out, plan), _read_joined(out, n)
-    _refuse_strays(out, tag)
     spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
-    intact, whole = _intact(joined, old, spans, rows)
-    todo = [(k, *spans[k]) for k in range(i, len(spans), m) if k not in intact]
-    _encode_todo(few, todo, encoder, out, tag, amp)
+    with shared_folder(out, partial(_claim, out, plan)) as old:
+        _refuse_strays(out, _tag(plan))
+        intact, whole = _intact(joined := _read_joined(out, n), old, spans, rows)
+        todo = [(k, *spans[k]) for k in range(i, len(spans), m) if k not in intact]
+        _encode_todo(few, todo, encoder, out, _tag(plan), amp)
+        if shard is None and not whole:
+            _join_shards(out, plan, spans, rows, joined)
     if shard is not None:
         return None
-    if not whole:
-        _join_shards(out, plan, spans, rows, joined)
     _load_report(out, encoder, rows)
     return _read_joined(out, n)

@@ -245,6 +245,41 @@ def folder_lock(
         if fd is not None and os.getpid() == me:  # a forked child leaves it alone
             _release(fd, folder/LOCK, made)
 
+# %% ../nbs/00_lock.ipynb #share
+def _share(fd):
+    "Wait until nobody has the folder alone, then have it with others; nothing where a disk has no locks"
+    with suppress(ImportError, OSError):
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_SH)
+
+def _sweep_files(folder):
+    for file in folder.glob('.tmp-*'):
+        with suppress(OSError):
+            if _TEMPORARY.match(file.name) and file.is_file() and not file.is_symlink():
+                file.unlink()
+
+# %% ../nbs/00_lock.ipynb #shared-folder
+@contextmanager
+def shared_folder(
+    folder,  # made if missing; several processes write different files in it
+    begin,  # function without arguments, called before anything else is written
+):  # to be used by `with`; gives what `begin` gave
+    "Work beside others. What killed processes were writing is removed by whoever finds nobody at work"
+    folder = Path(folder)
+    _make_folder(folder)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        alone = _flock(fd)
+        if not alone:
+            _share(fd)
+        begun = begin()
+        if alone:
+            _sweep_files(folder)
+            _share(fd)
+        yield begun
+    finally:
+        os.close(fd)
+
 # %% ../nbs/00_lock.ipynb #check-files
 def file_digests(
     folder,  # of the files
