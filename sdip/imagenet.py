@@ -106,7 +106,7 @@ def imagenet_names() -> list:  # of 1,000 str, such as 'goldfish', in the order 
 # %% ../nbs/00e_imagenet.ipynb #timm-folder
 TIMM_FILES = ('model.safetensors', 'pytorch_model.bin')  # of weights, in timm's folders
 _SETTINGS_KEPT = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes',
-                  'fixed_input_size', 'tag')
+                  'fixed_input_size', 'tag', 'label_names', 'label_descriptions')
 
 def timm_folder(
     folder,  # a folder in timm's format, or a copied cache entry
@@ -123,7 +123,36 @@ def timm_folder(
     if weights is None:
         raise ValueError(f"{folder} has a config and none of {', '.join(TIMM_FILES)}: "
                          'copy the weights beside it; random ones are never used')
-    args, cfg = config.get('model_args') or {}, config.get('pretrained_cfg', config)
+    args, cfg = config.get('model_args') or {}, config.get('pretrained_cfg', {}) | config
     check_timm_args(args, file)
     settings = {k: cfg[k] for k in _SETTINGS_KEPT if cfg.get(k) is not None}
     return config['architecture'], args, settings, weights
+
+# %% ../nbs/00e_imagenet.ipynb #timm-network
+def timm_state(
+    file: Path,  # of weights, .safetensors or what `torch.save` wrote
+) -> dict:  # name -> tensor, checkpoints unwrapped
+    "A file's tensors as timm reads them; ValueError for code"
+    import timm
+    if file.suffix != '.safetensors':
+        read_tensors(file)  # refused in our words
+    return timm.models.load_state_dict(str(file), weights_only=True)
+
+def timm_network(
+    name: str,  # of a timm model
+    pretrained: bool,  # False: random weights
+    settings: dict,  # over timm's own of that model; `state_dict` in it: the weights
+    origin,  # of the weights, for the error
+    **kw,  # to timm.create_model
+):  # timm's network in eval mode
+    "timm's network, its weights put in; ValueError where they do not fit"
+    import timm
+    try:
+        net = timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=settings or None, **kw)
+    except (RuntimeError, KeyError, OSError) as e:
+        if not pretrained:
+            raise
+        raise ValueError(f"no weights for {name!r} from {str(origin)!r}: "
+                         f"{' '.join(str(e).split())[:400]}: give weights of this very architecture") from e
+    net.pretrained_cfg['state_dict'] = None
+    return net.eval()
