@@ -257,8 +257,8 @@ def sdip_finetune(
         pairs: Param('folders or tables of pairs (see load_pairs)', str, nargs='*') = None,  # needed
         out: str = None,  # folder for the model; default runs/KIND; a killed run goes on there
         preset: str = 'playground',  # playground (shipped towers), original (the write-up's), full
-        model: str = None,  # another model: a CLIP's folder or name, a timm model's name
-        weights: str = None,  # a CLIP's tag or file; for timm pretrained, a file or a folder
+        model: str = None,  # another model: a CLIP's folder or name; a timm model's name, or imagenet
+        weights: str = None,  # a CLIP's tag or file; for timm imagenet, pretrained, a file or a folder
         head: str = 'linear',  # linear or mlp
         img_size: int = None,  # size of the pictures in pixels; default: the model's own
         set: Param('fields of the recipe, such as lr=3e-4 workers=4', str, nargs='*') = None,  # field=value

@@ -14,37 +14,15 @@ from fastcore.basics import patch
 
 from .core import check_sha256, read_json, sha256
 from .preprocess import Preprocess
-from .pretrained import cached_snapshot, check_timm_args, hub_folder, read_tensors
+from .pretrained import cached_snapshot, check_timm_args, hub_folder
 from .encoders import ClipEncoder, shipped
+from .imagenet import PACKAGED, packaged_classifier, timm_folder, timm_network, timm_state, TIMM_FILES
 from .batches import world_of_processes
 from .training import load_weights
 from .backbone import ImageRegressor
 from .recipe import Recipe
 from .base_regressor import Regressor
 from .finetune_clip import ClipRegressor, finetune
-
-# %% ../nbs/03_finetune_vit.ipynb #timm-folder
-_TIMM_FILES = ('model.safetensors', 'pytorch_model.bin')
-_SETTINGS_KEPT = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes',
-                  'fixed_input_size', 'tag')
-
-def _timm_folder(folder):
-    "(architecture, its arguments, its settings, file of weights) of a folder in timm's format"
-    folder = cached_snapshot(folder)
-    file, give = folder/'config.json', "give a folder from timm's hub, or a file with the architecture's name"
-    if not file.is_file():
-        raise ValueError(f'{folder} has no config.json: {give}')
-    config = read_json(file)
-    if 'architecture' not in config:
-        raise ValueError(f'{file} names no timm architecture: {give}')
-    weights = next((folder/f for f in _TIMM_FILES if (folder/f).is_file()), None)
-    if weights is None:
-        raise ValueError(f"{folder} has a config and none of {', '.join(_TIMM_FILES)}: "
-                         'copy the weights beside it; random ones are never used')
-    args, cfg = config.get('model_args') or {}, config.get('pretrained_cfg', config)
-    check_timm_args(args, file)
-    settings = {k: cfg[k] for k in _SETTINGS_KEPT if cfg.get(k) is not None}
-    return config['architecture'], args, settings, weights
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-source
 def _timm_source(name, weights):
@@ -54,47 +32,47 @@ def _timm_source(name, weights):
         note = f"preprocessing assumed to be timm's for {name}: a file of weights says nothing of it"
         return {}, {}, path, [note]
     if not path.is_dir() and '/' not in str(weights):
-        raise ValueError(f"weights {str(weights)!r} are neither 'pretrained', 'random', a file, a folder "
-                         "with config.json nor an address such as 'hf-hub:timm/...': give one of them")
-    folder = path if path.is_dir() else hub_folder(str(weights), _TIMM_FILES)
-    arch, args, settings, file = _timm_folder(folder)
+        raise ValueError(f"weights {str(weights)!r} are neither 'imagenet', 'pretrained', 'random', a file, "
+                         "a folder with config.json nor an address such as 'hf-hub:timm/...': give one "
+                         "of them")
+    folder = path if path.is_dir() else hub_folder(str(weights), TIMM_FILES)
+    arch, args, settings, file = timm_folder(folder)
     if arch != name.split('.')[0]:
         raise ValueError(f"{weights} holds a {arch!r}, asked for was {name!r}: give the one or the other")
     return args, settings, file, []
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-state
-def _timm_state(file, known):
-    "The tensors of a file but for the classifier's, by timm's own name of it; ValueError for code"
-    import timm
-    if file.suffix != '.safetensors':
-        read_tensors(file)  # refused in our words
-    state = timm.models.load_state_dict(str(file), weights_only=True)
+def _without_classifier(state, known):
+    "The tensors but for the classifier's, by timm's own name of it"
     names = (known and known.classifier) or ()
     heads = tuple(f'{n}.' for n in ([names] if isinstance(names, str) else names))
     return {k: v for k, v in state.items() if not (heads and k.startswith(heads))}
 
-# %% ../nbs/03_finetune_vit.ipynb #timm-net
-def _timm_net(name, weights, file, settings, kw):
-    "timm's network without a classifier"
+
+# %% ../nbs/03_finetune_vit.ipynb #timm-backbone
+def _timm_backbone(name, weights, img_size, kw):
+    "The network of `build_backbone`, its classifier still on, and its preprocessing"
     import timm
+    args, settings, file, notes = {}, {}, None, []
+    if weights not in ('pretrained', 'random'):
+        args, settings, file, notes = _timm_source(name, weights)
+    known, kw = timm.models.get_pretrained_cfg(name), args | kw
+    if img_size and known and known.fixed_input_size:
+        kw['img_size'] = img_size  # a ViT is built for one size
+    if file:
+        state = _without_classifier(timm_state(file), known)
+        settings = settings | dict(state_dict=state, num_classes=0)
     if weights != 'pretrained':
         kw = dict(num_classes=0) | kw
-    try:
-        net = timm.create_model(name, pretrained=weights != 'random', pretrained_cfg_overlay=settings or None,
-                                **kw)
-    except (RuntimeError, KeyError, OSError) as e:
-        if weights == 'random':
-            raise
-        raise ValueError(f"no weights for {name!r} from {str(file or weights)!r}: "
-                         f"{' '.join(str(e).split())[:400]}: give weights of this very architecture") from e
-    net.reset_classifier(0)
-    net.pretrained_cfg['state_dict'] = None
-    return net
+    net = timm_network(name, weights != 'random', settings, file or weights, **kw)
+    net.origin = dict(weights=str(weights), file=file and str(file), sha256=file and sha256(file),
+                      notes=notes)
+    return net, Preprocess.from_timm(timm.data.resolve_model_data_config(net))
 
 # %% ../nbs/03_finetune_vit.ipynb #build-backbone
 def build_backbone(
     name: str,  # of a timm model, with or without its tag
-    weights,  # a file, a folder in timm's format, 'hf-hub:org/repo', 'pretrained' (timm's hub) or 'random'
+    weights,  # a file, a folder in timm's format, 'hf-hub:org/repo', 'imagenet', 'pretrained' or 'random'
     img_size: int | None = None,  # another than the model's own, in pixels
     **kw,  # to timm.create_model: the sizes of a smaller variant, drop_path_rate ...
 ) -> tuple:  # (network without a classifier, its `Preprocess`); network.origin: weights, file, sha256, notes
@@ -103,23 +81,14 @@ def build_backbone(
     if not timm.is_model(name):
         near = timm.list_models(f'*{name[:5]}*')[:5]
         raise ValueError(f'{name!r} is no timm model; near: {near}; all: timm.list_models()')
-    args, settings, file, notes = {}, {}, None, []
-    if weights not in ('pretrained', 'random'):
-        args, settings, file, notes = _timm_source(name, weights)
-    known, kw = timm.models.get_pretrained_cfg(name), args | kw
-    if img_size and known and known.fixed_input_size:
-        kw['img_size'] = img_size  # a ViT is built for one size
-    if file:
-        settings = settings | dict(state_dict=_timm_state(file, known), num_classes=0)
-    net = _timm_net(name, weights, file, settings, kw)
-    cfg = timm.data.resolve_model_data_config(net)
-    if img_size:
-        cfg['input_size'] = (3, img_size, img_size)
-    for note in notes:
+    if weights == 'imagenet':
+        net, prep = packaged_classifier(name, **kw)
+    else:
+        net, prep = _timm_backbone(name, weights, img_size, kw)
+    net.reset_classifier(0)
+    for note in net.origin['notes']:
         warnings.warn(note, stacklevel=2)
-    net.origin = dict(weights=str(weights), file=file and str(file), sha256=file and sha256(file),
-                      notes=notes)
-    return net, Preprocess.from_timm(cfg)
+    return net, replace(prep, size=img_size or prep.size)
 
 # %% ../nbs/03_finetune_vit.ipynb #backbone-from
 def backbone_from(
@@ -132,7 +101,7 @@ def backbone_from(
     folder = cached_snapshot(folder)
     config = read_json(folder/'config.json')
     own = config.get('tower')
-    arch, args = (own['name'], own['kw']) if own else _timm_folder(folder)[:2]
+    arch, args = (own['name'], own['kw']) if own else timm_folder(folder)[:2]
     if name and name.split('.')[0] != arch.split('.')[0]:
         raise ValueError(f"{folder} holds a {arch!r}, asked for was {name!r}: give the one or the other")
     tower = dict(name=arch, kw={k: v for k, v in args.items() if k != 'img_size'} | kw)
@@ -158,6 +127,16 @@ def _own_backbone(folder, digest, tower, prep, img_size):
     net.origin = dict(weights=str(folder), file=str(file), sha256=digest, notes=[])
     return net, prep
 
+# %% ../nbs/03_finetune_vit.ipynb #imagenet-named
+def _named(name, weights):
+    "timm's name and the weights, where 'imagenet' may stand for both"
+    if name == 'imagenet' and weights not in ('pretrained', 'imagenet'):
+        raise ValueError(f"'imagenet' is {PACKAGED['lite0'].arch} with the weights that pip brings, beside "
+                         f"it stands weights={str(weights)!r}: give the one or the other")
+    if name == 'imagenet' or (weights == 'imagenet' and name is None):
+        return PACKAGED['lite0'].arch, 'imagenet'
+    return name or 'vit_large_patch16_384', weights
+
 # %% ../nbs/03_finetune_vit.ipynb #vit-regressor
 class VitRegressor(Regressor):
     "Any timm backbone with a 384-d head"
@@ -165,7 +144,7 @@ class VitRegressor(Regressor):
 
     def __init__(
             self,
-            name: str | None = None,  # of a timm model; None: what the folder holds, or vit_large_patch16_384
+            name: str | None = None,  # of a timm model, or 'imagenet'; None: the folder's, or ViT-L/16
             weights='pretrained',  # see `build_backbone`; or a folder, see `backbone_from`
             img_size: int | None = None,  # another than the model's own, in pixels
             seed: int = 0,  # of random weights
@@ -180,7 +159,7 @@ class VitRegressor(Regressor):
             if Path(weights).is_dir():
                 body, prep, self.tower = backbone_from(weights, name, img_size, **kw)
             else:
-                name = name or 'vit_large_patch16_384'
+                name, weights = _named(name, weights)
                 body, prep = build_backbone(name, weights, img_size, **kw)
                 self.tower = dict(name=name, kw=kw)
             net = ImageRegressor(body, body.head_hidden_size, head=head)
@@ -214,8 +193,8 @@ FINETUNE = dict(playground=dict(recipe=_SMALL_RECIPE, clip=None, vit=None),
 def make_regressor(
     kind: str,  # 'clip' or 'vit'
     preset: str = 'playground',  # one of FINETUNE
-    model: str | None = None,  # another than the preset's: a CLIP's folder or name, a timm model's name
-    weights: str | None = None,  # a CLIP's tag or file; for timm 'pretrained', a file or a folder
+    model: str | None = None,  # instead of the preset's: a CLIP's folder or name, a timm model's, 'imagenet'
+    weights: str | None = None,  # a CLIP's tag or file; for timm 'imagenet', 'pretrained', a file, a folder
     head: str = 'linear',  # or 'mlp'
     device=None,  # None: the GPU where there is one
     img_size: int | None = None,  # another than the model's own, in pixels
