@@ -26,34 +26,51 @@ from .imagenet import (PACKAGED, packaged_classifier, timm_folder, timm_network,
                            TIMM_FILES)
 
 # %% ../nbs/00f_classes.ipynb #class-names
+def _label_texts(labels, described, info):
+    "(synonyms, synonyms and definition) of each label, as far as a folder or WordNet knows them"
+    if isinstance(described, list):
+        described = dict(zip(labels, described))
+    for label in labels:
+        try:
+            plain = info.label_name_to_description(label)
+            yield described.get(label, plain), info.label_name_to_description(label, detailed=True)
+        except KeyError:  # no synset
+            yield described.get(label, label), described.get(label, label)
+
 def class_names(
     net: torch.nn.Module,  # a timm network with its classifier
-) -> list:  # of C str, in the order of the logits
-    "The name of each class of a classifier; ValueError where its labels are not known"
+) -> tuple:  # (C names, C texts 'name: definition'), in the order of the logits
+    "What the classes of a classifier are called; ValueError where its labels are not known"
     from timm.data import ImageNetInfo, infer_imagenet_subset
     cfg = net.pretrained_cfg
     labels, described = cfg.get('label_names'), cfg.get('label_descriptions') or {}
     subset = infer_imagenet_subset(net)
-    if labels and len(labels) == net.num_classes:
-        known = dict(zip(labels, described)) if isinstance(described, list) else described
-        names = [known.get(label) or label for label in labels]
-    elif subset:
-        names = ImageNetInfo(subset).label_descriptions()
-    else:
-        raise ValueError(f"a classifier of {net.num_classes} classes brings no names, and no ImageNet has so "
-                         "many: pass names=, one for each class")
-    return [str(name).split(',')[0].strip() for name in names]
+    info = ImageNetInfo(subset or 'imagenet-1k')
+    if not labels or len(labels) != net.num_classes:
+        labels, described = info.label_names(), {}
+        if not subset:
+            raise ValueError(f"a classifier of {net.num_classes} classes brings no names, and no ImageNet "
+                             "has so many: pass names=, one for each class")
+    names, details = [], []
+    for plain, detailed in _label_texts(labels, described, info):
+        names.append(plain.split(',')[0].strip())
+        definition = detailed.removeprefix(plain).removeprefix(': ')
+        details.append(f'{names[-1]}: {definition}' if definition else names[-1])
+    return names, details
 
 # %% ../nbs/00f_classes.ipynb #bridge
+def _check_settings(temperature, top):
+    if not (temperature > 0 and top >= 1):
+        raise ValueError(f"temperature is {temperature}, top is {top}: expected more than 0, and 1 or more")
+
 def class_bridge(
     logits: np.ndarray,  # (n, C), of a classifier
     rows: np.ndarray,  # (C, 384), vectors of the class names
-    temperature: float = 2.,  # logits are divided by it
-    top: int = 50,  # classes that count, the likeliest ones
+    temperature: float = 3.,  # logits are divided by it
+    top: int = 100,  # classes that count, the likeliest ones
 ) -> np.ndarray:  # (n, 384) float32, means of rows; NaN for NaN
     "Probabilities of the likeliest classes times the vectors of their names; ValueError for odd settings"
-    if not (temperature > 0 and top >= 1):
-        raise ValueError(f"temperature is {temperature}, top is {top}: expected more than 0, and 1 or more")
+    _check_settings(temperature, top)
     best = np.argsort(-logits, 1, kind='stable')[:, :top]  # (n, top)
     probs = np.zeros(logits.shape, np.float32)
     np.put_along_axis(probs, best, softmax(np.take_along_axis(logits, best, 1)/temperature, 1), 1)
@@ -68,8 +85,8 @@ def _classifier_folder(name):
     known = timm.models.get_pretrained_cfg(str(name)) if timm.is_model(str(name)) else None
     address = f'hf-hub:{known.hf_hub_id}' if known and known.hf_hub_id else str(name)
     if '/' not in address:
-        raise ValueError(f"{str(name)!r} is neither a folder, an address such as 'hf-hub:timm/..', a timm model "
-                         f"with published weights, nor one of {', '.join(PACKAGED)}: give one of them")
+        raise ValueError(f"{str(name)!r} is neither a folder, an address such as 'hf-hub:timm/..', a timm "
+                         f"model with published weights, nor one of {', '.join(PACKAGED)}: give one of them")
     return hub_folder(address, TIMM_FILES)
 
 def _classifier(name):
@@ -93,8 +110,8 @@ class ClassSpace:
     def __init__(
         self,
         name='lite0',  # 'lite0', 'lite2', a timm classifier's folder, address or name, or what `save` wrote
-        temperature: float = None,  # of the probabilities; None: 2, or the saved one
-        top: int = None,  # classes that count; None: 50, or the saved number
+        temperature: float = None,  # of the probabilities; None: 3, or the saved one
+        top: int = None,  # classes that count; None: 100, or the saved number
         device=None,  # see `pick_device`
         names=None,  # C str, instead of the classifier's own class names
         targets: TargetEncoder = None,  # for texts; None: made when the first text comes
@@ -104,6 +121,7 @@ class ClassSpace:
         "ValueError: weights that are missing or do not fit, classes without names, odd settings"
         self.name, self.device, self.bs, self.workers = str(name), pick_device(device), bs, workers
         self.report, self.notes, self.targets = [], [], targets
+        _check_settings(3. if temperature is None else temperature, 100 if top is None else top)
         file = Path(name)/'config.json'
         if file.is_file() and read_fields(file, SAVE_AGAIN).get('kind') == self.kind:
             net, known = self._from_saved(file)
@@ -111,7 +129,6 @@ class ClassSpace:
             net, known = self._from_classifier(name, names)
         self.temperature = float(known['temperature'] if temperature is None else temperature)
         self.top = int(known['top'] if top is None else top)
-        class_bridge(np.zeros((1, 1)), np.zeros((1, 1)), self.temperature, self.top)  # are they in order?
         self.model = channels_last(net.to(self.device).eval().requires_grad_(False))
 
 # %% ../nbs/00f_classes.ipynb #from-classifier
@@ -119,11 +136,12 @@ class ClassSpace:
 def _from_classifier(self: ClassSpace, name, names):
     "A classifier and the usual settings; the class names, their rows and the preprocessing are remembered"
     net, self.prep, self.arch = _classifier(name)
-    self.names = class_names(net) if names is None else [str(n) for n in names]
+    self.names, self.details = class_names(net) if names is None else ([str(n) for n in names], )*2
     if len(self.names) != net.num_classes:
         raise ValueError(f"{len(self.names)} names for {net.num_classes} classes: give one each")
-    self.rows, self.weights_sha256 = self.encode_texts(self.names), net.origin['sha256']
-    return net, dict(temperature=2., top=50)
+    self.rows = unit(self.encode_texts(self.names) + self.encode_texts(self.details))
+    self.weights_sha256 = net.origin['sha256']
+    return net, dict(temperature=3., top=100)
 
 # %% ../nbs/00f_classes.ipynb #encode-texts
 @patch
@@ -155,6 +173,11 @@ def encode_images(
         out[rows] = unit(class_bridge(logits.float().cpu().numpy(), self.rows, self.temperature, self.top))
     return out
 
+@patch(as_prop=True)
+def middle(self: ClassSpace):
+    "(384,) unit row: where a picture lies of which nothing is known"
+    return unit(self.rows.mean(0))
+
 @patch
 def predict(
     self: ClassSpace,
@@ -168,7 +191,7 @@ def predict(
 def sha256(self: ClassSpace):
     "Of everything that makes a picture's row: the classifier's weights, preprocessing, names, settings"
     settings = dict(self.prep.to_dict(), temperature=self.temperature, top=self.top)
-    return hash_items([self.weights_sha256, json.dumps(settings, sort_keys=True), *self.names])
+    return hash_items([self.weights_sha256, json.dumps(settings, sort_keys=True), *self.names, *self.details])
 
 @patch(as_prop=True)
 def fingerprint(self: ClassSpace):
@@ -194,7 +217,7 @@ def save(
     state = {f'classifier.{k}': v.cpu().contiguous() for k, v in self.model.state_dict().items()}
     with atomic_path(folder/'model.safetensors') as tmp:
         save_file(state | dict(rows=torch.from_numpy(self.rows)), tmp)
-    settings = dict(temperature=self.temperature, top=self.top, names=self.names)
+    settings = dict(temperature=self.temperature, top=self.top, names=self.names, details=self.details)
     made = dict(arch=self.arch, preprocess=self.prep.to_dict(), origin_sha256=self.weights_sha256)
     digest = file_sha256(folder/'model.safetensors')
     write_json(dict(kind=self.kind, **settings, **made, weights_sha256=digest), folder/'config.json')
@@ -207,12 +230,13 @@ _AGAIN = 'the file was damaged or swapped; save the space again'
 def _from_saved(self: ClassSpace, file):
     "A saved classifier and its settings; names, rows and preprocessing are remembered"
     import timm
-    said = read_fields(file, _AGAIN, arch=dict, names=list, preprocess=dict, temperature=int | float, top=int,
-                       origin_sha256=str, weights_sha256=str)
+    said = read_fields(file, _AGAIN, arch=dict, names=list, details=list, preprocess=dict, top=int,
+                       temperature=int | float, origin_sha256=str, weights_sha256=str)
     weights = file.with_name('model.safetensors')
     check_sha256(weights, said['weights_sha256'], _AGAIN)
     with right_shape(file):
-        self.arch, self.names, self.weights_sha256 = said['arch'], said['names'], said['origin_sha256']
+        self.arch, self.names, self.details = said['arch'], said['names'], said['details']
+        self.weights_sha256 = said['origin_sha256']
         self.prep = checked_prep(Preprocess.from_dict(said['preprocess']))
         check_timm_args(self.arch['kw'], file)
         net = timm.create_model(self.arch['name'], **self.arch['kw'])
