@@ -156,7 +156,7 @@ class VitRegressor(Regressor):
         import torch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if Path(weights).is_dir():
+            if weights != 'imagenet' and Path(weights).is_dir():
                 body, prep, self.tower = backbone_from(weights, name, img_size, **kw)
             else:
                 name, weights = _named(name, weights)

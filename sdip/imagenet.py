@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import check_sha256, read_json
+from .core import SAVE_AGAIN, check_sha256
+from .lock import read_fields
 from .preprocess import Preprocess
 from .pretrained import cached_snapshot, check_fits, check_timm_args, read_tensors
 
@@ -116,14 +117,14 @@ def timm_folder(
     file, give = folder/'config.json', "give a folder from timm's hub, or a file with the architecture's name"
     if not file.is_file():
         raise ValueError(f'{folder} has no config.json: {give}')
-    config = read_json(file)
+    config = read_fields(file, SAVE_AGAIN, pretrained_cfg=dict | None)
     if 'architecture' not in config:
         raise ValueError(f'{file} names no timm architecture: {give}')
     weights = next((folder/f for f in TIMM_FILES if (folder/f).is_file()), None)
     if weights is None:
         raise ValueError(f"{folder} has a config and none of {', '.join(TIMM_FILES)}: "
                          'copy the weights beside it; random ones are never used')
-    args, cfg = config.get('model_args') or {}, config.get('pretrained_cfg', {}) | config
+    args, cfg = config.get('model_args') or {}, (config.get('pretrained_cfg') or {}) | config
     check_timm_args(args, file)
     settings = {k: cfg[k] for k in _SETTINGS_KEPT if cfg.get(k) is not None}
     return config['architecture'], args, settings, weights
