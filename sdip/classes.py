@@ -7,6 +7,7 @@ __all__ = ['class_names', 'class_bridge', 'ClassSpace']
 
 # %% ../nbs/00f_classes.ipynb #imports
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,11 @@ class ClassSpace:
         self.model = channels_last(net.to(self.device).eval().requires_grad_(False))
 
 # %% ../nbs/00f_classes.ipynb #from-classifier
+@lru_cache(maxsize=4)
+def _class_rows(texts, device):
+    "Unit rows (n, 384) of a tuple of texts"
+    return TargetEncoder(device=device)(list(texts))
+
 @patch
 def _from_classifier(self: ClassSpace, name, names):
     "A classifier and the usual settings; the class names, their rows and the preprocessing are remembered"
@@ -139,7 +145,9 @@ def _from_classifier(self: ClassSpace, name, names):
     self.names, self.details = class_names(net) if names is None else ([str(n) for n in names], )*2
     if len(self.names) != net.num_classes:
         raise ValueError(f"{len(self.names)} names for {net.num_classes} classes: give one each")
-    self.rows = unit(self.encode_texts(self.names) + self.encode_texts(self.details))
+    texts = (*self.names, *self.details)
+    rows = self.encode_texts(list(texts)) if self.targets else _class_rows(texts, self.device)
+    self.rows = unit(rows[:net.num_classes] + rows[net.num_classes:])  # (C, 384)
     self.weights_sha256 = net.origin['sha256']
     return net, dict(temperature=3., top=100)
 
