@@ -80,13 +80,16 @@ def _by_length(
     lengths,  # (n,) word pieces of each text
     budget: int,  # word pieces a batch, padding included; a longer text is a batch of its own
 ):  # yields (b,) int64 row numbers
-    "Batches of similar length, short ones first"
+    "Batches of one length, short ones first; of several where few texts have one"
     lengths, lo = np.asarray(lengths), 0
     order = np.argsort(lengths, kind='stable')
-    for hi in range(1, len(order) + 1):
-        if hi == len(order) or (hi-lo+1)*lengths[order[hi]] > budget:
+    for hi in range(1, len(order)):
+        n, longest, new = hi - lo, lengths[order[hi - 1]], lengths[order[hi]]
+        if new > longest and n*longest >= budget/4 or (n + 1)*new > budget:
             yield order[lo:hi]
             lo = hi
+    if len(order):
+        yield order[lo:]
 
 # %% ../nbs/00e_encoders.ipynb #target-encoder
 class TargetEncoder:
@@ -352,7 +355,7 @@ def encode_texts(
     "Texts into CLIP's space; each distinct one is computed once"
     if isinstance(texts, str):
         raise ValueError("texts is one string, expected a list: write [text]")
-    distinct = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+    distinct = {t: i for i, t in enumerate(sorted(dict.fromkeys(texts), key=len))}  # of like length together
     todo, out = list(distinct), np.zeros((len(distinct), self.dim), np.float32)
     for lo in range(0, len(todo), self.bs):
         tokens = self.tokenizer(todo[lo:lo + self.bs]).to(self.device)  # (b, context)

@@ -9,6 +9,7 @@ __all__ = []
 import re
 import warnings
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -246,17 +247,35 @@ def assumed_prep(
         note += f"; these weights of {name} use another: {others}"
     return Preprocess(size, mean, std), f'{note}; prep= overrules'
 
+# %% ../nbs/00d_wrappings.ipynb #word-tokenizer
+@cache
+def _word_tokenizer():  # -> a subclass of open_clip's: the same tokens, each plain word split once
+    from open_clip.tokenizer import SimpleTokenizer
+
+    class WordTokenizer(SimpleTokenizer):
+        def encode(self, text):
+            if not (text.isascii() and text.isprintable()) or '&' in text:  # &amp; is unescaped
+                return super().encode(text)
+            known, ids = self.__dict__.setdefault('words', {}), []
+            for word in text.split():
+                if word not in known:
+                    known[word] = super().encode(word)
+                ids += known[word]
+            return ids
+
+    return WordTokenizer
+
 # %% ../nbs/00d_wrappings.ipynb #clip-tokenizer
 def clip_tokenizer(
     folder,  # of a CLIP
     text_cfg: dict,  # of its architecture
 ):  # callable: list of n texts -> int64 (n, context)
     "CLIP's own tokenizer, or the one whose files lie in the folder; ValueError where it cannot be read"
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import HFTokenizer
     kw = dict(context_length=text_cfg.get('context_length', 77)) | (text_cfg.get('tokenizer_kwargs') or {})
     with right_shape(folder):
         if not text_cfg.get('hf_tokenizer_name'):
-            return SimpleTokenizer(**kw)
+            return _word_tokenizer()(**kw)
         refuse_code(folder)
         kw['tokenizer_mode'] = text_cfg.get('tokenizer_mode')
         try:
