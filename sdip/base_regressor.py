@@ -260,8 +260,8 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     head_open = [(None if depth is None else depth + 1, epochs) for depth, epochs in recipe.unfreezing]
     cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
-                         checkpoint=checkpoint, watch_raw=True, cbs=cbs, desc=self.kind, quiet=quiet,
-                         cls=RegressorLearner, path=checkpoint.file.parent if checkpoint else own.name)
+                         checkpoint=checkpoint, cbs=cbs, desc=self.kind, quiet=quiet, cls=RegressorLearner,
+                         watch_raw=recipe.watch_raw, path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder, learn.precision = own, recipe.precision  # the folder goes when the learner goes
     return learn
 

@@ -32,6 +32,7 @@ class Recipe:
     augment: tuple = ()  # of 'shift', 'light', 'flip'; 'flip' swaps left and right
     probe: bool | None = True  # start from the ridge head; False: from the mean target; None: as it is
     keep: str = 'best'  # weights to end with: of the start and all epochs the 'best', or the 'last'
+    watch_raw: bool = False  # score the raw weights too, beside their average: validation costs twice as much
     patience: int | None = None  # epochs without a new best after which to stop; None: never
     minutes: float | None = 10  # between two checkpoints within an epoch; None: at its end only
     hours: float | None = None  # in which a call of `fit` ends, its epochs cut if need be; None: no limit
