@@ -52,7 +52,7 @@ class SceneCaptioner:
             self,
             clip: ClipEncoder,  # ranks the captions
             phrases: dict = None,  # as in `scene_captions`, and media to fill in; None: the playground's
-            n_fills: int = 2,  # sentences a caption
+            n_fills: int = 1,  # sentences a caption, the first without a medium
             captions=None,  # list of str, instead of the combinations
             matrix=None,  # (captions, d), computed before
             cache=None,  # folder where the captions' embeddings are kept, see `PhraseTable`
