@@ -309,7 +309,7 @@ def _answers(self: Interrogator, n, sharpness):  # -> (pictures, 384), NaN where
 @patch
 def _embed_prompts(self: Interrogator, prompts):  # list of n str -> (n, 384), each once and remembered
     if self.targets is None:
-        self.targets = TargetEncoder()
+        self.targets = TargetEncoder(rough=True)
     new = [p for p in dict.fromkeys(prompts) if p not in self._target_of]
     if new:
         self._target_of |= dict(zip(new, self.targets(new)))
@@ -344,7 +344,7 @@ def _check_prompts(self: Interrogator, images, prompts):
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures, {len(prompts)} prompts: give each picture its prompt")
     if self.targets is None:
-        self.targets = TargetEncoder()
+        self.targets = TargetEncoder(rough=True)
 
 # %% ../nbs/05_interrogator.ipynb #calibrate-2
 @patch
