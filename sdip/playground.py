@@ -8,6 +8,7 @@ __all__ = ['draw', 'contact_sheet', 'make_pairs']
 # %% ../nbs/00c_playground.ipynb #imports
 import hashlib
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -249,15 +250,19 @@ def _hex(*parts):
 def _to_draw(prompts, split, group, per_prompt, loose, seed):
     "What to draw for each row: (prompt, scene, seed of the picture, source, split, group)"
     for g, prompt in enumerate(prompts, group):
-        free = int(_hex('loose', seed, prompt)[:8], 16)/16**8 < loose
+        said, free = parse(prompt), int(_hex('loose', seed, prompt)[:8], 16)/16**8 < loose
         for j in range(per_prompt):
             pic = int(_hex(seed, prompt, j)[:8], 16)
-            scene = parse(prompt)
-            if free:
-                scene = loose_scene(scene, seeded_rng('loose', pic, prompt))
+            scene = loose_scene(said, seeded_rng('loose', pic, prompt)) if free else said
             yield prompt, scene, pic, 'loose' if free else 'faithful', split, g
 
 # %% ../nbs/00c_playground.ipynb #save-and-table
+def _png(picture):
+    "The bytes of its file, written at once: Pillow writes a file in many small pieces"
+    file = BytesIO()
+    picture.save(file, 'PNG', compress_level=1)
+    return file.getvalue()
+
 def _draw_missing(ids, rows, folder, size, progress):
     "Draw the pictures that are not there yet"
     bar = tqdm(ids, desc='drawing', disable=None if progress else True)
@@ -265,7 +270,7 @@ def _draw_missing(ids, rows, folder, size, progress):
         path = folder/'images'/f'{id}.png'
         if not is_whole_png(path):
             with atomic_path(path) as tmp:
-                draw(scene, pic, size).save(tmp, compress_level=1)
+                tmp.write_bytes(_png(draw(scene, pic, size)))
 
 # %% ../nbs/00c_playground.ipynb #drawn-pairs
 def _drawn_pairs(folder, ids, rows):
