@@ -356,24 +356,35 @@ def check_stages(
 
 # %% ../nbs/08_artifacts.ipynb #run-pairs
 @patch
-def pairs(
-    self: Run,
-    split: str = None,  # 'train', 'valid' or 'test'; None: all rows
-    weighted: bool = True,  # False: as the split left them, for stages before the weights are known
-) -> tuple:  # (pairs table of n rows, (n, 384) float32 unit targets)
-    "The pairs of a run and their targets; ValueError: a file of them is damaged"
+def _rows(self: Run, weighted):
+    "Table and targets as they lie in the folder; read again only where a file has changed"
     file = self/'pairs.parquet'
     if not weighted or not file.exists():
         file = self/'emb/pairs.parquet'
     targets, apart = self/'emb/targets.npy', self/'emb/weights.npy'
-    with right_shape(file):
-        table = read_parquet(file)
-        table['image'] = [path_text(p) for p in image_paths(table, file.parent)]
-    with right_shape(apart):
-        if weighted and apart.exists():
-            table['weight'] = np.load(apart)
-    with right_shape(targets):
-        targ = np.load(targets)
+    seen = [(f, s.st_mtime_ns, s.st_size) for f in (file, targets, apart) if f.exists() and (s := f.stat())]
+    if self.__dict__.get('_seen') != (weighted, seen):
+        with right_shape(file):
+            table = read_parquet(file)
+            table['image'] = [path_text(p) for p in image_paths(table, file.parent)]
+        with right_shape(apart):
+            if weighted and apart.exists():
+                table['weight'] = np.load(apart)
+        with right_shape(targets):
+            self._read = table, np.load(targets)
+        self._seen = weighted, seen
+    return self._read
+
+# %% ../nbs/08_artifacts.ipynb #run-pairs-split
+@patch
+def pairs(
+    self: Run,
+    split: str = None,  # 'train', 'valid' or 'test'; None: all rows
+    weighted: bool = True,  # False: as the split left them, for stages before the weights are known
+) -> tuple:  # (pairs table of n rows, (n, 384) float32 unit targets), the caller's own
+    "The pairs of a run and their targets; ValueError: a file of them is damaged"
+    table, targ = self._rows(weighted)
+    with right_shape(self/'emb/targets.npy'):
         mine = np.ones(len(targ), bool) if split is None else (table.split == split).to_numpy()
         return table[mine].reset_index(drop=True), targ[mine]
 

@@ -398,7 +398,8 @@ def image_paths(
     if root is None:
         raise ValueError("pairs has no attrs['root'] (pandas drops it in a merge or concat), "
                          "expected the folder its images are relative to: pass root=")
-    return [Path(root)/text_path(i) for i in pairs['image']]
+    root = Path(root)
+    return [root/(i if i.isascii() else text_path(i)) for i in pairs['image']]
 
 # %% ../nbs/00_data.ipynb #relative-paths
 def relative_paths(
