@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+import sdip
 from .core import read_json
 from .measure import Comparison, compare
 
@@ -223,17 +224,21 @@ def bench_feed(
 
 # %% ../nbs/09_bench_data.ipynb #walk-run
 _NO_KEEPING = 'import sdip.core; sdip.core.keep_memory = lambda: False; '
+_HOME = Path(sdip.__file__).parents[1]
 
-def _run_costs(preset, out, at=None, keep=True):
-    "(CPU s, MB) of `sdip_run` in a process of its own, with the sdip in folder `at`"
+def _run_costs(preset, out, at=_HOME, keep=True):  # out: in a folder that is there
+    "(CPU s, MB, score) of `sdip_run` in a process of its own, with the sdip in folder `at`"
+    at, out = Path(at).resolve(), Path(out).resolve()
     do = f'from sdip.cli import sdip_run; sdip_run({str(out)!r}, preset={preset!r})'
-    path = [str(at)] if at else [p for p in sys.path if p]
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(path))
+    do += '; import sdip; print("\\nthis was", sdip.__file__)'
+    env = os.environ | dict(PYTHONPATH=str(at))  # not the current folder: another sdip may lie there
     done = subprocess.run([sys.executable, '-c', do if keep else _NO_KEEPING + do], env=env, text=True,
-                          capture_output=True)
+                          cwd=out.parent, capture_output=True)
     if done.returncode:
-        raise ValueError(f'the run of {at or "this sdip"} failed: {done.stderr.strip()[-400:]}')
-    said = read_json(Path(out)/'scores.json')
+        raise ValueError(f'the run of the sdip in {at} failed: {done.stderr.strip()[-400:]}')
+    was = done.stdout.rpartition('this was ')[2].strip()
+    assert Path(was).resolve().parents[1] == at, f'{was} was measured, not the sdip in {at}'
+    said = read_json(out/'scores.json')
     return sum(said['cpu'].values()), said['peak_gb']*1e3, said['test']['ensemble']
 
 # %% ../nbs/09_bench_data.ipynb #walk-bench
@@ -246,7 +251,7 @@ def bench_walk(
         raise ValueError(f'{before} has no sdip/cli.py: give a clone or a copy of another version')
     preset = 'tiny' if rows < 1000 else 'playground'
     with tempfile.TemporaryDirectory() as d:
-        old = _run_costs(preset, f'{d}/before', before, keep=before is not None)
+        old = _run_costs(preset, f'{d}/before', before or _HOME, keep=before is not None)
         new = _run_costs(preset, f'{d}/now')
     way = 'without keep_memory' if before is None else 'the version before'
     note = f'ensemble on test {new[2]:.4f}, before {old[2]:.4f}'
