@@ -462,6 +462,59 @@ def copy_clone():
 TAKEN = dict(SaveKernel=(200,
                          dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
 
+def children_of(folder):
+    "Processes that train a member in a run folder"
+    found = []
+    for p in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            words = p.read_bytes().split(b'\0')
+        except OSError:
+            continue
+        if folder.encode() in words and any(b'do_part' in w for w in words):
+            found.append(p)
+    return found
+
+def test_members_side_by_side():
+    """Two processes train the members of a run. Killed and started again, they leave the files of one process
+    bit for bit; SIGTERM ends them all, and a failure of one leaves the others done"""
+    import signal
+    members = {k: dict(kind=k) for k in ('clip', 'vit', 'knn')}
+    members['clip']['recipe'] = members['vit']['recipe'] = dict(unfreezing=[[None, 1]])
+    Path('mine.json').write_text(json.dumps(members))
+    os.environ['OMP_NUM_THREADS'] = '1'
+    one = 'sdip_run', '--preset', 'tiny', '--members', 'mine.json', '--out', 'one'
+    two = *one[:-1], 'two', '--cards', 'cpu', 'cpu'
+    sh(*one)
+    shutil.copytree('one', 'two')
+    for name in members:
+        shutil.rmtree(f'two/{name}')
+    log = Path('log.txt')
+
+    def stopped_by(number):
+        with log.open('w') as f:
+            run = subprocess.Popen(two, stdout=f, stderr=subprocess.STDOUT)
+        wait_for(lambda: all(f'{name}: [' in log.read_text() for name in ('clip', 'vit')))
+        run.send_signal(number)
+        run.wait()
+        wait_for(lambda: not children_of('two'), 30)
+
+    stopped_by(signal.SIGTERM)
+    assert 'stopped; the same command goes on from here' in log.read_text(), log.read_text()
+    assert not list(Path('two').rglob('.tmp-*')) and not Path('two/.sdip-lock').exists()
+    stopped_by(signal.SIGKILL)
+    Path('two/knn').write_text('no folder')
+    assert 'two/knn' in sh(*two, status=1)
+    done = {n for n in members if Path(f'two/receipts/{n}.json').exists()}
+    assert done == {'clip', 'vit'}, f'{done} were done beside a member that failed'
+    Path('two/knn').unlink()
+    out = sh(*two)
+    assert out.count('knn: [') == 1 and 'clip: [' not in out and not list(Path('two').rglob('.tmp-*'))
+    for name in members:
+        first, second = (json.loads(Path(f'{d}/receipts/{name}.json').read_text())['files']
+                         for d in ('one', 'two'))
+        assert first == second, (name, first, second)
+    assert Path('one/submission.csv').read_bytes() == Path('two/submission.csv').read_bytes()
+
 def test_push():
     """The official client pushes all eight chapters; what the server saw is what was meant; refusals and
     dropped sources are loud"""

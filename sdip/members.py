@@ -120,11 +120,12 @@ def try_towers(
 # %% ../nbs/08_members.ipynb #plan-members
 def plan_members(
     run,
-) -> str:  # lines for a terminal; '' where no network is trained
+    cards: int = 1,  # on which members are trained side by side
+) -> tuple:  # lines for a terminal, '' where no network is trained; member -> hours of one training
     "Memory, hours and disk of all networks that a run trains; ValueError: one does not fit the card here"
     from sdip.plan import card_here, check_card, measured_step, member_plan, plan_text
     (table, _), plans = run.pairs(), []
-    card = (here := card_here()) and replace(here, count=1)  # a run is one process
+    card = (here := card_here()) and replace(here, count=1)  # a training is one process
     n = dict(n_train=table.group[table.split == 'train'].nunique(), n_valid=(table.split == 'valid').sum())
     for name, m in run.members.items():
         if m['kind'] in ('clip', 'vit'):
@@ -135,7 +136,8 @@ def plan_members(
                 step = measured_step(net, size, recipe, plan.at_once)
                 plan = check_card(member_plan(net, size, recipe, **n, card=card, name=name, step=step))
             plans.append(plan)
-    return plan_text(plans, card is not None) if plans else ''
+    text = plan_text(plans, card is not None, cards, run.args.get('folds') or 1) if plans else ''
+    return text, {p.name: p.hours for p in plans}
 
 # %% ../nbs/08_members.ipynb #stage-knn
 def _fit_knn(run, m, part):
@@ -224,12 +226,16 @@ def _real_interrogator(run, m, part, prompts, images):  # images: (500, d) by th
                         counts=counts, n_fills=None if counts else 1, cache=run/_cache(part))  # long lists
 
 # %% ../nbs/08_members.ipynb #ranker-rows
+def save_ranker(run):
+    "Write the CLIP that ranks phrases into a run with real weights, once for all its interrogators"
+    if run.args['start'] == 'real' and not (run/'ranker/open_clip_model.safetensors').exists():
+        load_source(run, 'ranker').save(run/'ranker')
+
 def _ranker_rows(run, part, table):
     "What the ranking CLIP makes of the pictures of a table, each once"
     from sdip.encode import encode
     from sdip.encoders import ClipEncoder
-    if not (run/'ranker/open_clip_model.safetensors').exists():
-        load_source(run, 'ranker').save(run/'ranker')
+    save_ranker(run)
     paths, names, at = image_paths(table, ''), table.id.tolist(), run/_seen(part)
     return encode(paths, ClipEncoder(run/'ranker').encode_images, at, shard_size=1024, names=names)
 
@@ -358,6 +364,13 @@ def _member_stage(run, m, part):
 
 def _fit_part(run, m, part, fit):
     return fit(run, m, part)
+
+# %% ../nbs/08_members.ipynb #trains
+def trains(
+    s: Stage,  # of a run
+) -> bool:  # False also for a class of the caller's own, which another process could not import
+    "Does a stage train a member of a built-in kind, whole or one fold?"
+    return getattr(s.do, 'func', None) is _fit_part and s.member['kind'] in MEMBER_KINDS
 
 # %% ../nbs/08_members.ipynb #join-folds
 def _join_folds(run, name):

@@ -416,6 +416,17 @@ def plan_table(
                          pictures_s=round(p.train_speed), hours=round(p.hours, 2), bound=p.bound))
     return pd.DataFrame(rows)
 
+# %% ../nbs/07a_plan.ipynb #busiest
+def busiest(
+        hours,  # of each training
+        cards: int,  # each has one at a time
+) -> float:
+    "Hours of the card that works longest, if the longest training is begun first"
+    ends = [0.]*cards
+    for h in sorted(hours, reverse=True):
+        ends[ends.index(min(ends))] += h
+    return max(ends)
+
 # %% ../nbs/07a_plan.ipynb #remedy
 def _remedy(plan):
     "'' where a training fits its card, else what to set"
@@ -425,25 +436,36 @@ def _remedy(plan):
     said = ' '.join(f'{k}={v}' for k, v in changes.items())
     return f'; does not fit: set {said}' if said else ''
 
+# %% ../nbs/07a_plan.ipynb #plan-line
+def _line(p, folds):
+    "What one member needs"
+    card = p.card
+    limit = f' of {p.recipe.hours:g}' if p.recipe.hours else ''
+    cut = ', its epochs will be cut' if p.recipe.hours and p.hours > p.recipe.hours else ''
+    each = f' for each of {folds} folds' if folds > 1 else ''
+    pace = f'{p.train_speed:.0f} pictures/s ({p.bound}), {p.hours:.1f}{limit} hours{each}{cut}'
+    memory = f'{p.train_gb:.1f} GB' + (f' of {card.memory_gb:g}' if card else '')
+    return (f'{p.name}: {p.params/1e6:.0f} M numbers, {p.at_once} pictures at once, {memory}; '
+            f'{pace}{_remedy(p)}')
+
 # %% ../nbs/07a_plan.ipynb #plan-text
 def plan_text(
         plans,  # `MemberPlan`s of one card
         measured: bool = False,  # were the steps measured, or is the utilisation assumed?
+        cards: int = 1,  # how many of that card, each with a training of its own
+        folds: int = 1,  # trainings of each member
 ) -> str:  # one line a member, then the sum
     "Pictures a second, hours, memory and disk of a run's members"
     card, rate = plans[0].card, 'measured'
     if card is not None and not measured:
         rate = f'assumed: {TRAIN_MFU:.0%} of the peak in training, {PREDICT_MFU:.0%} in prediction'
-    lines = [f"plan for {card or 'the CPU'} ({rate})"]
-    for p in plans:
-        limit = f' of {p.recipe.hours:g}' if p.recipe.hours else ''
-        cut = ', its epochs will be cut' if p.recipe.hours and p.hours > p.recipe.hours else ''
-        pace = f'{p.train_speed:.0f} pictures/s ({p.bound}), {p.hours:.1f}{limit} hours{cut}'
-        memory = f'{p.train_gb:.1f} GB' + (f' of {card.memory_gb:g}' if card else '')
-        lines.append(f'{p.name}: {p.params/1e6:.0f} M numbers, {p.at_once} pictures at once, {memory}; '
-                     f'{pace}{_remedy(p)}')
-    disk = max(p.checkpoint_gb for p in plans) + sum(p.model_gb for p in plans)
-    hours = sum(min(p.hours, p.recipe.hours or math.inf) for p in plans)
-    cache = max(p.cache_gb for p in plans)
-    return '\n'.join([*lines, f'together {hours:.1f} hours; disk {disk:.0f} GB, and up to {cache:.0f} GB '
+    name = f'{cards} x {card.name}' if card and cards > 1 else str(card or 'the CPU')
+    side = ', side by side' if cards > 1 else ''
+    lines = [f'plan for {name}{side} ({rate})', *(_line(p, folds) for p in plans)]
+    hours = [min(p.hours, p.recipe.hours or math.inf) for p in plans]*folds
+    writing = sorted(p.checkpoint_gb for p in plans*folds)[-cards:]
+    disk, cache = sum(writing) + folds*sum(p.model_gb for p in plans), max(p.cache_gb for p in plans)
+    said = f'{busiest(hours, cards):.1f} hours'
+    said = f'{said} on the busiest card' if cards > 1 else f'together {said}'
+    return '\n'.join([*lines, f'{said}; disk {disk:.0f} GB, and up to {cache:.0f} GB '
                               'where decoded pictures are kept'])

@@ -24,6 +24,7 @@ from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey
 from .inputs import read_source, SOURCE_ARGS
 from .kinds import add_member, check_members, member_recipe, read_members, set_fields
 from .members import HELD_OUT, plan_members, try_towers
+from .parallel import members_at_once, pick_cards
 from .report import scoreboard_text, write_report
 
 # %% ../nbs/08_run.ipynb #preset-playground
@@ -80,7 +81,7 @@ _ORIGINAL = _REAL | dict(
 _FULL = _REAL | dict(
     weights='ratio', weight_power=0.5, ratios=None,
     members=_lineup(_FULL_RECIPE, _FULL_RECIPE, words='classic', phrases=_LISTS, favourites=False))
-_T4 = _FULL | dict(members=_lineup(_ON_T4 | dict(hours=2.), _ON_T4 | dict(hours=4.75),
+_T4 = _FULL | dict(members=_lineup(_ON_T4 | dict(hours=4.), _ON_T4 | dict(hours=6.5),
                                    words='classic', phrases=_LISTS, favourites=False))
 
 # %% ../nbs/08_run.ipynb #presets
@@ -203,34 +204,40 @@ def walk(
         kinds: dict = {},  # kind -> your own class of models, see `08_members`
         add=(),  # more members, such as 'vit:convnext_base', see `add_member`
         set=(),  # fields of members, such as 'vit.lr=3e-4', see `set_fields`
+        cards=None,  # names of those that members train on side by side, see `pick_cards`; None: all GPUs
         **changes,  # arguments of the preset that should be different; `members` may be a JSON file
 ) -> Run:
     "Do what is missing of a run. ValueError: an unknown preset or argument, or another run works there"
-    keep_memory()
+    cards = pick_cards(cards)
     args = _arguments(preset, changes, add, set, kinds) | _source(pairs, images, image_col, prompt_col)
-    with folder_lock(out, 'sdip_run'):
-        real = args['start'] == 'real'
-        found = _before_work(args, out, models, download) if real else None
+    with folder_lock(out, 'sdip_run') as lock:
+        found = _before_work(args, out, models, download) if args['start'] == 'real' else None
         try_towers(args, args['members'].keys() - _members_there(out))
         _take_moved(out, args)
         run = Run(out, args, quiet, kinds)
-        if real:
+        if found is not None:
             run.say('Real weights')
             check_sources(run, found)
-        _do_stages(run, stages)
+        _do_stages(run, stages, cards, lock)
     return run
 
 # %% ../nbs/08_run.ipynb #do-stages
 def _members_there(out):  # names of members that a run folder has begun with
     return Run(out, quiet=True).members.keys() if (Path(out)/'run.json').exists() else set()
 
-def _do_stages(run, names):  # names: None for all
-    every, planned = run.stages(), run.args['start'] != 'real'
-    for i, s in enumerate(every, 1):
-        if names is None or s.name in names:
-            if s.member is not None and not planned and not run.is_done(s):
-                run.say(plan_members(run))
-                planned = True
+def _do_stages(run, names, cards, lock):  # names: None for all; cards: of `pick_cards`
+    keep_memory()
+    every, planned, done, hours = run.stages(), run.args['start'] != 'real', set(), {}
+    wanted = {i: s for i, s in enumerate(every, 1) if names is None or s.name in names}
+    for i, s in wanted.items():
+        if s.member is not None and not planned and not run.is_done(s):
+            said, hours = plan_members(run, len(cards) or 1)
+            run.say(said)
+            planned = True
+        if s.member is not None and cards:
+            done |= members_at_once(run, wanted, cards, len(every), hours, lock)
+            cards = ()
+        if s.name not in done:
             run.do(s, i, len(every))
 
 # %% ../nbs/08_run.ipynb #walk-arguments
@@ -369,7 +376,7 @@ def run_command(
 
 # %% ../nbs/08_run.ipynb #plan-by-names
 def _plan_by_names(args, n_prompts):
-    "The plan of the networks that a dry run names: for the GPU here, else for Kaggle's"
+    "The plan of the networks that a dry run names: for the GPUs here, else for Kaggle's"
     from sdip.plan import CARDS, card_here, plan_text, plans_of
     trained = {}
     for name, m in args['members'].items():
@@ -379,12 +386,14 @@ def _plan_by_names(args, n_prompts):
                                  recipe=recipe)
     if not trained:
         return ''
-    n, card = n_prompts or 20_000, card_here() or CARDS['T4']
-    return f'for {n} prompts: ' + plan_text(plans_of(trained, n, n // 20, card))
+    n, card = n_prompts or 20_000, card_here() or replace(CARDS['T4'], count=2)
+    plans = plans_of(trained, n, n // 20, replace(card, count=1))
+    return f'for {n} prompts: ' + plan_text(plans, cards=card.count, folds=args.get('folds') or 1)
 
 # %% ../nbs/08_run.ipynb #run-command-2
 def _dry_run(out, preset, pairs, given, places, download):
     said = {k: given.pop(k, ()) for k in ('add', 'set')}
+    given.pop('cards', None)
     args = _arguments(preset, {k: v for k, v in given.items() if k not in SOURCE_ARGS}, *said.values(), {})
     if args.get('start') != 'real':
         raise ValueError(f'preset {preset!r} needs nothing from outside but the pairs')
