@@ -18,6 +18,7 @@ from .sources import fingerprint, load_pairs, note_pictures
 from .split import prepare_pairs
 from .artifacts import Run, stage
 from .find_weights import load_source
+from .folds import fold_judges, fold_similarity, group_folds
 
 # %% ../nbs/08_inputs.ipynb #read-source
 SOURCE_ARGS = 'pairs', 'images', 'image_col', 'prompt_col'  # where the user's pairs lie, how they are read
@@ -190,15 +191,29 @@ def _out_of_fold(run, table):
         sims[f, fold != f] = _similarity(clip, table[fold != f])
     return np.where(fold == 2, sims.mean(0), sims.sum(0))  # a training row has one of the two
 
+# %% ../nbs/08_inputs.ipynb #judges
+def _fold(run):  # -> (n,) number of the fold that each row is in, -1 for test rows
+    table, _ = run.pairs(weighted=False)
+    return group_folds(table.split, table.group, run.args['folds'])
+
+def _judges(run, clip=None):
+    "One for each fold; []: a run without, or the write-up's rule, which is in units of CLIP's cosine"
+    if not run.args.get('folds') or run.args['weights'] == 'writeup':
+        return []
+    table, targ = run.pairs(weighted=False)
+    return fold_judges(clip_rows(run, 'images'), targ, _fold(run), table.group, clip)
+
 # %% ../nbs/08_inputs.ipynb #stage-similarity
 @stage('Text-image similarity', needs=['data', 'pairs', 'base_clip', 'clip_emb'],
-       args=['start', 'fold_epochs', 'base_lr', 'seed'], files=['emb/similarity.npy'],
+       args=['start', 'fold_epochs', 'base_lr', 'seed', 'folds', 'weights'], files=['emb/similarity.npy'],
        halves=[f'base_clip/fold{f}/{name}' for f in (0, 1) for name in ('checkpoint.pt', 'texts')])
 def stage_similarity(run):
     "How near each picture is to its own prompt, by a CLIP that has not seen the pair"
-    table, _ = run.pairs(weighted=False)
+    table, targ = run.pairs(weighted=False)
     if run.args['start'] == 'scratch':
         sims = _out_of_fold(run, table)
+    elif judges := _judges(run):
+        sims = fold_similarity(judges, clip_rows(run, 'images'), clip_rows(run, 'texts'), targ, _fold(run))
     else:
         sims = (clip_rows(run, 'images')*clip_rows(run, 'texts')).sum(1)
     _save_rows(sims, run/'emb/similarity.npy')
@@ -214,6 +229,8 @@ def _by_reference(run, train, targ, groups, sims):  # of n training rows -> (wei
     place, judges = run.args['reference'], None
     if run.args['start'] == 'scratch':
         judges = [ClipEncoder(run/f'base_clip/fold{f}') for f in (0, 1)]
+    elif run.args.get('folds'):
+        judges = _judges(run, ClipEncoder(run/'base_clip'))
     write_json(fingerprint(read_reference(place)), run/'data/reference.json')
     own = clip_rows(run, 'images')[train], sims[train], targ[train], groups
     how = run.args['weights'], run.args['weight_power']

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .folds import group_folds
+
 # %% ../nbs/08_kinds.ipynb #kinds
 _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear', recipe={}, options={})
 _NETWORK = 'source', 'weights', 'sha256', 'size', 'head', 'recipe'
@@ -179,12 +181,7 @@ def part_split(
     split = np.array(split, dtype=object)
     if fold is None:
         return split
-    from sklearn.model_selection import GroupKFold
-    own = np.flatnonzero(split != 'test')
-    n_groups = len(np.unique(np.asarray(groups)[own]))
-    if not 2 <= folds <= n_groups:
-        raise ValueError(f'{folds} folds of {n_groups} groups of prompts: expected 2 to {n_groups}')
-    parts = list(GroupKFold(folds).split(own, groups=np.asarray(groups)[own]))
-    split[own] = 'train'
-    split[own[parts[fold][1]]] = 'valid'
+    at = group_folds(split, groups, folds)
+    split[at >= 0] = 'train'
+    split[at == fold] = 'valid'
     return split
