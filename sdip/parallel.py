@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from .core import keep_memory
 from .artifacts import Run
@@ -110,12 +110,12 @@ def at_once(
                 child.stdin.close()
             faults[name] = _fault(child, _listen(child, name, say))
         finally:
-            children.pop(name, None)
+            _end([children[name]] if name in children else [])
             free.put(card)
 
     with ThreadPoolExecutor(len(cards)) as pool:
         try:
-            for job in wait([pool.submit(work, name) for name in jobs]).done:
+            for job in wait([pool.submit(work, name) for name in jobs], None, FIRST_EXCEPTION).done:
                 job.result()
         finally:
             ended.set()
