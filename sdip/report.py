@@ -59,12 +59,75 @@ def _board_lines(board):
 # %% ../nbs/08_report.ipynb #gain-lines
 def _gain_lines(s):
     lo, hi = s['intervals']['ensemble - best single']
-    lines = [f"ensemble over the best single ({s['best_single']}): {s['gain']:+.4f}, "
+    lines = [f"ensemble over the best single by validation ({s['best_single']}): {s['gain']:+.4f}, "
              f'95 % interval {lo:+.4f} .. {hi:+.4f}']
+    if lead := s['intervals'].get('ensemble - source oracle'):
+        gain = s['test']['ensemble'] - s['test']['source_oracle']
+        lines.append(f'ensemble over the source oracle: {gain:+.4f}, '
+                     f'95 % interval {lead[0]:+.4f} .. {lead[1]:+.4f}')
     if drawn := s.get('drawn_again'):  # not in a run of sdip 0.2
-        lines.append(f"intervals by prompt: {drawn['prompts']} prompts are drawn again, with all of their "
-                     f"{drawn['pictures']} test pictures")
+        lines.append(_drawn_line(drawn))
     return lines
+
+def _drawn_line(drawn):
+    what, n = ('family', 'families') if 'families' in drawn else ('prompt', 'prompts')
+    return (f'intervals by {what}: {drawn[n]} {n} are drawn again, with all of their '
+            f"{drawn['pictures']} test pictures")
+
+# %% ../nbs/08_report.ipynb #weak
+def _weak(s):  # names of models whose lead over the mean vector is not above 0, on either split
+    leads = [o for o in s.get('over_mean', {}).values()]
+    no_models = 'ensemble', 'source_oracle'
+    return [m for m in (leads[0] if leads else ()) if m not in no_models and min(o[m][0] for o in leads) <= 0]
+
+def _weak_lines(run, s):
+    if not (weak := _weak(s)):
+        return []
+    silent = [m for m in weak if run.members.get(m, {}).get('kind') == 'interrogator']
+    words = f"; words of {', '.join(silent)} are not shown" if silent else ''
+    return [f"not above the mean vector: {', '.join(weak)}{words}"]
+
+def may_speak(
+    run: Run,  # finished or not
+    name: str,  # of a member
+) -> bool:
+    "Are the words of a member worth showing? Not if its score may be that of the mean vector"
+    return not (run/'scores.json').exists() or name not in _weak(_read_scores(run))
+
+# %% ../nbs/08_report.ipynb #lost-lines
+def _lost_lines(run):
+    facts = {name: (run.receipt(name) or {}).get('facts', {}) for name in ('pairs', 'clip_emb')}
+    lost, unread = facts['pairs'].get('lost') or {}, facts['clip_emb'].get('unreadable')
+    said = [f'{n} {why}' for why, n in (lost | (dict(unreadable=unread) if unread else {})).items()]
+    return [f"pictures used: {facts['pairs']['pictures']}; lost: {', '.join(said)}"] if said else []
+
+# %% ../nbs/08_report.ipynb #left-out-board
+def left_out_board(
+    run: Run,  # finished
+) -> pd.DataFrame:  # one row a source, the last for all; source, pictures, then a score a model; empty: none
+    "Scores on sources that were left out"
+    file = run/'left_out.json'
+    said = read_json(file) if file.exists() else {}
+    rows = [dict(source=o['source'], pictures=o['pictures']) | o['scores'] for o in said.get('sources', ())]
+    if rows:
+        rows.append(dict(source='all', pictures=said['pictures']) | said['scores'])
+    return pd.DataFrame(rows).rename(columns=lambda c: c.replace('_', ' '))
+
+def _left_out_lines(run):
+    board = left_out_board(run)
+    if not len(board):
+        return []
+    last, text = board.iloc[-1], board.copy()
+    for c in board.columns[2:]:
+        text[c] = [f'{v:.4f}' for v in board[c]]
+    said, models = read_json(run/'left_out.json'), [m for m in board.columns[3:] if m != 'own mean']
+    gains = []
+    for m in models:
+        lo, hi = (v/(1 - last['mean vector']) for v in said['over_mean'][m.replace(' ', '_')])
+        gains.append(f'{m} {skill(last[m], last["mean vector"]):+.3f} [{lo:+.3f}, {hi:+.3f}]')
+    table = text.to_string(index=False).splitlines()
+    return ['one source left out, predicted by what the others taught:', *table,
+            f"skill there: {', '.join(gains)}; {said['groups']} groups are drawn again"]
 
 # %% ../nbs/08_report.ipynb #scoreboard-lines-2
 def _cost_lines(s):
@@ -79,7 +142,8 @@ def scoreboard_text(
 ) -> str:  # some lines for a terminal
     "The scoreboard and the ensemble's gain, in plain text. ValueError: the run has no scores"
     s = _read_scores(run)
-    lines = _board_lines(scoreboard(run)) + _gain_lines(s) + _cost_lines(s)
+    lines = _board_lines(scoreboard(run)) + _gain_lines(s) + _weak_lines(run, s) + _lost_lines(run)
+    lines += _left_out_lines(run) + _cost_lines(s)
     if run.args.get('rehearse'):
         lines.append('A rehearsal: small networks with random weights stood in for the real ones, '
                      'so that these scores mean nothing')
@@ -213,10 +277,10 @@ def expected_cosines(
 
 # %% ../nbs/08_report.ipynb #words-of
 def _words_of(run, n):
-    "What the first interrogator said of the n test pictures; nothing where there is none"
+    "What the first interrogator that may speak said of the n test pictures; nothing where there is none"
     for name, m in run.members.items():
         file = run.folders(name)[0]/'words.test.json'
-        if m['kind'] == 'interrogator' and file.exists():
+        if m['kind'] == 'interrogator' and file.exists() and may_speak(run, name):
             return read_json(file)
     return ['']*n
 
@@ -273,16 +337,22 @@ dd{margin:0 0 .3rem;font-size:.88rem;line-height:1.35;overflow-wrap:anywhere}
 # %% ../nbs/08_report.ipynb #report-score
 def _score_section(run):
     s, held_out = _read_scores(run), (run.pairs()[0].split == 'test').sum()
-    lo, hi = s['intervals']['ensemble - best single']
     rows = [(*row[:3], f'{row[3]} – {row[4]}', row[5]) for row in _board_rows(scoreboard(run))]
-    by_prompt = ' Intervals are by prompt: prompts are drawn again with all their pictures.'
+    notes = [f'{line[0].upper()}{line[1:]}.' for line in
+             (*_gain_lines(s), *_weak_lines(run, s), *_lost_lines(run))]
     return (f'<h1>{markup(run.folder.name)}</h1><p>Mean cosine between predicted and true prompt embeddings '
             f'on {held_out} held-out pictures. Skill 0 is the answer of someone who has not looked at the '
             'picture, skill 1 a perfect one.</p>'
             + html_table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows)
-            + f'<p>The ensemble gains {s["gain"]:+.4f} over the best single model '
-            f'({markup(s["best_single"])}), 95 % interval {lo:+.4f} to {hi:+.4f}.'
-            f'{by_prompt if "drawn_again" in s else ""}</p>')
+            + ''.join(f'<p>{markup(note)}</p>' for note in notes) + _left_out_section(run))
+
+def _left_out_section(run):
+    board = left_out_board(run)
+    if not len(board):
+        return ''
+    rows = [[r[0], str(r[1]), *(f'{v:.4f}' for v in r[2:])] for r in board.itertuples(index=False)]
+    return ('<h2>One source left out</h2>' + html_table(list(board.columns), rows)
+            + f'<p>{markup(_left_out_lines(run)[-1])}.</p>')
 
 # %% ../nbs/08_report.ipynb #report-score-2
 def _picture_section(run):
