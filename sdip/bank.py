@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, atomic_path, check_emb, path_text, right_shape
+from .core import EMB_DIM, SAVE_AGAIN, atomic_path, check_emb, path_text, right_shape
 from .prompts import clean_prompts
 from .lock import read_fields
 from .pretrained import MODEL_PLACES, clip_digest, model_folders
@@ -360,6 +360,24 @@ def clip_reference(
                 pretrained=None if is_file or clip.pretrained is None else str(clip.pretrained),
                 sha256=clip.sha256, fingerprint=clip.fingerprint)
 
+# %% ../nbs/04_bank.ipynb #open-space
+def _is_class_space(folder):
+    file = Path(folder)/'config.json'
+    return file.is_file() and read_fields(file, SAVE_AGAIN).get('kind') == 'class_space'
+
+def open_space(
+    folder,  # of a saved space
+    device=None,  # see `pick_device`
+):  # a `ClipEncoder`, or a `ClassSpace`
+    "What was saved in a folder. ValueError: neither, or damaged"
+    if _is_class_space(folder):
+        from sdip.classes import ClassSpace
+        return ClassSpace(folder, device=device)
+    return ClipEncoder(folder, device=device)
+
+def _digest(at):  # of the space in a folder, or of a file of weights; None: there is none
+    return open_space(at, 'cpu').sha256 if _is_class_space(at) else clip_digest(at)
+
 # %% ../nbs/04_bank.ipynb #find-clip
 def _clip_places(ref, folder):  # yields paths: as saved, by real path and through links; then known places
     path, here = Path(ref['folder'] or ref['file']), Path(folder)
@@ -374,7 +392,7 @@ def _clip_places(ref, folder):  # yields paths: as saved, by real path and throu
 def _find_clip(ref, folder, device):  # -> ClipEncoder: the one that is meant, or the first that is there
     first, want = None, ref['sha256']
     for at in filter(Path.exists, _clip_places(ref, folder)):
-        if clip_digest(at) == want:
+        if _digest(at) == want:
             break
         first = first or at
     else:
@@ -386,7 +404,7 @@ def _find_clip(ref, folder, device):  # -> ClipEncoder: the one that is meant, o
         places = ', '.join(MODEL_PLACES)
         raise ValueError(f"{folder} refers to a CLIP at {ref['folder'] or ref['file']} (SHA-256 {want}), "
                          f"which is neither there nor in {places}: move it back, or pass clip=")
-    return ClipEncoder(at, device=device) if ref['folder'] else ClipEncoder(ref['name'], str(at), device)
+    return open_space(at, device) if ref['folder'] else ClipEncoder(ref['name'], str(at), device)
 
 # %% ../nbs/04_bank.ipynb #load-clip-reference
 def load_clip_reference(
