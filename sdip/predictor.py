@@ -21,7 +21,7 @@ from .preprocess import pick_device
 from .artifacts import Run
 from .find_weights import find_outside, load_outside
 from .members import mean_rows
-from .report import expected_cosines, nearest_prompts, Prediction
+from .report import expected_cosines, may_speak, nearest_prompts, Prediction
 
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
@@ -246,8 +246,9 @@ def _fill(self: RunPredictor, preds, at, pictures):
 
 @patch
 def _speaker(self: RunPredictor, names=None):
-    "The first interrogator among the models that have a share; '' where there is none"
+    "The first interrogator that is above the mean vector and has a share; '' where there is none"
     found = [m for m in names or self.models if self.run.members[m]['kind'] == 'interrogator']
+    found = [m for m in found if may_speak(self.run, m)]
     return found[0] if found else ''
 
 # %% ../nbs/08a_predictor.ipynb #unreadable
@@ -303,9 +304,13 @@ def _model_class(kind, folder):
         from sdip.knn import KNNRegressor as Model
     elif kind == 'interrogator':
         from sdip.interrogator import Interrogator as Model
+    elif kind == 'classes':
+        from sdip.bridge import BridgeRegressor as Model
+    elif kind == 'frozen':
+        from sdip.frozen import FrozenRegressor as Model
     else:
         raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, '
-                         f'knn and interrogator; an own class is passed from Python, kinds={{{kind!r}: ..}}')
+                         f'knn, classes, frozen and interrogator; an own class is passed from Python, kinds={{{kind!r}: ..}}')
     return Model
 
 # %% ../nbs/08a_predictor.ipynb #checked-kind
