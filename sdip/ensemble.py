@@ -74,6 +74,22 @@ def _gains(w, held, dots, gram, group, method, min_gain):
         return np.column_stack([gain.mean(0)]*3)
     return np.column_stack([gain.mean(0), bootstrap_interval(gain, group)])
 
+# %% ../nbs/06_ensemble.ipynb #find-helpful
+def _find_helpful(dots, gram, group, method, min_gain):  # -> w (m,), steps, searches, held (n,), gains (m, 3)
+    use, w, gains = np.arange(dots.shape[1]), np.zeros(dots.shape[1]), np.zeros((dots.shape[1], 3))
+    while True:
+        d, g = dots[:, use], gram[:, use][:, :, use]
+        found, steps, searches = _find(d, g, method, min_gain)
+        held = cross_fit(d, g, group, method, min_gain)
+        gain = _gains(found, held, d, g, group, method, min_gain)
+        worst = min(np.flatnonzero(found), key=lambda j: gain[j, 0])
+        if (found > 0).sum() < 2 or not gain[worst, 0] <= 0:
+            break
+        use = np.delete(use, worst)
+    w[use], gains[use] = found, gain
+    steps = [(int(use[j]), r, s) for j, r, s in steps]
+    return w, steps, {int(use[j]): s for j, s in searches.items()}, held, gains
+
 # %% ../nbs/06_ensemble.ipynb #scale-models
 def _scale_models(preds, ids, n):  # -> names; [(units (n, 384), here (n,), norms (n,))] of each model
     rows = gather_preds(preds, ids, n)
@@ -122,14 +138,13 @@ def fit_ensemble(
     group = np.unique(group[seen], return_inverse=True)[1]
     _warn_few(group.max() + 1, len(names))
     dots, gram = (a[seen] for a in row_grams([u for u, _, _ in models], targ))
-    w, steps, searches = _find(dots, gram, method, min_gain)
-    held = cross_fit(dots, gram, group, method, min_gain)
+    w, steps, searches, held, gains = _find_helpful(dots, gram, group, method, min_gain)
     named = lambda values: dict(zip(names, values))
     return Ensemble(
         named((w/w.max()).tolist()), method, int(seen.sum()), float(blend_cosines(w, dots, gram).mean()),
         float(held.mean()), groups=int(group.max() + 1), singles=named(dots.mean(0).tolist()),
         norms=named(_norm_range(norm[h]) for _, h, norm in models), missing=named((~here).sum(0).tolist()),
-        gain=named(map(tuple, _gains(w, held, dots, gram, group, method, min_gain).tolist())),
+        gain=named(map(tuple, gains.tolist())),
         steps=[(names[j], float(r), s) for j, r, s in steps],
         curves={names[j]: asdict(s) for j, s in searches.items()},
         errors=error_correlation(dots, gram, here[seen]).tolist(),
