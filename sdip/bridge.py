@@ -59,16 +59,18 @@ class BridgeRegressor:
         self.share = bridge_share(emb[good], targ[good], np.asarray(source)[good])
         return self
 
-    def predict(
-            self,
-            images,  # list of n pictures
-            emb=None,  # (n, 384), their rows where they are known
-    ) -> np.ndarray:  # (n, 384); NaN where unreadable, see `.report`
-        "Rows of pictures"
-        if emb is None:
-            emb = self.clip.encode_images(images)
-            self.report = self.clip.report
-        return self.mean + self.share*np.asarray(emb, np.float32)
+# %% ../nbs/08_bridge.ipynb #bridge-predict
+@patch
+def predict(
+    self: BridgeRegressor,
+    images,  # list of n pictures
+    emb=None,  # (n, 384), their rows where they are known
+) -> np.ndarray:  # (n, 384); NaN where unreadable, see `.report`
+    "The mean, moved towards the names of what a picture shows"
+    if emb is None:
+        emb = self.clip.encode_images(images)
+        self.report = self.clip.report
+    return self.mean + self.share*np.asarray(emb, np.float32)
 
 # %% ../nbs/08_bridge.ipynb #bridge-save
 _AGAIN = 'let sdip_run make it anew'

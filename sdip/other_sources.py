@@ -9,8 +9,8 @@ __all__ = []
 import numpy as np
 import pandas as pd
 
-from .core import bootstrap_interval, read_json, row_cosine, skill, write_json
-from .artifacts import Run, Stage
+from .core import bootstrap_interval, row_cosine, skill, write_json
+from .artifacts import Stage
 from .inputs import families
 from .kinds import left_out_split, Part, sources_to_leave
 from .members import member_stage
@@ -123,8 +123,9 @@ def _left_out(run):
     _train_left_out(run, sources, split, names)
     said = _board_left_out(*_score_left_out(run, sources, split, names))
     write_json(said, run/'left_out.json')
-    best = 'ensemble' if 'ensemble' in said['scores'] else names[0]
-    return dict(sources=len(split), skill=f"{skill(said['scores'][best], said['scores']['mean_vector']):+.3f}")
+    scores = said['scores']
+    best = scores.get('ensemble', scores[names[0]])
+    return dict(sources=len(split), skill=f"{skill(best, scores['mean_vector']):+.3f}")
 
 def left_out_stages(run) -> list:  # of `Stage`: one, or none for a run on drawn pictures
     "The second board of a run on pairs of one's own"

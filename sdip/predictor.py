@@ -310,7 +310,8 @@ def _model_class(kind, folder):
         from sdip.frozen import FrozenRegressor as Model
     else:
         raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, '
-                         f'knn, classes, frozen and interrogator; an own class is passed from Python, kinds={{{kind!r}: ..}}')
+                         'knn, classes, frozen and interrogator; '
+                         f'an own class is passed from Python, kinds={{{kind!r}: ..}}')
     return Model
 
 # %% ../nbs/08a_predictor.ipynb #checked-kind
