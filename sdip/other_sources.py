@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/08_other_sources.ipynb #imports
+import shutil
+
 import numpy as np
 import pandas as pd
 
@@ -58,6 +60,7 @@ def _train_left_out(run, sources, split, names):  # split: source -> (n,)
             number += 1
             part = Part(name, without=sources.index(source))
             run.do(member_stage(run, run.members[name], part), number, of)
+    shutil.rmtree(run/'left_out', ignore_errors=True)  # the models: only their rows are wanted
 
 # %% ../nbs/08_other_sources.ipynb #left-out-rows
 def _left_out_rows(run, k, ids, mean, names):  # -> {member: (n, 384)} for the pictures of source number k

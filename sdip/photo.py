@@ -16,8 +16,8 @@ PHOTO = dict(
     threshold=0.95,  # near-duplicates go
     start='imagenet', classifier='lite0',  # whose class names pictures and texts share
     weights='ratio', weight_power=0.5,  # with a reference only
-    members=dict(frozen=dict(kind='frozen'), classes=dict(kind='classes'), knn=dict(kind='knn'),
-                 interrogator=dict(kind='interrogator')),
+    members=dict(frozen=dict(kind='frozen'), abroad=dict(kind='frozen', options=dict(by='source')),
+                 classes=dict(kind='classes'), knn=dict(kind='knn'), interrogator=dict(kind='interrogator')),
     folds=0, reference=None, ratios=None, leave_out=None, seed=0)
 _NEEDS = 'lite0', 'lite2'
 

@@ -306,11 +306,11 @@ def _model_class(kind, folder):
         from sdip.interrogator import Interrogator as Model
     elif kind == 'classes':
         from sdip.bridge import BridgeRegressor as Model
-    elif kind == 'frozen':
+    elif kind == 'frozen_regressor':
         from sdip.frozen import FrozenRegressor as Model
     else:
         raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, '
-                         'knn, classes, frozen and interrogator; '
+                         'knn, classes, frozen_regressor and interrogator; '
                          f'an own class is passed from Python, kinds={{{kind!r}: ..}}')
     return Model
 
