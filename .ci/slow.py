@@ -405,6 +405,30 @@ def test_members_of_a_run():
     assert 'members.second.recipe.lr: the folder has' in sh(
         *run, '--add', 'second=vit:resnet10t:random', '--set', 'second.lr=1', 'second.probe=false', status=1)
 
+def test_run_starts_from_photographs():
+    """Pairs without a preset: frozen features, class names and kNN, the source oracle and sources left out;
+    the folder answers for new pictures, and goes on with what it began with"""
+    import pandas as pd
+    sh('sdip_generate', 'world', '--n', 30)
+    pairs = pd.read_parquet('world/pairs.parquet')
+    rows = pairs.assign(image=['world/' + i for i in pairs.image])[['image', 'prompt', 'split', 'group']]
+    places = ['here', 'there', 'here', None]  # the last are named after the table
+    rows.assign(source=[places[g % 4] for g in pairs.group]).to_csv('mine.csv', index=False)
+    three = {'frozen': dict(kind='frozen', options=dict(backbones=['lite0'])), 'classes': dict(kind='classes'),
+             'knn': dict(kind='knn')}
+    Path('three.json').write_text(json.dumps(three))
+    run = 'sdip_run', '--pairs', 'mine.csv', '--out', 'run', '--members', 'three.json'
+    out = sh(*run)
+    assert 'starts from EfficientNet-Lite0 and Lite2' in out.splitlines()[0], out[:300]
+    for line in 'source oracle', 'one source left out', 'skill there: ', 'Ridge on frozen features, without here':
+        assert line in out, (line, out)
+    scores = json.loads(Path('run/scores.json').read_text())
+    assert set(scores['test']) == {'mean_vector', 'source_oracle', 'ensemble', *three}, scores['test']
+    assert 'checked' in sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'submission.csv')
+    assert sh(*run).count('done before') >= len(three) + 6
+    said = 'leave_out: the folder has None'
+    assert said in sh(*run, '--leave_out', 'source', status=1)
+
 # Kaggle, without Kaggle: its own client talks to a server on this machine, and what it pushed is run as Kaggle would
 
 CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split(
