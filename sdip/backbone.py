@@ -144,7 +144,7 @@ def probe(
     valid_x: np.ndarray,  # (m, d) features of the validation rows
     valid_y: np.ndarray,  # (m, 384) their targets
     weight=None,  # (n,) sample weights, as in `ridge`
-    alphas=(1e-4, 1e-3, 1e-2, 1e-1, 1.),  # to choose from
+    alphas=(1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.),  # to choose from
     through=None,  # f((b, d) float32) -> what the head's last layer sees; None: the features
     shared: bool = False,  # rows are a stretch of all; the other processes of a run bring the others
 ) -> tuple:  # (weight (384, d), bias (384,), {alpha: validation score})
