@@ -272,12 +272,15 @@ def _learn_scaling(self: FrozenRegressor, parts, rows):
 
 @patch
 def _project(self: FrozenRegressor, parts, rows):
-    "Features of some rows -> (b, k) coordinates, (b, 384) bridge"
-    z, bridge, basis = [], [], self.basis.astype(np.float32)
+    "Rows of features -> (b, k) coordinates, (b,) squared lengths left out by them, (b, 384) bridge"
+    out, basis = [], self.basis.astype(np.float32)
     for at in np.array_split(rows, -(-len(rows) // 1024) or 1):
-        z.append((_joined(parts, at) - self.mean)*self.scale @ basis)  # (b, D) @ (D, k)
-        bridge.append(np.mean([np.asarray(p[at, -EMB_DIM:], np.float32) for p in parts], 0))
-    return np.concatenate(z).astype(np.float16).astype(np.float32), np.concatenate(bridge)
+        x = (_joined(parts, at) - self.mean)*self.scale
+        z = (x @ basis).astype(np.float16).astype(np.float32)  # (b, D) @ (D, k)
+        left = np.maximum((x**2).sum(1) - (z**2).sum(1), 0)
+        bridge = np.mean([np.asarray(p[at, -EMB_DIM:], np.float32) for p in parts], 0)
+        out.append((z, left, bridge))
+    return [np.concatenate(o) for o in zip(*out)]
 
 # %% ../nbs/03a_frozen.ipynb #fit-from
 @patch
@@ -288,7 +291,6 @@ def fit_from(
         targets: np.ndarray,  # (n, 384)
 ) -> FrozenRegressor:  # itself; `.scores` has what every strength and bridge scored on groups held out
     "Learn from features; ValueError: no rows to learn from, or one group alone"
-    from sklearn.kernel_approximation import Nystroem
     targets, train = check_emb(targets, 'targets'), (table.split == 'train').to_numpy()
     _check_lengths(features, table, targets)
     rows = np.flatnonzero(train & np.all([np.isfinite(p[:, 0]) for p in features], 0))
@@ -298,17 +300,29 @@ def fit_from(
     fold = _fold_of(table.iloc[rows], self.by)
     rng = np.random.default_rng(self.seed)
     self._learn_scaling(features, np.sort(rng.permutation(rows)[:max(4000, self.landmarks)]))
-    z, bridge = self._project(features, rows)
-    self.gamma = 1/(self.width*_median_distance(z[rng.permutation(len(z))[:1000]]))
-    kernel = Nystroem(gamma=self.gamma, n_components=min(self.landmarks, len(z)), random_state=self.seed)
-    phi = kernel.fit_transform(z)  # (n, m)
-    scores, total = _choose(phi, np.concatenate([unit(targets[rows]), bridge], 1), fold)
-    self._set_answer(kernel, scores, total)
+    z, left, bridge = self._project(features, rows)
+    some = rng.permutation(len(z))
+    self.gamma = 1/(self.width*_median_distance(z[some[:1000]], left[some[:1000]]))
+    stand = np.sort(some[:self.landmarks])  # rows that stand for all, m of them
+    gram = self._near(z, left, z[stand])*np.exp(-self.gamma*left[stand])  # (n, m)
+    gram[stand, np.arange(len(stand))] = 1  # of a picture with itself
+    values, q = np.linalg.eigh(gram[stand].astype(np.float64))
+    root = q/np.sqrt(np.maximum(values, 1e-12))  # (m, m)
+    scores, total = _choose(gram @ root, np.concatenate([unit(targets[rows]), bridge], 1), fold)
+    self.centres = z[stand].astype(np.float16)
+    self._set_answer(root*np.exp(-self.gamma*left[stand])[:, None], scores, total)
     return self
 
-def _median_distance(z):
+@patch
+def _near(self: FrozenRegressor, z, left, centres):
+    "Kernel (b, m) of rows and landmarks, but for the factor of what the landmarks leave out"
+    from sklearn.metrics.pairwise import rbf_kernel
+    return rbf_kernel(z, centres, self.gamma)*np.exp(-self.gamma*left)[:, None]
+
+def _median_distance(z, left):
     from sklearn.metrics import pairwise_distances
-    return float(np.median(pairwise_distances(z, metric='sqeuclidean')[np.triu_indices(len(z), 1)]))
+    far = pairwise_distances(z, metric='sqeuclidean') + left[:, None] + left
+    return float(np.median(far[np.triu_indices(len(z), 1)]))
 
 def _check_lengths(features, table, targets):
     lengths = [len(p) for p in features] + [len(table), len(targets)]
@@ -318,7 +332,7 @@ def _check_lengths(features, table, targets):
 
 # %% ../nbs/03a_frozen.ipynb #set-answer
 @patch
-def _set_answer(self: FrozenRegressor, kernel, scores, total):
+def _set_answer(self: FrozenRegressor, root, scores, total):
     "Keep the best strength and bridge, and the coefficients that all rows give with them"
     i, j = np.unravel_index(scores.argmax(), scores.shape)
     self.strength, self.bridge = STRENGTHS[i], BRIDGES[j]
@@ -326,8 +340,8 @@ def _set_answer(self: FrozenRegressor, kernel, scores, total):
     mean, coef = next(_solve(total, [self.strength]))
     (mean, mean_bridge), (coef, coef_bridge) = np.split(mean, 2), np.split(coef, 2, 1)
     self.offset = (mean - self.bridge*mean_bridge).astype(np.float32)
-    coef = kernel.normalization_.T @ (coef - self.bridge*coef_bridge)  # (m, m) @ (m, 384)
-    self.centres, self.coef = kernel.components_.astype(np.float16), coef.astype(np.float16)
+    coef = root @ (coef - self.bridge*coef_bridge)  # (m, m) @ (m, 384)
+    self.coef = coef.astype(np.float16)
 
 @patch
 def predict_from(
@@ -335,15 +349,14 @@ def predict_from(
         features: list,  # of `features`: (n, d) of each backbone
 ) -> np.ndarray:  # (n, 384) float32, raw; NaN rows for NaN rows
     "Predictions for features; ValueError: the model was not fitted"
-    from sklearn.metrics.pairwise import rbf_kernel
     if self.scores is None:
         raise ValueError('this model has learned nothing yet: call fit first, or load a saved one')
     out = np.full((len(features[0]), EMB_DIM), np.nan, np.float32)
     good = np.flatnonzero(np.all([np.isfinite(p[:, 0]) for p in features], 0))
     centres, coef = self.centres.astype(np.float32), self.coef.astype(np.float32)
     for rows in np.array_split(good, -(-len(good) // 1024)) if len(good) else ():
-        z, bridge = self._project(features, rows)
-        near = rbf_kernel(z, centres, self.gamma)  # (b, m)
+        z, left, bridge = self._project(features, rows)
+        near = self._near(z, left, centres)  # (b, m)
         out[rows] = near @ coef + self.offset + self.bridge*bridge  # (b, m) @ (m, 384)
     return out
 
