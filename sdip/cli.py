@@ -360,7 +360,7 @@ def sdip_submit(
 @_polite(_GOES_ON)
 def sdip_run(
         out: str = None,  # run folder; default runs/<preset>, or runs/<name of the pairs>
-        preset: str = None,  # playground, scratch, tiny, original, t4 or full; with --pairs: scratch
+        preset: str = None,  # playground, photo, scratch, tiny, original, t4 or full; with --pairs: photo
         pairs: Param('your own pairs: folders or tables, see load_pairs', str, nargs='*') = None,  # n places
         seed: int = None,  # of pictures, weights and order; default 0
         clip: str = None,  # original, full: CLIP ViT-L/14 as folder or file, default looked for
@@ -379,6 +379,8 @@ def sdip_run(
         add: Param('more members, such as vit:convnext_base', str, nargs='*') = None,  # [NAME=]KIND:SOURCE
         set: Param('fields of members, such as vit.lr=3e-4', str, nargs='*') = None,  # member.field=value
         folds: int = None,  # train each member so many times, each time without a part of the rows
+        cards: Param('GPUs that train a member each, such as 0 1; default: all', str, nargs='*') = None,  # n
+        leave_out: str = None,  # source: train every member once without each source; none: no member
         reference: str = None,  # pairs or pictures like those to predict for: sample weights aim at them
 ):
     "All chapters in one go: data, models, ensemble, submission, report. Goes on where a killed run was"

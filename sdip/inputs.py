@@ -19,6 +19,7 @@ from .split import prepare_pairs
 from .artifacts import Run, stage
 from .find_weights import load_source
 from .folds import fold_judges, fold_similarity, group_folds
+from .prompts import clean_prompts
 
 # %% ../nbs/08_inputs.ipynb #read-source
 SOURCE_ARGS = 'pairs', 'images', 'image_col', 'prompt_col'  # where the user's pairs lie, how they are read
@@ -104,6 +105,15 @@ def _save_rows(rows, file):
     with atomic_path(file) as tmp:
         np.save(tmp, rows)
 
+# %% ../nbs/08_inputs.ipynb #lost-pictures
+def _lost_pictures(pairs, table):  # pairs: as read; table: what is left of them -> {rule: pictures}
+    left, beside = (pairs.id.isin(table.id[rows]) for rows in (table.split != '', table.split == ''))
+    why = np.array(clean_prompts(pairs.prompt)[1], dtype=object)
+    why[why == ''] = 'near-duplicate'
+    why[beside] = 'beside a held-out prompt'
+    gone = ~pairs.image.isin(pairs.image[left]) & ~pairs.image.duplicated()
+    return pd.Series(why[gone]).value_counts().to_dict()
+
 # %% ../nbs/08_inputs.ipynb #stage-pairs
 @stage('Clean prompts, MiniLM targets, splits', needs=['data'], args=['threshold', 'seed', 'pairs', 'images'],
        files=['emb/pairs.parquet', 'emb/targets.npy'], halves=['emb/prompts'])
@@ -112,12 +122,28 @@ def stage_pairs(run):
     threshold, seed = run.args['threshold'], run.args['seed']
     pairs = read_parquet(run/'data/pairs.parquet')
     pairs['image'] = [path_text(p) for p in image_paths(pairs, run/'data')]
-    table, targets, dropped = prepare_pairs(pairs, run/'emb/prompts', threshold, seed=seed)
+    table, targets, _ = prepare_pairs(pairs, run/'emb/prompts', threshold, seed=seed)
     _save_table(table, run/'emb')
     _save_rows(targets, run/'emb/targets.npy')
-    near = dropped.pop('near-duplicate', 0)
+    lost, read = _lost_pictures(pairs, table), pairs.image.nunique()
     sizes = {s: int((table.split == s).sum()) for s in ('train', 'valid', 'test')}
-    return dict(prompts=table.prompt.nunique(), dropped=dropped or 0, near_duplicates=near) | sizes
+    kept = f'{read - sum(lost.values())} of {read}'
+    return dict(prompts=table.prompt.nunique(), pictures=kept, lost=lost or 0) | sizes
+
+# %% ../nbs/08_inputs.ipynb #families
+def families(
+    run: Run,  # with pairs
+) -> np.ndarray:  # (n,) int, in the order of `run.pairs()`
+    "Rows of one prompt, and of one group that the table gave, have one number"
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    table, read = run.pairs()[0], read_parquet(run/'data/pairs.parquet', ['id', 'group'])
+    given = table.id.map(read.set_index('id')['group'])
+    named, prompt = (given >= 0).to_numpy(), table.group.to_numpy()
+    code, own = pd.factorize(given[named])[0], prompt[named]
+    n = prompt.max() + 1 + len(code)
+    links = coo_matrix((np.ones(len(code)), (own, prompt.max() + 1 + code)), shape=(n, n))
+    return connected_components(links, directed=False)[1][prompt]
 
 # %% ../nbs/08_inputs.ipynb #train-clip
 def _train_clip(run, table, valid, folder, epochs, desc):
@@ -128,11 +154,12 @@ def _train_clip(run, table, valid, folder, epochs, desc):
                       quiet=run.quiet, desc=desc)
 
 # %% ../nbs/08_inputs.ipynb #stage-base-clip
-@stage('Base CLIP', needs=['data', 'pairs'], args=['start', 'clip_from', 'base_epochs', 'base_lr', 'seed'],
-       files=['base_clip/open_clip_model.safetensors', 'base_clip/open_clip_config.json'],
+@stage('Base CLIP', needs=['data', 'pairs'],
+       args=['start', 'classifier', 'clip_from', 'base_epochs', 'base_lr', 'seed'],
+       files=['base_clip/*.safetensors', 'base_clip/*.json'],
        halves=['base_clip/checkpoint.pt', 'base_clip/texts'])
 def stage_base_clip(run):
-    "The shipped CLIP, the real one, or one trained on all training prompts"
+    "The shipped CLIP, the real one, one trained on all training prompts, or class names in its place"
     from sdip.encoders import shipped
     start = run.args['start']
     if start == 'scratch':
@@ -140,6 +167,9 @@ def stage_base_clip(run):
         _train_clip(run, train, valid, 'base_clip', run.args['base_epochs'], 'base CLIP')
     elif start == 'real':
         load_source(run, 'clip').save(run/'base_clip')
+    elif start == 'imagenet':
+        from sdip.classes import ClassSpace
+        ClassSpace(run.args['classifier']).save(run/'base_clip')
     else:
         with shipped('base_clip') as folder:
             for f in folder.iterdir():
@@ -157,8 +187,8 @@ _SHARD = 1024  # pictures or prompts that a killed run loses at most
 def stage_clip_emb(run):
     "Embed each picture and each distinct prompt with the base CLIP"
     from sdip.encode import encode
-    from sdip.encoders import ClipEncoder
-    clip, (table, _) = ClipEncoder(run/'base_clip'), run.pairs(weighted=False)
+    from sdip.bank import open_space
+    clip, (table, _) = open_space(run/'base_clip'), run.pairs(weighted=False)
     prompts, kept = table.prompt.tolist(), dict(shard_size=_SHARD)
     encode(image_paths(table, ''), clip.encode_images, run/'emb/clip_images', names=table.id.tolist(), **kept)
     unread = len(clip.report)

@@ -18,15 +18,19 @@ from .folds import group_folds
 # %% ../nbs/08_kinds.ipynb #kinds
 _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear', recipe={}, options={})
 _NETWORK = 'source', 'weights', 'sha256', 'size', 'head', 'recipe'
-_READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=(*_NETWORK, 'options'))
+_READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=(*_NETWORK, 'options'),
+              classes=(), frozen=('options', ))
 _OPTIONS = dict(knn=dict(bank=('best', 'texts')),
+                frozen=dict(by=('group', 'source'), whole=(True, False), backbones=list, dims=int,
+                            landmarks=int, width=float),
                 interrogator=dict(words=('classic', 'writeup'), favourites=(False, True), phrases=dict))
 _TYPES = dict(source=str | None, weights=str | None, sha256=str | None, size=int | None, head=str,
               recipe=dict, options=dict)
 
 # %% ../nbs/08_kinds.ipynb #reserved
-_TAKEN = ('base_clip', 'clip_emb', 'data', 'emb', 'ensemble', 'mean_vector', 'members', 'pairs', 'preds',
-          'random_stand_ins', 'ranker', 'receipts', 'report', 'scores', 'similarity', 'submission', 'weights')
+_TAKEN = ('base_clip', 'clip_emb', 'data', 'emb', 'ensemble', 'left_out', 'mean_vector', 'members', 'pairs',
+          'preds', 'random_stand_ins', 'ranker', 'receipts', 'report', 'scores', 'similarity',
+          'source_oracle', 'submission', 'weights')
 
 def _check_name(name):
     if not re.fullmatch('[A-Za-z][A-Za-z0-9_-]*', name):
@@ -158,12 +162,15 @@ def _fields_of(m, recipe):
 # %% ../nbs/08_kinds.ipynb #part
 @dataclass
 class Part:
-    "One training of a member: all of it, or one fold"
+    "One training of a member: all of it, one fold, or all sources but one"
     member: str  # its name
     fold: int | None = None  # None: there are no folds
+    without: int | None = None  # number of the source that is left out; None: none is
 
     @property
     def folder(self):
+        if self.without is not None:
+            return f'left_out/{self.without}/{self.member}'
         return self.member if self.fold is None else f'{self.member}/fold{self.fold}'
 
     @property
@@ -184,4 +191,28 @@ def part_split(
     at = group_folds(split, groups, folds)
     split[at >= 0] = 'train'
     split[at == fold] = 'valid'
+    return split
+
+# %% ../nbs/08_kinds.ipynb #left-out-split
+_FEW, _MANY = 10, 12  # pictures of a source that is worth a training; sources that are left out at most
+
+def sources_to_leave(
+        sources,  # (n,) names, of n pairs
+) -> list:  # names, the largest first; empty where there is one source
+    "The sources that are left out one after the other"
+    names, counts = np.unique(np.asarray(sources, dtype=str), return_counts=True)
+    if len(names) < 2:
+        return []
+    return [str(names[i]) for i in np.argsort(-counts, kind='stable')[:_MANY] if counts[i] >= _FEW]
+
+def left_out_split(
+        split,  # (n,) 'train', 'valid' or 'test'
+        sources,  # (n,) names
+        groups,  # (n,) rows of one group stay together
+        source: str,  # which is left out
+) -> np.ndarray:  # (n,) of 'train' | 'valid' | 'test'; '' for rows that are not used
+    "All rows of one source are 'test', and no row of their groups is trained on"
+    split, groups, mine = np.array(split, dtype=object), np.asarray(groups), np.asarray(sources) == source
+    split[(split == 'test') | np.isin(groups, groups[mine])] = ''
+    split[mine] = 'test'
     return split

@@ -228,7 +228,7 @@ def _release(fd, file, made):
 def folder_lock(
     folder,  # made if missing
     what: str,  # who asks, such as 'sdip_run': the other one reads it
-):  # to be used by `with`
+):  # to be used by `with`: gives the descriptor of the lock file, None on a read-only disk
     "Have a folder to ourselves. ValueError says who has it. What a killed owner was writing is removed"
     folder, fd, died, me = Path(folder), None, None, os.getpid()
     made = _make_folder(folder)
@@ -240,7 +240,7 @@ def folder_lock(
     if died is not None:
         _sweep(folder, died)
     try:
-        yield
+        yield fd
     finally:
         if fd is not None and os.getpid() == me:  # a forked child leaves it alone
             _release(fd, folder/LOCK, made)

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .core import EMB_DIM, mean_cosine, write_json
+from .core import EMB_DIM, hash_items, mean_cosine, write_json
 from .data import image_paths, relative_paths
 from .tables import read_texts
 from .artifacts import Stage, stage_list
 from .find_weights import load_source, read_sources
-from .inputs import clip_rows
-from .kinds import member_recipe, Part, part_split
+from .inputs import clip_rows, families
+from .kinds import left_out_split, member_recipe, Part, part_split, sources_to_leave
 
 # %% ../nbs/08_members.ipynb #held-out
 HELD_OUT = 'valid', 'test'
@@ -29,6 +29,9 @@ def _pred_files(name):
 
 def _split(run, part):  # -> (n,) the split that this part trains on
     table = run.pairs()[0]
+    if part.without is not None:
+        source = sources_to_leave(table.source)[part.without]
+        return left_out_split(table.split, table.source, families(run), source)
     return part_split(table.split, table.group, run.args.get('folds'), part.fold)
 
 def _predict_files(run, part, model):
@@ -92,6 +95,8 @@ def _vit(run, m):
         if m['weights'] == 'random':
             said['img_size'] = m['size'] or a.get('size')
         return VitRegressor(m['source'], m['weights'] or 'pretrained', **said)
+    if a['start'] == 'imagenet':
+        return VitRegressor('imagenet', **said)
     if a['start'] == 'real':
         return load_source(run, 'vit', **said)
     with shipped('vit') as folder:
@@ -103,6 +108,14 @@ def _fit_vit(run, m, part):
     return _fit_tower(run, m, part, _vit(run, m))
 
 # %% ../nbs/08_members.ipynb #try-towers
+def _check_start(name, m, start):  # does the run start from what a kind needs?
+    lacks = dict(classes=start != 'imagenet', clip=start == 'imagenet' and not m.get('source'))
+    if lacks.get(m['kind']):
+        remedy = 'name one as its source' if m['kind'] == 'clip' else 'take --preset photo'
+        what = 'CLIP' if m['kind'] == 'clip' else 'classifier'
+        raise ValueError(f"member {name!r} is of kind {m['kind']!r}, and this run starts from no {what}: "
+                         f'{remedy}')
+
 def try_towers(
     args: dict,  # of a run
     names,  # of members that are new to it
@@ -111,6 +124,7 @@ def try_towers(
     run = SimpleNamespace(args=args)
     for name in names:
         m = args['members'][name]
+        _check_start(name, m, args['start'])
         if m.get('source'):
             try:
                 dict(clip=_clip, vit=_vit)[m['kind']](run, m)
@@ -153,15 +167,46 @@ def _fit_knn(run, m, part):
 
 # %% ../nbs/08_members.ipynb #knn-bank
 def _bank(run, train, targ, images, which):  # train: pairs, with their row numbers as index
-    from sdip.encoders import ClipEncoder
+    from sdip.bank import open_space
     from sdip.knn import KNNRegressor
-    model, texts = KNNRegressor(ClipEncoder(run/'base_clip')), clip_rows(run, 'texts')
+    centre = run.args['start'] == 'imagenet'  # pictures crowd in one corner of that space
+    model, texts = KNNRegressor(open_space(run/'base_clip'), centre=centre), clip_rows(run, 'texts')
     once = train.drop_duplicates('group')  # one row a prompt
     model.fit(texts[once.index], targ[once.index], once.prompt.tolist(), 'text')
+    good = train[np.isfinite(images[train.index]).all(1)]
+    if which == 'texts' and model.centre:
+        model.learn_query_mean(images[good.index])
     if which != 'texts':
-        good = train[np.isfinite(images[train.index]).all(1)]
         model.add(images[good.index], targ[good.index], good.prompt.tolist(), 'image')
     return model
+
+# %% ../nbs/08_members.ipynb #fit-classes
+def _fit_classes(run, m, part):
+    "The mean of the training targets, moved towards the names of what a picture shows"
+    from sdip.bank import open_space
+    from sdip.bridge import BridgeRegressor
+    (table, targ), emb, split = run.pairs(), clip_rows(run, 'images'), _split(run, part)
+    train = split == 'train'
+    model = BridgeRegressor(open_space(run/'base_clip')).fit(emb[train], targ[train], table.source[train])
+    (run/part.folder).mkdir(parents=True, exist_ok=True)
+    model.save(run/part.folder)
+    rows = {s: model.predict(None, emb[split == s]) for s in HELD_OUT}
+    return dict(share=f'{model.share:.1f}') | save_predictions(run, part, rows)
+
+# %% ../nbs/08_members.ipynb #fit-frozen
+def _fit_frozen(run, m, part):
+    "Kernel ridge on the features of networks that stay as they are"
+    from sdip.frozen import FrozenRegressor
+    (table, targ), split, model = run.pairs(), _split(run, part), FrozenRegressor(**m['options'])
+    key = hash_items([see.fingerprint for see in model.seers])[:16]
+    seen = model.features(image_paths(table, ''), run/f'emb/frozen/{key}')
+    if model.by == 'source' and table.source[split == 'train'].nunique() < 2:
+        model.by = 'group'
+    model.fit_from(seen, table.assign(split=split, group=families(run)), targ)
+    model.save(run/part.folder)
+    rows = {s: model.predict_from([o[split == s] for o in seen]) for s in HELD_OUT}
+    facts = dict(strength=model.strength, bridge=model.bridge, chosen_by=model.by)
+    return facts | save_predictions(run, part, rows)
 
 # %% ../nbs/08_members.ipynb #phrase-lists
 def phrase_lists(
@@ -198,11 +243,11 @@ def _cache(part):  # of phrases, while the stage lasts
 
 def _drawn_interrogator(run, m, part, prompts, images):  # images (500, d): rows of training pictures
     "The playground's captions, or phrases mined from the user's own prompts"
+    from sdip.bank import open_space
     from sdip.candidates import mine_phrases
     from sdip.captioners import SceneCaptioner
-    from sdip.encoders import ClipEncoder
     from sdip.interrogator import Interrogator
-    clip, cache = ClipEncoder(run/'base_clip'), run/_cache(part)
+    clip, cache = open_space(run/'base_clip'), run/_cache(part)
     if run.args['pairs'] is None:
         captioner, lists = SceneCaptioner(clip, cache=cache), None
     else:
@@ -343,18 +388,27 @@ MEMBER_KINDS = dict(
     clip=Kind('CLIP regressor', _fit_clip, ('weights', *_EMBEDDED), ('seed', ), **_TOWER),
     vit=Kind('timm regressor', _fit_vit, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
     knn=Kind('kNN regression', _fit_knn, _EMBEDDED, (), ('config.json', *_BANK)),
+    classes=Kind('Class names and the mean', _fit_classes, _EMBEDDED, (), ('config.json', )),
+    frozen=Kind('Ridge on frozen features', _fit_frozen, args=()),
     interrogator=Kind('Interrogator', _fit_interrogator, _EMBEDDED, ('own', 'start', *_OUTSIDE),
                       ('config.json', 'phrases.json', 'words.test.json', '*.json', '*.npy'),
                       halves=(_cache, _seen)))
 
 # %% ../nbs/08_members.ipynb #member-stage
-def _member_stage(run, m, part):
+def member_stage(
+        run,
+        m: dict,  # what the run says of the member
+        part: Part,  # all of it, one fold, or all sources but one
+) -> Stage:
     "The stage of one part of a member"
     kind = MEMBER_KINDS.get(m['kind']) or Kind(m['kind'], _fit_own, files=('config.json', '*'))
     title = kind.title if part.member == m['kind'] else f'{kind.title} {part.member}'
     if part.fold is not None:
         title += f", fold {part.fold + 1} of {run.args['folds']}"
-    files, logs = ([f'{part.folder}/{f}' for f in names] for names in (kind.files, kind.logs))
+    if part.without is not None:
+        title += f', without {sources_to_leave(run.pairs()[0].source)[part.without]}'
+    kept = (kind.files, kind.logs) if part.without is None else ((), ())  # there only its rows are wanted
+    files, logs = ([f'{part.folder}/{f}' for f in names] for names in kept)
     halves = [h(part) if callable(h) else f'{part.folder}/{h}' for h in kind.halves]
     if m['kind'] == 'interrogator' and run.args.get('start') == 'real':
         files.append('ranker/*')
@@ -403,7 +457,7 @@ def member_stages(run):
     out, folds = [], run.args.get('folds') or 0
     for name, m in run.members.items():
         parts = [Part(name, k) for k in range(folds)] or [Part(name)]
-        out += [_member_stage(run, m, p) for p in parts]
+        out += [member_stage(run, m, p) for p in parts]
         if folds:
             needs, files = tuple(p.stage for p in parts), tuple(_pred_files(name))
             out.append(Stage(name, f'{name}: folds joined', partial(_join_folds, name=name), needs,

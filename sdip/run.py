@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .core import (bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, sha256,
-                       write_json)
+from .core import bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, sha256, write_json
 from .lock import folder_lock
 from .sources import fingerprint, load_pairs
 from .pretrained import MODEL_PLACES
-from .artifacts import Run, stage
+from .artifacts import Run, stage, stage_list
 from .similarity_gap import read_reference
-from .find_weights import check_sources, random_stand_ins, ROLES, survey, survey_text, weights_in
-from .inputs import read_source, SOURCE_ARGS
+from .find_weights import ROLES, check_sources, random_stand_ins, survey, survey_text, weights_in
+from .inputs import SOURCE_ARGS, families, read_source
 from .kinds import add_member, check_members, member_recipe, read_members, set_fields
 from .members import HELD_OUT, plan_members, try_towers
 from .parallel import members_at_once, pick_cards
 from .report import scoreboard_text, write_report
+from .other_sources import left_out_stages, over_mean, source_oracle
+from .photo import PHOTO, start_line, usual_preset
 
 # %% ../nbs/08_run.ipynb #preset-playground
 def _lineup(clip, vit, bank='best', **words):  # clip, vit: fields of their recipes
@@ -43,6 +44,7 @@ _PLAYGROUND = dict(
     folds=0,  # K: every member is trained K times, each time without a K-th of the rows
     reference=None,  # pairs or pictures like those to predict for, which sample weights aim at
     ratios=None,  # of the blend; None: searched
+    leave_out=None,  # 'source': all members once without each source; 'none': no one; None: the cheap ones
     seed=0)
 
 # %% ../nbs/08_run.ipynb #preset-scratch
@@ -66,7 +68,7 @@ _REAL = dict(
     start='real', rehearse=False, threshold=0.95,
     clip_from=None, vit_from=None, captioner_from=None, ranker_from=None,  # paths; None: see `OUTSIDE`
     phrases_from=None,  # folder of phrase lists
-    folds=0, reference=None, seed=0)
+    folds=0, reference=None, leave_out=None, seed=0)
 _STEPS = (1, 1), (4, 1), (12, 1), (None, 2)  # the write-up's unfreezing schedule
 _ORIGINAL_RECIPE = dict(lr=1e-4, bs=64, unfreezing=_STEPS, layer_decay=1., ema_decay=0.)
 _FULL_RECIPE = _ORIGINAL_RECIPE | dict(layer_decay=.9, ema_decay=.995)
@@ -89,7 +91,7 @@ PRESETS = dict(
     playground=_PLAYGROUND, scratch=_SCRATCH,
     tiny=_PLAYGROUND | _FEW | dict(members=_lineup(*(_TOWER | dict(unfreezing=u) for u in _ONE))),
     tiny_scratch=_SCRATCH | _FEW | dict(base_epochs=1, fold_epochs=1, members=_scratch(*_ONE)),
-    original=_ORIGINAL, t4=_T4, full=_FULL)
+    photo=PHOTO, original=_ORIGINAL, t4=_T4, full=_FULL)
 
 # %% ../nbs/08_run.ipynb #with-ratios
 def with_ratios(
@@ -133,6 +135,9 @@ def stage_ensemble(run):
         save_preds(run/f'preds/ensemble.{s}.npz', ids[s], found.predict(preds[s], ids=ids[s]), 'ensemble')
     return dict(ratios={m: round(r, 3) for m, r in found.ratios.items()}, valid=f'{found.score:.4f}')
 
+# %% ../nbs/08_run.ipynb #stage-left-out
+stage_list(left_out_stages)
+
 # %% ../nbs/08_run.ipynb #stage-submission
 @stage('Submission', needs=['pairs', 'ensemble'], files=['submission.csv'])
 def stage_submission(run):
@@ -154,27 +159,34 @@ def _held_out_cosines(run, table, targ):
     from sdip.blending import load_preds
     from sdip.submit import fill_missing
     mean, out = targ[(table.split == 'train').to_numpy()].mean(0), {}
+    oracle = None if run.args['pairs'] is None else source_oracle(table, targ)
     for s, mine in run.held_out().items():
         own = targ[mine]
         out[s] = dict(mean_vector=row_cosine(np.repeat(mean[None], len(own), axis=0), own))
+        if oracle is not None:
+            out[s]['source_oracle'] = row_cosine(oracle[mine], own)
         for m in (*run.members, 'ensemble'):
             emb = load_preds(run/f'preds/{m}.{s}.npz').emb
             out[s][m] = row_cosine(fill_missing(emb, mean)[0], own)
     return out
 
 # %% ../nbs/08_run.ipynb #stage-scores
-@stage('Scores', needs=['pairs', 'submission', 'ensemble'], files=['scores.json'])
+@stage('Scores', needs=['data', 'pairs', 'submission', 'ensemble'], files=['scores.json'])
 def stage_scores(run):
-    "Mean cosine on validation and test rows; bootstrap intervals by prompt"
-    table, targ = run.pairs()
-    cos, test = _held_out_cosines(run, table, targ), table[table.split == 'test']
+    "Mean cosine on validation and test rows; bootstrap intervals by family, else by prompt"
+    (table, targ), fam, held_out = run.pairs(), families(run), run.held_out()
+    cos, test = _held_out_cosines(run, table, targ), table[held_out['test']]
     out = {s: {m: float(c.mean()) for m, c in cos[s].items()} for s in HELD_OUT}
     best = max(run.members, key=out['valid'].get)
-    gain = cos['test']['ensemble'] - cos['test'][best]
-    values = cos['test'] | {'ensemble - best single': gain}
-    out['intervals'] = {m: bootstrap_interval(c, groups=test.group) for m, c in values.items()}
+    leads = {f'ensemble - {what}': cos['test']['ensemble'] - cos['test'][m]
+             for what, m in (('best single', best), ('source oracle', 'source_oracle')) if m in cos['test']}
+    groups, values = fam[held_out['test']], cos['test'] | leads
+    out['intervals'] = {m: bootstrap_interval(c, groups=groups) for m, c in values.items()}
+    out['over_mean'] = {s: over_mean(cos[s], fam[held_out[s]]) for s in HELD_OUT}
     out['drawn_again'] = dict(prompts=test.group.nunique(), pictures=len(test))
-    out |= dict(best_single=best, gain=float(gain.mean())) | _costs(run)
+    if len(set(groups)) < test.group.nunique():
+        out['drawn_again']['families'] = len(set(groups))
+    out |= dict(best_single=best, gain=float(leads['ensemble - best single'].mean())) | _costs(run)
     write_json(out, run/'scores.json')
 
 # %% ../nbs/08_run.ipynb #stage-scores-2
@@ -214,12 +226,27 @@ def walk(
         found = _before_work(args, out, models, download) if args['start'] == 'real' else None
         try_towers(args, args['members'].keys() - _members_there(out))
         _take_moved(out, args)
-        run = Run(out, args, quiet, kinds)
+        run = _begin(out, args, quiet, kinds)
         if found is not None:
             run.say('Real weights')
             check_sources(run, found)
         _do_stages(run, stages, cards, lock)
     return run
+
+# %% ../nbs/08_run.ipynb #walk-begin
+def _begin(out, args, quiet, kinds):
+    run = Run(out, args, quiet, kinds)
+    if args['pairs'] is not None:
+        run.say(start_line(args['start']))
+    return run
+
+def _check_leave_out(args):
+    if args['leave_out'] not in (None, 'source', 'none'):
+        raise ValueError(f"leave_out={args['leave_out']!r}, expected source (all members), none, or nothing")
+    if args['leave_out'] == 'source' and args['start'] == 'scratch':
+        raise ValueError(f"leave_out='source' with preset {args['preset']!r}: its base CLIP trains on all "
+                         'training rows and has seen every source; take a preset that starts from trained '
+                         'towers')
 
 # %% ../nbs/08_run.ipynb #do-stages
 def _members_there(out):  # names of members that a run folder has begun with
@@ -252,6 +279,7 @@ def _arguments(preset, changes, add, fields, kinds):
         raise ValueError(f"folds={args['folds']} with preset {preset!r}: its base CLIP trains on all "
                          'training rows, so that no fold would be new to it; take a preset that starts from '
                          'trained towers')
+    _check_leave_out(args)
     if args['folds'] == 1 or args['folds'] < 0:
         raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
     args |= dict(members=_lineup_of(args, add, fields, kinds), reference=_reference(args))
@@ -352,7 +380,7 @@ _PLACES = 'clip', 'vit', 'captioner', 'ranker', 'phrases'  # options that name a
 
 def run_command(
         out=None,  # run folder; None: runs/<preset>, or runs/<name of the pairs>
-        preset: str = None,  # None: playground, or scratch where there are pairs
+        preset: str = None,  # None: see `usual_preset`
         pairs=None,  # the user's own, one or several; None: drawn
         models: str = None,  # folder in which real weights are looked for; None: the usual places
         download: bool = False,  # may real weights be fetched?
@@ -361,10 +389,10 @@ def run_command(
 ) -> str:  # what to print at the end
     "What `sdip_run` does. ValueError: a dry run of a preset that needs nothing from outside"
     pairs = [pairs] if isinstance(pairs, str) else pairs or None
-    preset = preset or ('scratch' if pairs else 'playground')
     given = {f'{k}_from' if k in _PLACES else k: v for k, v in given.items() if v not in (None, False)}
     rehearsal = '-rehearsal' if given.get('rehearse') else ''
-    out = out or f'runs/{Path(pairs[0]).stem if pairs else preset}{rehearsal}'
+    out = out or f"runs/{Path(pairs[0]).stem if pairs else preset or 'playground'}{rehearsal}"
+    preset = preset or usual_preset(out, pairs)
     places = MODEL_PLACES if models is None else (models, )
     if dry_run:
         return _dry_run(out, preset, pairs, given, places, download)
