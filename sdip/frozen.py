@@ -68,14 +68,16 @@ class FrozenFeatures:
             self,
             space: ClassSpace,  # the classifier
             whole: bool = True,  # squash the whole picture into the square; False: the space's own crop
+            products: bool = True,  # also products of channels: two thirds of a row
     ):
         "ValueError: a network whose stages are not known"
         self.space, self.whole, self.report, self.device = space, whole, [], space.device
         self.taps, self.prep = _stages(space.model), space.prep
+        self.paired = slice(-3, -1) if products else slice(0)  # of the stages
         if whole:
             self.prep = replace(space.prep, resize_mode='squash', crop_pct=1.)
         self.sha256 = space.sha256
-        self.fingerprint = f'frozen 1 {space.fingerprint}'
+        self.fingerprint = f"frozen 1 {space.fingerprint}{'' if products else ' plain'}"
 
 # %% ../nbs/03a_frozen.ipynb #features-forward
 @patch
@@ -92,7 +94,7 @@ def _forward(self: FrozenFeatures, x):
     maps = [_positions(a, net) for a in seen]
     top = _positions(top, net)
     blocks = [t.mean(1) for t in maps] + [maps[-1].std(1), _root(top.mean(1)), _root(top.std(1))]
-    return [*blocks, *map(_products, maps[-3:-1]), logits.float()]
+    return [*blocks, *map(_products, maps[self.paired]), logits.float()]
 
 # %% ../nbs/03a_frozen.ipynb #features-call
 @patch
@@ -121,7 +123,7 @@ def shape(self: FrozenFeatures) -> tuple:  # (widths of the blocks, share of eac
     "How a row is divided; the bridge, the last block, has no share"
     if not hasattr(self, 'widths'):
         self(np.zeros((1, self.prep.size, self.prep.size, 3), np.uint8))  # a black picture
-    k = len(self.taps[-3:-1])  # blocks of products
+    k = len(self.taps[self.paired])  # blocks of products
     n = len(self.widths) - 1 - k
     parts = (.5, .5) if k else (1., 0.)
     return self.widths, [parts[0]/n]*n + [parts[1]/max(k, 1)]*k + [0.]
@@ -215,6 +217,7 @@ class FrozenRegressor:
             width: float = .5,  # of the kernel, in units of the median squared distance
             by: str = 'group',  # column of what is held out to choose strength and bridge; or 'source'
             whole: bool = True,  # see the whole picture, squashed; False: its centre
+            products: bool = True,  # products of channels too; False: a third of the size
             device=None,  # see `pick_device`
             seed: int = 0,  # of the choice of landmarks
     ):
@@ -224,9 +227,10 @@ class FrozenRegressor:
                              'expected 1 or more, and a width above 0')
         given = [backbones] if isinstance(backbones, (str, Path, ClassSpace)) else backbones
         spaces = [b if isinstance(b, ClassSpace) else ClassSpace(b, device=device) for b in given]
-        self.seers = [FrozenFeatures(s, whole) for s in spaces]
+        self.seers = [FrozenFeatures(s, whole, products) for s in spaces]
         self.dims, self.landmarks, self.width = int(dims), int(landmarks), float(width)
-        self.by, self.whole, self.seed, self.report, self.scores = by, whole, seed, [], None
+        self.by, self.whole, self.products, self.seed = by, whole, products, seed
+        self.report, self.scores = [], None
 
     @property
     def device(self):
@@ -396,7 +400,7 @@ def predict(
 
 # %% ../nbs/03a_frozen.ipynb #save
 _TENSORS = 'mean', 'scale', 'basis', 'centres', 'coef', 'offset'
-_SETTINGS = 'width', 'by', 'whole', 'seed', 'gamma', 'strength', 'bridge', 'scores'
+_SETTINGS = 'width', 'by', 'whole', 'products', 'seed', 'gamma', 'strength', 'bridge', 'scores'
 
 @patch
 def save(
@@ -443,13 +447,14 @@ def load(
     "A saved model, ready to predict; ValueError for a damaged folder, or a network that is not installed"
     folder, numbers = Path(folder), dict(width=int | float, gamma=int | float, strength=int | float)
     said = read_fields(folder/'config.json', _AGAIN, backbones=list, by=str, whole=bool, seed=int,
-                       scores=dict, bridge=int | float, weights_sha256=str, **numbers)
+                       products=bool, scores=dict, bridge=int | float, weights_sha256=str, **numbers)
     check_sha256(folder/'model.safetensors', said['weights_sha256'], _AGAIN)
     state = read_tensors(folder/'model.safetensors')
     with right_shape(folder/'config.json'):
         spaces = [_space_of(folder, b, device) for b in said['backbones']]
         dims, landmarks = state['basis'].shape[1], len(state['centres'])
-        self = cls(spaces, dims, landmarks, said['width'], said['by'], said['whole'], device, said['seed'])
+        self = cls(spaces, dims, landmarks, device=device,
+                   **{k: said[k] for k in ('width', 'by', 'whole', 'products', 'seed')})
         self.gamma, self.strength, self.bridge = (float(said[k]) for k in ('gamma', 'strength', 'bridge'))
     d = sum(sum(s.shape()[0]) for s in self.seers)
     shapes = [(d, ), (d, ), (d, dims), (landmarks, dims), (landmarks, EMB_DIM), (EMB_DIM, )]
