@@ -91,7 +91,7 @@ def _by_length(
     if len(order):
         yield order[lo:]
 
-# %% ../nbs/00e_encoders.ipynb #has-bf16
+# %% ../nbs/00e_encoders.ipynb #target-encoder
 def _has_bf16(device):
     "Does the device multiply matrices of bfloat16 faster than of float32?"
     if device.type == 'cuda':
@@ -99,7 +99,6 @@ def _has_bf16(device):
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00e_encoders.ipynb #target-encoder
 class TargetEncoder:
     "all-MiniLM-L6-v2, checked: prompts to the vectors that the competition scores against"
     def __init__(
