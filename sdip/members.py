@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/08_members.ipynb #imports
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,10 +194,17 @@ def _fit_classes(run, m, part):
     return dict(share=f'{model.share:.1f}') | save_predictions(run, part, rows)
 
 # %% ../nbs/08_members.ipynb #fit-frozen
+@lru_cache(maxsize=4)
+def _seeing(name):  # a classifier with the rows of its names, made once for all parts of a run
+    from sdip.classes import ClassSpace
+    return ClassSpace(name)
+
 def _fit_frozen(run, m, part):
     "Kernel ridge on the features of networks that stay as they are"
     from sdip.frozen import FrozenRegressor
-    (table, targ), split, model = run.pairs(), _split(run, part), FrozenRegressor(**m['options'])
+    (table, targ), split, said = run.pairs(), _split(run, part), dict(m['options'])
+    spaces = [_seeing(name) for name in said.pop('backbones', ('lite0', 'lite2'))]
+    model = FrozenRegressor(spaces, **said)
     key = hash_items([see.fingerprint for see in model.seers])[:16]
     seen = model.features(image_paths(table, ''), run/f'emb/frozen/{key}')
     if model.by == 'source' and table.source[split == 'train'].nunique() < 2:
