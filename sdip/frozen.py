@@ -38,25 +38,12 @@ def _stages(net):
     return [found[i] for i in sorted(set(at.tolist()))]
 
 # %% ../nbs/03a_frozen.ipynb #pooled
-_MIXED = 96  # channels whose products are taken
-
 def _positions(a, net):
     "Activations as (b, positions, channels) float32: maps, or tokens of a transformer"
     if a.ndim == 4:
         last = getattr(net, 'output_fmt', 'NCHW') == 'NHWC'
         return (a if last else a.permute(0, 2, 3, 1)).flatten(1, 2).float()
     return a[:, getattr(net, 'num_prefix_tokens', 0):].float()
-
-def _products(t):
-    "(b, positions, channels) -> (b, m) covariances of the mixed channels, signed square roots"
-    c = t.shape[2]
-    if c > _MIXED:
-        mix = np.random.default_rng(0).standard_normal((c, _MIXED))/c**.5
-        t = t @ torch.from_numpy(mix).to(t)  # (b, p, c) @ (c, 96)
-    t = t - t.mean(1, keepdim=True)
-    cov = t.transpose(1, 2) @ t/t.shape[1]  # (b, 96, p) @ (b, p, 96)
-    i, j = torch.triu_indices(*cov.shape[1:])
-    return _root(cov[:, i, j])
 
 def _root(x):
     return x.sign()*x.abs().sqrt()  # long tails shortened
@@ -68,16 +55,14 @@ class FrozenFeatures:
             self,
             space: ClassSpace,  # the classifier
             whole: bool = True,  # squash the whole picture into the square; False: the space's own crop
-            products: bool = True,  # also products of channels: two thirds of a row
     ):
         "ValueError: a network whose stages are not known"
         self.space, self.whole, self.report, self.device = space, whole, [], space.device
         self.taps, self.prep = _stages(space.model), space.prep
-        self.paired = slice(-3, -1) if products else slice(0)  # of the stages
         if whole:
             self.prep = replace(space.prep, resize_mode='squash', crop_pct=1.)
         self.sha256 = space.sha256
-        self.fingerprint = f"frozen 1 {space.fingerprint}{'' if products else ' plain'}"
+        self.fingerprint = f'frozen 1 {space.fingerprint}'
 
 # %% ../nbs/03a_frozen.ipynb #features-forward
 @patch
@@ -94,7 +79,7 @@ def _forward(self: FrozenFeatures, x):
     maps = [_positions(a, net) for a in seen]
     top = _positions(top, net)
     blocks = [t.mean(1) for t in maps] + [maps[-1].std(1), _root(top.mean(1)), _root(top.std(1))]
-    return [*blocks, *map(_products, maps[self.paired]), logits.float()]
+    return [*blocks, logits.float()]
 
 # %% ../nbs/03a_frozen.ipynb #features-call
 @patch
@@ -123,10 +108,8 @@ def shape(self: FrozenFeatures) -> tuple:  # (widths of the blocks, share of eac
     "How a row is divided; the bridge, the last block, has no share"
     if not hasattr(self, 'widths'):
         self(np.zeros((1, self.prep.size, self.prep.size, 3), np.uint8))  # a black picture
-    k = len(self.taps[self.paired])  # blocks of products
-    n = len(self.widths) - 1 - k
-    parts = (.5, .5) if k else (1., 0.)
-    return self.widths, [parts[0]/n]*n + [parts[1]/max(k, 1)]*k + [0.]
+    n = len(self.widths) - 1
+    return self.widths, [1/n]*n + [0.]
 
 # %% ../nbs/03a_frozen.ipynb #sums
 class _Sums(NamedTuple):
@@ -217,7 +200,6 @@ class FrozenRegressor:
             width: float = .5,  # of the kernel, in units of the median squared distance
             by: str = 'group',  # column of what is held out to choose strength and bridge; or 'source'
             whole: bool = True,  # see the whole picture, squashed; False: its centre
-            products: bool = True,  # products of channels too; False: a third of the size
             device=None,  # see `pick_device`
             seed: int = 0,  # of the choice of landmarks
     ):
@@ -227,9 +209,9 @@ class FrozenRegressor:
                              'expected 1 or more, and a width above 0')
         given = [backbones] if isinstance(backbones, (str, Path, ClassSpace)) else backbones
         spaces = [b if isinstance(b, ClassSpace) else ClassSpace(b, device=device) for b in given]
-        self.seers = [FrozenFeatures(s, whole, products) for s in spaces]
+        self.seers = [FrozenFeatures(s, whole) for s in spaces]
         self.dims, self.landmarks, self.width = int(dims), int(landmarks), float(width)
-        self.by, self.whole, self.products, self.seed = by, whole, products, seed
+        self.by, self.whole, self.seed = by, whole, seed
         self.report, self.scores = [], None
 
     @property
@@ -241,7 +223,7 @@ class FrozenRegressor:
 def features(
         self: FrozenRegressor,
         images,  # list of n pictures: what `read_image` takes
-        cache=None,  # folder to keep the features in (about 25 kB a picture and network); killed, it goes on
+        cache=None,  # folder to keep the features in (about 8 kB a picture and network); killed, it goes on
         desc: str | None = None,  # of a progress bar
 ) -> list:  # (n, d) float16 of each backbone; NaN rows where unreadable, see `.report`
     "What the networks make of pictures; `fit_from` and `predict_from` take it"
@@ -392,7 +374,7 @@ def predict(
 ) -> np.ndarray:  # (n, 384) float32, raw; NaN rows where unreadable, see `.report`
     "Predicted embeddings, in the order of `images`; ValueError: the model was not fitted"
     rows, report = [], []
-    for lo in range(0, len(images), 4096):  # features of so many pictures at once: 200 MB
+    for lo in range(0, len(images), 4096):  # features of so many pictures at once: 65 MB
         rows.append(self.predict_from(self.features(images[lo:lo + 4096], desc=desc)))
         report += [r | dict(row=r['row'] + lo) for r in self.report]
     self.report = report
@@ -400,7 +382,7 @@ def predict(
 
 # %% ../nbs/03a_frozen.ipynb #save
 _TENSORS = 'mean', 'scale', 'basis', 'centres', 'coef', 'offset'
-_SETTINGS = 'width', 'by', 'whole', 'products', 'seed', 'gamma', 'strength', 'bridge', 'scores'
+_SETTINGS = 'width', 'by', 'whole', 'seed', 'gamma', 'strength', 'bridge', 'scores'
 
 @patch
 def save(
@@ -447,14 +429,14 @@ def load(
     "A saved model, ready to predict; ValueError for a damaged folder, or a network that is not installed"
     folder, numbers = Path(folder), dict(width=int | float, gamma=int | float, strength=int | float)
     said = read_fields(folder/'config.json', _AGAIN, backbones=list, by=str, whole=bool, seed=int,
-                       products=bool, scores=dict, bridge=int | float, weights_sha256=str, **numbers)
+                       scores=dict, bridge=int | float, weights_sha256=str, **numbers)
     check_sha256(folder/'model.safetensors', said['weights_sha256'], _AGAIN)
     state = read_tensors(folder/'model.safetensors')
     with right_shape(folder/'config.json'):
         spaces = [_space_of(folder, b, device) for b in said['backbones']]
         dims, landmarks = state['basis'].shape[1], len(state['centres'])
         self = cls(spaces, dims, landmarks, device=device,
-                   **{k: said[k] for k in ('width', 'by', 'whole', 'products', 'seed')})
+                   **{k: said[k] for k in ('width', 'by', 'whole', 'seed')})
         self.gamma, self.strength, self.bridge = (float(said[k]) for k in ('gamma', 'strength', 'bridge'))
     d = sum(sum(s.shape()[0]) for s in self.seers)
     shapes = [(d, ), (d, ), (d, dims), (landmarks, dims), (landmarks, EMB_DIM), (EMB_DIM, )]
