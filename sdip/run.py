@@ -26,7 +26,7 @@ from .members import HELD_OUT, plan_members, try_towers
 from .parallel import members_at_once, pick_cards
 from .report import scoreboard_text, write_report
 from .other_sources import left_out_stages, over_mean, source_oracle
-from .photo import PHOTO, start_line, usual_preset
+from .own_pairs import PHOTO, start_line, usual_preset
 
 # %% ../nbs/08_run.ipynb #preset-playground
 def _lineup(clip, vit, bank='best', **words):  # clip, vit: fields of their recipes
