@@ -22,7 +22,7 @@ from .lock import read_fields
 from .preprocess import (channels_last, checked_prep, half_precision, image_batches, on_device,
                              pick_device, Preprocess)
 from .pretrained import check_fits, check_timm_args, hub_folder, read_tensors
-from .encoders import TargetEncoder
+from .encoders import shipped, TargetEncoder
 from .imagenet import (PACKAGED, packaged_classifier, timm_folder, timm_network, timm_state,
                            TIMM_FILES)
 
@@ -132,12 +132,44 @@ class ClassSpace:
         self.top = int(known['top'] if top is None else top)
         self.model = channels_last(net.to(self.device).eval().requires_grad_(False))
 
-# %% ../nbs/00f_classes.ipynb #from-classifier
+# %% ../nbs/00f_classes.ipynb #class-rows
+def _means(rows):  # (2C, 384) of names, then of details -> (C, 384)
+    return unit(rows[:len(rows)//2] + rows[len(rows)//2:])
+
+def save_class_rows(
+    names,  # C str
+    details,  # C str
+    folder,  # made if missing
+    device=None,  # of MiniLM
+):
+    "Write the rows of class names as the package keeps them"
+    from safetensors.torch import save_file
+    folder, texts = Path(folder), [*names, *details]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _means(TargetEncoder(device=device)(texts)).astype(np.float16)
+    with atomic_path(folder/'model.safetensors') as tmp:
+        save_file(dict(rows=torch.from_numpy(rows)), tmp)
+    write_json(dict(kind='class_rows', texts=hash_items(texts),
+                    weights_sha256=file_sha256(folder/'model.safetensors')), folder/'config.json')
+
+# %% ../nbs/00f_classes.ipynb #class-rows-2
+_AGAIN = 'the file was damaged or swapped; save it again'
+
+def _saved_rows(folder, texts):  # -> (C, 384), None where others were saved
+    said = read_fields(folder/'config.json', _AGAIN, texts=str, weights_sha256=str)
+    if said['texts'] != hash_items(texts):
+        return None
+    check_sha256(folder/'model.safetensors', said['weights_sha256'], _AGAIN)
+    return unit(read_tensors(folder/'model.safetensors')['rows'].float().numpy())
+
 @lru_cache(maxsize=4)
 def _class_rows(texts, device):
-    "Unit rows (n, 384) of a tuple of texts"
-    return TargetEncoder(device=device)(list(texts))
+    "Unit rows (C, 384) of a tuple of C names and C details"
+    with shipped('class_rows') as folder:
+        known = _saved_rows(folder, texts)
+    return _means(TargetEncoder(device=device)(list(texts))) if known is None else known
 
+# %% ../nbs/00f_classes.ipynb #from-classifier
 @patch
 def _from_classifier(self: ClassSpace, name, names):
     "A classifier and the usual settings; the class names, their rows and the preprocessing are remembered"
@@ -146,8 +178,10 @@ def _from_classifier(self: ClassSpace, name, names):
     if len(self.names) != net.num_classes:
         raise ValueError(f"{len(self.names)} names for {net.num_classes} classes: give one each")
     texts = (*self.names, *self.details)
-    rows = self.encode_texts(list(texts)) if self.targets else _class_rows(texts, self.device)
-    self.rows = unit(rows[:net.num_classes] + rows[net.num_classes:])  # (C, 384)
+    if self.targets:
+        self.rows = _means(self.encode_texts(list(texts)))  # (C, 384)
+    else:
+        self.rows = _class_rows(texts, self.device)
     self.weights_sha256 = net.origin['sha256']
     return net, dict(temperature=3., top=100)
 
@@ -232,8 +266,6 @@ def save(
     return folder
 
 # %% ../nbs/00f_classes.ipynb #space-load
-_AGAIN = 'the file was damaged or swapped; save the space again'
-
 @patch
 def _from_saved(self: ClassSpace, file):
     "A saved classifier and its settings; names, rows and preprocessing are remembered"

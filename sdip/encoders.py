@@ -407,11 +407,11 @@ def save(
     return save_clip(self.model, self.model_cfg, self.prep, folder, dtype)
 
 # %% ../nbs/00e_encoders.ipynb #shipped
-_SHIPPED = ('base_clip', 'vit')
+_SHIPPED = ('base_clip', 'vit', 'class_rows', 'photo')
 
 @contextmanager
 def shipped(
-    name: str,  # 'base_clip' | 'vit'
+    name: str,  # 'base_clip' | 'vit' | 'class_rows' | 'photo'
 ):  # gives a Path: the folder of config and weights, there until the block ends
     "The package's own weights, wherever the package lies; ValueError for an unknown name"
     if name not in _SHIPPED:

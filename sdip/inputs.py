@@ -254,17 +254,17 @@ _ALL_ONE = ('all weights are 1, since nothing says what the test is like: name p
             'with prompts or without, with --reference')
 
 def _by_reference(run, train, targ, groups, sims):  # of n training rows -> (weights (n,), facts)
-    from sdip.encoders import ClipEncoder
+    from sdip.bank import open_space
     from sdip.similarity_gap import read_reference, reference_weights
-    place, judges = run.args['reference'], None
+    place, judges, clip = run.args['reference'], None, open_space(run/'base_clip')
     if run.args['start'] == 'scratch':
-        judges = [ClipEncoder(run/f'base_clip/fold{f}') for f in (0, 1)]
+        judges = [open_space(run/f'base_clip/fold{f}') for f in (0, 1)]
     elif run.args.get('folds'):
-        judges = _judges(run, ClipEncoder(run/'base_clip'))
+        judges = _judges(run, clip)
     write_json(fingerprint(read_reference(place)), run/'data/reference.json')
     own = clip_rows(run, 'images')[train], sims[train], targ[train], groups
     how = run.args['weights'], run.args['weight_power']
-    return reference_weights(place, ClipEncoder(run/'base_clip'), *own, *how, judges)
+    return reference_weights(place, clip, *own, *how, judges)
 
 def _reference_changed(run):
     "'' where the reference is what it was, or is no longer there, else a few words"
