@@ -185,21 +185,26 @@ def sdip_generate(
 @_polite(_GOES_ON)
 def sdip_pretrain(
     out: str,  # folder for the weights; a killed run goes on there
-    what: str = 'clip',  # clip: the base CLIP; vit: the backbone
+    what: str = 'clip',  # clip: the base CLIP; vit: the backbone; photo: the head for photographs
+    pairs: str = None,  # photo: a table of pairs with columns source, group, split
     steps: int = None,  # batches in all; default: those of the shipped weights
     seed: int = 1,  # of weights, prompts and pictures
     threads: int = None,  # of the CPU
 ):
-    "Train one of the playground's towers on drawn pictures"
+    "Train what comes with the package: the playground's towers on drawn pictures, or a head on real ones"
     import time
     from dataclasses import replace
     import torch
     from sdip.lock import folder_lock
     from sdip.pretrain import CLIP_RECIPE, VIT_RECIPE, pretrain_clip, pretrain_vit
-    if what not in ('clip', 'vit'):
-        raise ValueError(f'--what {what!r} is unknown, known are clip and vit')
+    if what not in ('clip', 'vit', 'photo'):
+        raise ValueError(f'--what {what!r} is unknown, known are clip, vit and photo')
     if threads:
         torch.set_num_threads(threads)
+    if what == 'photo':
+        from sdip.photo import pretrain_photo_files
+        with folder_lock(out, 'sdip_pretrain'):
+            return print(pretrain_photo_files(pairs, out))
     train, recipe = (pretrain_clip, CLIP_RECIPE) if what == 'clip' else (pretrain_vit, VIT_RECIPE)
     recipe, start = replace(recipe, seed=seed), time.perf_counter()
     if steps:
@@ -282,7 +287,7 @@ def sdip_finetune(
 @_polite('finished pictures are kept where --work names a folder')
 def sdip_interrogate(
         images: Param("files and folders of pictures", str, nargs='+'),
-        model: str = None,  # folder of an interrogator; default: runs/playground/interrogator, else built in
+        model: str = None,  # folder of an interrogator; default: a small model for photographs and paintings
         mode: Param("how phrases are chosen", str,
                     choices=['classic', 'fast', 'best', 'negative']) = 'classic',
         phrases: Param("files of phrases, one a line, instead of the model's lists", str, nargs='+') = None,
@@ -296,10 +301,11 @@ def sdip_interrogate(
 ):
     "Put pictures into words"
     from sdip.folder import interrogate_files
+    from sdip.photo import photo_words
     images = [images] if isinstance(images, str) else images
     _free(force, csv, given=[*images, *(phrases or ()), names])
     models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
-    interrogate_files(images, models, mode, work, csv, cache)
+    interrogate_files(images, models, mode, work, csv, cache, photo_words)
 
 # %% ../nbs/07_push.ipynb #push-command
 @call_parse
@@ -393,7 +399,7 @@ def sdip_run(
 @_polite()
 def sdip_predict(
         images: Param('pictures, or folders of pictures', str, nargs='+'),  # n files
-        run: str = 'runs/playground',  # a finished run folder
+        run: str = None,  # a finished run folder; default: a small model for photographs and paintings
         out: str = 'submission.csv',  # submission to write: imgId_eId,val
         truth: str = None,  # CSV of the same form with the true embeddings, to score against
         deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean
@@ -403,12 +409,15 @@ def sdip_predict(
     import time
     start = time.monotonic()
     _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
-    from sdip.predictor import predict_text, predict_to_csv
+    from sdip.predictor import load_predictor, predict_text, predict_to_csv
     from sdip.submit import time_text
-    found = predict_to_csv(images, run, out, None if deadline is None else start + 60*deadline)
+    p = load_predictor(run)
+    if line := p.knows() if hasattr(p, 'knows') else '':
+        print(line, flush=True)
+    found = predict_to_csv(images, p, out, None if deadline is None else start + 60*deadline)
     if slow := time_text(found):
         print(slow)
-    print(predict_text(found, run, out, truth))
+    print(predict_text(found, p, out, truth))
 
 # %% ../nbs/09_benchmarks.ipynb #command
 @call_parse

@@ -163,7 +163,8 @@ def tell_words(
         return print(f'{csv}: words for {len(table) - len(unread)} of {len(table)} pictures')
     alone = len({f.name for f in files}) == len(files)  # else the path tells pictures apart
     for file, row in zip(files, table.itertuples()):
-        print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt, sep='\t')
+        unsure = '\tunsure' if row.prompt and not getattr(row, 'sure', True) else ''
+        print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt + unsure, sep='\t')
 
 # %% ../nbs/05b_folder.ipynb #interrogate-files
 def interrogate_files(
@@ -173,18 +174,21 @@ def interrogate_files(
         work=None,  # folder where finished pictures are kept; None: a temporary one
         csv=None,  # see `tell_words`
         cache=None,  # see `PhraseTable`
+        usual=None,  # where neither model nor CLIP is named: (lists or None, captioner, cache) -> interrogator
 ):
     "What `sdip_interrogate` does. ValueError: no pictures, no words, or models that cannot be made."
     keep_memory()
     model, phrases, names, captioner, clip = models.values()
-    default = Path('runs/playground/interrogator')
-    if model is None and clip is None and default.is_dir():
-        model = default
     content = [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]
-    key = ' '.join(map(str, [model, phrases, names, captioner, clip, content]))
+    key = ' '.join(map(str, [model or getattr(usual, '__name__', None), phrases, names, captioner, clip, content]))
     teller, files = make_captioner(captioner), find_images(images)
     mute = (lambda images: ['']*len(images)) if teller else None  # its captions come from the first pass
-    ask = lambda: make_interrogator(model, phrases or (), names or (), mute, clip, cache)
+
+    def ask():
+        if usual is None or model or clip:
+            return make_interrogator(model, phrases or (), names or (), mute, clip, cache)
+        return usual(read_phrases(phrases, names or ()) if phrases else None, mute, cache)
+
     with TemporaryDirectory() as tmp, folder_lock(work or tmp, 'sdip_interrogate'):
         table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
     tell_words(table, files, csv)

@@ -6,6 +6,7 @@
 __all__ = ['PhotoPredictor', 'PhotoInterrogator', 'pretrain_photo']
 
 # %% ../nbs/06b_photo.ipynb #imports
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,18 @@ class PhotoInterrogator(Interrogator):
         words = super().interrogate(images, mode, captions, emb)
         expected = self.clip.expected if emb is None else np.full(len(words), np.nan)
         return words.assign(expected=expected, sure=expected >= self.clip.facts['sure_from'])
+
+# %% ../nbs/06b_photo.ipynb #photo-words
+def photo_words(
+    phrases: dict,  # list name -> phrases, or None
+    captioner,  # or None
+    cache,  # folder, or None
+) -> PhotoInterrogator:
+    "What `sdip_interrogate` asks where no model is named; it says so"
+    photo = PhotoPredictor()
+    print(photo.knows(), file=sys.stderr, flush=True)
+    lists = phrases and photo_phrases(photo.space.names) | phrases
+    return PhotoInterrogator(photo, lists, captioner, cache)
 
 # %% ../nbs/06b_photo.ipynb #describe
 @patch

@@ -21,6 +21,7 @@ from .preprocess import pick_device
 from .artifacts import Run
 from .find_weights import find_outside, load_outside
 from .members import mean_rows
+from .photo import PhotoPredictor
 from .report import expected_cosines, may_speak, nearest_prompts, Prediction
 
 # %% ../nbs/08a_predictor.ipynb #blocks
@@ -251,6 +252,19 @@ def _speaker(self: RunPredictor, names=None):
     found = [m for m in found if may_speak(self.run, m)]
     return found[0] if found else ''
 
+# %% ../nbs/08a_predictor.ipynb #run-knows
+@patch
+def mean_vector(self: RunPredictor) -> np.ndarray:  # (384,)
+    "What to answer where a picture cannot be read: the mean of the training targets"
+    return self.run.mean_vector()
+
+@patch
+def knows(self: RunPredictor) -> str:
+    "One sentence about what the models have seen, where that is little; '' for a run on own pairs"
+    if self.run.args.get('pairs') is not None:
+        return ''
+    return 'These models have seen drawn playground pictures only: they know nothing of real pictures.'
+
 # %% ../nbs/08a_predictor.ipynb #unreadable
 def _unreadable(images, row, error):
     im = images[row]
@@ -275,14 +289,18 @@ def describe(
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
-        folder,  # of a saved model, or a run folder
+        folder=None,  # of a saved model, or a run folder; None: the small model for photographs, `sdip.photo`
         device=None,  # see `sdip.preprocess.pick_device`
         kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`
     "Load a model by the `kind` in its config.json. ValueError: none there, unknown, or damaged"
+    if folder is None:
+        return PhotoPredictor(device=device)
     folder = Path(folder)
     if (folder/'run.json').exists():
         return RunPredictor(folder, device, kinds)
+    if (folder/'photo.json').exists():
+        return PhotoPredictor(folder, device)
     if not (folder/'config.json').exists():
         raise ValueError(f'{folder} holds neither run.json nor config.json: '
                          'give a run folder, or the folder of a saved model')
@@ -359,33 +377,34 @@ def _captioner_elsewhere(folder, path, digest):
 # %% ../nbs/08a_predictor.ipynb #predict-to-csv
 def predict_to_csv(
         images,  # files and folders of pictures
-        run,  # a run folder
+        p,  # of `load_predictor`: a run's, or the one for photographs
         out,  # submission to write
         until: float = None,  # on `time.monotonic`'s clock, when the file must be there; None: take your time
 ) -> dict:  # as of `submit_in_time`
-    "Predict pictures and write a checked submission. ValueError: none of the pictures can be read"
+    "Predict pictures and write a checked submission. ValueError: no picture can be read, or p is one model of a run"
     from sdip.submit import submit_in_time
     keep_memory()
-    p = RunPredictor(run)
-    models, blend = ({'run': p}, None) if until is None else (p.models, p.ensemble.predict)
-    return submit_in_time(models, images, p.run.mean_vector(), out, blend, until)
+    if not hasattr(p, 'mean_vector'):
+        raise ValueError(f'{type(p).__name__} is one model and knows no mean vector for pictures that cannot be '
+                         'read: give the run folder')
+    models, blend = {'run': p}, None
+    if until is not None and hasattr(p, 'models'):
+        models, blend = p.models, p.ensemble.predict
+    return submit_in_time(models, images, p.mean_vector(), out, blend, until)
 
 # %% ../nbs/08a_predictor.ipynb #predict-text
 def predict_text(
         found: dict,  # by `predict_to_csv`
-        run,  # the run folder
+        p,  # what predicted
         out,  # the submission
         truth=None,  # CSV of the same form with the true embeddings
 ) -> str:  # lines for a terminal
     "What a prediction came to; with the truth at hand, its score. ValueError: truth of other pictures"
-    run, lines = Run(run), [f"{r['error']}: filled with the training mean" for r in found['report']]
+    lines = [f"{r['error']}: filled with the training mean" for r in found['report']]
     lines.append(f"{out}: {len(found['ids'])} pictures, {found['filled']} of them filled; checked")
     if truth:
-        score, mean = _scores_of(out, truth, run.mean_vector())
+        score, mean = _scores_of(out, truth, p.mean_vector())
         lines.append(f'score {score:.4f}; the mean vector of the training prompts alone {mean:.4f}')
-    if run.args.get('pairs') is None:
-        lines.append('These models have seen drawn playground pictures only: '
-                     'they know nothing of real pictures.')
     return '\n'.join(lines)
 
 # %% ../nbs/08a_predictor.ipynb #predict-text-2
