@@ -118,11 +118,27 @@ def test_predict():
                                 'truth.csv')
     Path('empty').mkdir()
     for command, reason in ((('empty', '--run', 'run'), 'empty'),
-                            (('in', '--run', 'nowhere'), 'holds no run.json'), (('in', '--run', 'run/vit'),
-                                                                                'holds no run.json'),
+                            (('in', '--run', 'nowhere'), 'holds neither run.json nor config.json'),
+                            (('in', '--run', 'run/vit'), 'VitRegressor is one model'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, *(() if '--out' in command else ('--out', 'other.csv')),
                             status=1)
+
+def test_no_run_is_named():
+    "Predictions and words by the small model that comes with the package, which says what it knows"
+    sh('sdip_generate', '0.png', '--prompt', 'a red cat')
+    Path('broken.jpg').write_bytes(Path('0.png').read_bytes()[:200])
+    out = sh('sdip_predict', '0.png', 'broken.jpg', '--out', 'photo.csv')
+    assert out.startswith('no run was named') and '2 pictures, 1 of them filled' in out, out
+    said = 'no run was named', '0.png\t', 'broken.jpg'
+    out = sh('sdip_interrogate', '0.png', 'broken.jpg', '--work', 'work')
+    assert all(o in out for o in said), out
+    Path('words.txt').write_text('a castle\nan owl\n')
+    assert '0.png\t' in sh('sdip_interrogate', '0.png', '--phrases', 'words.txt')
+    out = sh('sdip_interrogate', '0.png', '--work', 'work', '--phrases', 'words.txt', status=1)
+    assert 'work holds work with' in out, out
+    out = sh('sdip_pretrain', 'model', '--what', 'photo', status=1)
+    assert 'columns source, group and split' in out, out
 
 # other people's files
 
@@ -317,7 +333,7 @@ def test_commands_manners():
                           (('sdip_run', '--pairs', 'nowhere'), 'nowhere does not exist'),
                           (('sdip_generate', 'x', '--prompts', 'commas.csv', '--shard', '3'),
                            "--shard is '3'"), (('sdip_predict', 'nothing.png', '--run', 'x'),
-                                               'holds no run.json'), (('sdip_submit', 'check', 'none.csv'),
+                                               'holds neither run.json'), (('sdip_submit', 'check', 'none.csv'),
                                                                       'none.csv'),
                           (('sdip_interrogate', 'nothing.png'),
                            'nothing.png does not exist'), (('sdip_push', '07_submit'), 'kernels')):
