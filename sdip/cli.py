@@ -192,28 +192,18 @@ def sdip_pretrain(
     threads: int = None,  # of the CPU
 ):
     "Train what comes with the package: the playground's towers on drawn pictures, or a head on real ones"
-    import time
-    from dataclasses import replace
-    import torch
     from sdip.lock import folder_lock
-    from sdip.pretrain import CLIP_RECIPE, VIT_RECIPE, pretrain_clip, pretrain_vit
     if what not in ('clip', 'vit', 'photo'):
         raise ValueError(f'--what {what!r} is unknown, known are clip, vit and photo')
     if threads:
+        import torch
         torch.set_num_threads(threads)
-    if what == 'photo':
-        from sdip.photo import pretrain_photo_files
-        with folder_lock(out, 'sdip_pretrain'):
-            return print(pretrain_photo_files(pairs, out))
-    train, recipe = (pretrain_clip, CLIP_RECIPE) if what == 'clip' else (pretrain_vit, VIT_RECIPE)
-    recipe, start = replace(recipe, seed=seed), time.perf_counter()
-    if steps:
-        recipe = replace(recipe, epochs=max(1, round(steps/(recipe.steps/recipe.epochs))))
-    print(f'{what}: {recipe.steps} steps of {recipe.bs} pictures, {recipe.epochs*recipe.n:,} drawn; '
-          f'{out}/checkpoint.pt holds what is done after each of {recipe.epochs} epochs', flush=True)
     with folder_lock(out, 'sdip_pretrain'):
-        train(out, recipe)
-    print(f'{time.perf_counter() - start:.0f} s; weights in {out}')
+        if what == 'photo':
+            from sdip.photo import pretrain_photo_files
+            return print(pretrain_photo_files(pairs, out))
+        from sdip.pretrain import pretrain_files
+        pretrain_files(what, out, steps, seed)
 
 # %% ../nbs/01c_dedup_table.ipynb #cli-dedup-files
 def _check_dedup_files(out, dropped, report):

@@ -174,13 +174,14 @@ def interrogate_files(
         work=None,  # folder where finished pictures are kept; None: a temporary one
         csv=None,  # see `tell_words`
         cache=None,  # see `PhraseTable`
-        usual=None,  # where neither model nor CLIP is named: (lists or None, captioner, cache) -> interrogator
+        usual=None,  # (lists or None, captioner, cache) -> interrogator, where no model or CLIP is named
 ):
     "What `sdip_interrogate` does. ValueError: no pictures, no words, or models that cannot be made."
     keep_memory()
     model, phrases, names, captioner, clip = models.values()
     content = [hash_items([Path(f).read_bytes()]) for f in phrases or [] if Path(f).is_file()]
-    key = ' '.join(map(str, [model or getattr(usual, '__name__', None), phrases, names, captioner, clip, content]))
+    which = model or getattr(usual, '__name__', None)
+    key = ' '.join(map(str, [which, phrases, names, captioner, clip, content]))
     teller, files = make_captioner(captioner), find_images(images)
     mute = (lambda images: ['']*len(images)) if teller else None  # its captions come from the first pass
 

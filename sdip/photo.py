@@ -22,55 +22,14 @@ from .frozen import FrozenRegressor
 from .interrogator import Interrogator
 from .ensemble import Ensemble, fit_ensemble
 
-# %% ../nbs/06b_photo.ipynb #subjects
-_PEOPLE = """a woman, a man, a girl, a boy, a child, a baby, a couple, a family, a crowd of people, a face,
-a portrait of a woman, a portrait of a man, an old man, an old woman, a dancer, a musician, a king, a queen,
-a princess, a knight, a soldier, a samurai, a ninja, a pirate, a cowboy, a monk, a scientist, a witch, a wizard,
-an astronaut, a superhero, a robot, a cyborg, an android, an alien, a monster, a dragon, a demon, an angel,
-a ghost, a zombie, a vampire, a skeleton, a skull, a mermaid, a fairy, an elf, an orc, a unicorn, a phoenix"""
-_PLACES = """a landscape, a mountain landscape, a seascape, a cityscape, a city street, an alley, a village,
-a house, a cottage, a cabin, a skyscraper, a cathedral, a temple, a pyramid, ruins, a tower, a bridge, a road,
-a forest, a tree, a flower, a bouquet of flowers, a garden, a meadow, a desert, a lake, a river, a waterfall,
-an island, a beach, the sea, waves, a cave, a volcano, the sky, clouds, a storm, a rainbow, the moon, the sun,
-stars, a galaxy, a nebula, a planet, outer space, a space station, a spaceship, a flying saucer"""
-_THINGS = """a room, a bedroom, a living room, a kitchen, a library, a laboratory, a throne room, a train, an airplane,
-a motorcycle, a car, a sailing ship, a sword, a statue, a mask, a crown, a book, a letter, a logo, an emblem,
-a poster, a pattern, a tattoo, a map, a diagram, a toy, a doll, a jewel, a crystal, a mushroom, a machine,
-a computer, a dress, armor, a sandwich, a cake, fruit, a cup of tea, a glass of wine, a cat, a dog, a horse,
-a bird, a fish, a butterfly, a wolf, a fox, a rabbit, a bear, an owl"""
-
-# %% ../nbs/06b_photo.ipynb #media
-_MEDIA = """a photograph, a portrait photograph, a black and white photograph, a polaroid, a movie still,
-an oil painting, a watercolor painting, an acrylic painting, a pencil sketch, an ink drawing, a charcoal drawing,
-a woodcut, an engraving, a children's book illustration, a comic book illustration, a cartoon, anime, manga,
-digital art, concept art, fantasy art, a 3d render, low poly, pixel art, vector art, a logo design, a sticker,
-a screen print, pop art, graffiti, a collage, a stained glass window, a mosaic, a sculpture, origami, embroidery,
-an impressionist painting, a surrealist painting, abstract art, cubism, art nouveau, art deco, baroque,
-a renaissance painting, ukiyo-e, steampunk, cyberpunk, vaporwave, a fashion photograph, product photography"""
-_SURROUNDINGS = """in a forest, in the mountains, in the desert, on a beach, underwater, in space, in the clouds,
-in a city, in a village, in a room, in a garden, in a field, on a street, in ruins, in winter, in the snow,
-in autumn, in the rain, in fog, at night, at sunset, at sunrise, by candlelight, under neon lights,
-in black and white, in bright colors, in pastel colors, in dark colors, in red, in blue, in green, in gold,
-close-up, seen from above, symmetrical, highly detailed, minimalist, on a white background"""
-
-def _listed(*texts):
-    return [p.strip() for text in texts for p in text.replace('\n', ' ').split(',')]
-
-# %% ../nbs/06b_photo.ipynb #photo-phrases
-def photo_phrases(
-    class_names=(),  # of a classifier
-) -> dict:  # 'subjects', 'media', 'surroundings' -> phrases
-    "Candidates for words about a photograph or a painting"
-    subjects = dict.fromkeys([*_listed(_PEOPLE, _PLACES, _THINGS), *class_names])
-    return dict(subjects=list(subjects), media=_listed(_MEDIA), surroundings=_listed(_SURROUNDINGS))
-
 # %% ../nbs/06b_photo.ipynb #answers
 def both_answers(
     model: FrozenRegressor,  # fitted
     features: list,  # of `model.features`
 ) -> dict:  # 'frozen', 'classes' -> (n, 384)
     "What the regressor says, and what the class names say, of the same pictures"
-    return dict(frozen=model.predict_from(features), classes=np.asarray(features[0][:, -EMB_DIM:], np.float32))
+    classes = np.asarray(features[0][:, -EMB_DIM:], np.float32)  # the bridge stands last
+    return dict(frozen=model.predict_from(features), classes=classes)
 
 # %% ../nbs/06b_photo.ipynb #photo-predictor
 _AGAIN = 'install sdip again, or train the model again with sdip_pretrain'
@@ -123,6 +82,54 @@ def knows(self: PhotoPredictor) -> str:
     return (f"no run was named, so a small model answers: class names of {made['network']} and "
             f"{made['pictures']:,} generated pictures of {len(made['sources'])} sources; "
             f"on sources that it has not seen its skill is {made['scores']['left_out']['skill']:+.2f}")
+
+# %% ../nbs/06b_photo.ipynb #subjects
+_PEOPLE = """a woman, a man, a girl, a boy, a child, a baby, a couple, a family, a crowd of people, a
+face, a portrait of a woman, a portrait of a man, an old man, an old woman, a dancer, a
+musician, a king, a queen, a princess, a knight, a soldier, a samurai, a ninja, a pirate, a
+cowboy, a monk, a scientist, a witch, a wizard, an astronaut, a superhero, a robot, a
+cyborg, an android, an alien, a monster, a dragon, a demon, an angel, a ghost, a zombie, a
+vampire, a skeleton, a skull, a mermaid, a fairy, an elf, an orc, a unicorn, a phoenix"""
+_PLACES = """a landscape, a mountain landscape, a seascape, a cityscape, a city street, an alley, a
+village, a house, a cottage, a cabin, a skyscraper, a cathedral, a temple, a pyramid, ruins,
+a tower, a bridge, a road, a forest, a tree, a flower, a bouquet of flowers, a garden, a
+meadow, a desert, a lake, a river, a waterfall, an island, a beach, the sea, waves, a cave,
+a volcano, the sky, clouds, a storm, a rainbow, the moon, the sun, stars, a galaxy, a
+nebula, a planet, outer space, a space station, a spaceship, a flying saucer"""
+_THINGS = """a room, a bedroom, a living room, a kitchen, a library, a laboratory, a throne room, a
+train, an airplane, a motorcycle, a car, a sailing ship, a sword, a statue, a mask, a crown,
+a book, a letter, a logo, an emblem, a poster, a pattern, a tattoo, a map, a diagram, a toy,
+a doll, a jewel, a crystal, a mushroom, a machine, a computer, a dress, armor, a sandwich, a
+cake, fruit, a cup of tea, a glass of wine, a cat, a dog, a horse, a bird, a fish, a
+butterfly, a wolf, a fox, a rabbit, a bear, an owl"""
+
+# %% ../nbs/06b_photo.ipynb #media
+_MEDIA = """a photograph, a portrait photograph, a black and white photograph, a polaroid, a movie
+still, an oil painting, a watercolor painting, an acrylic painting, a pencil sketch, an ink
+drawing, a charcoal drawing, a woodcut, an engraving, a children's book illustration, a
+comic book illustration, a cartoon, anime, manga, digital art, concept art, fantasy art, a
+3d render, low poly, pixel art, vector art, a logo design, a sticker, a screen print, pop
+art, graffiti, a collage, a stained glass window, a mosaic, a sculpture, origami,
+embroidery, an impressionist painting, a surrealist painting, abstract art, cubism, art
+nouveau, art deco, baroque, a renaissance painting, ukiyo-e, steampunk, cyberpunk,
+vaporwave, a fashion photograph, product photography"""
+_SURROUNDINGS = """in a forest, in the mountains, in the desert, on a beach, underwater, in space, in the
+clouds, in a city, in a village, in a room, in a garden, in a field, on a street, in ruins,
+in winter, in the snow, in autumn, in the rain, in fog, at night, at sunset, at sunrise, by
+candlelight, under neon lights, in black and white, in bright colors, in pastel colors, in
+dark colors, in red, in blue, in green, in gold, close-up, seen from above, symmetrical,
+highly detailed, minimalist, on a white background"""
+
+def _listed(*texts):
+    return [p.strip() for text in texts for p in text.replace('\n', ' ').split(',')]
+
+# %% ../nbs/06b_photo.ipynb #photo-phrases
+def photo_phrases(
+    class_names=(),  # of a classifier
+) -> dict:  # 'subjects', 'media', 'surroundings' -> phrases
+    "Candidates for words about a photograph or a painting"
+    subjects = dict.fromkeys([*_listed(_PEOPLE, _PLACES, _THINGS), *class_names])
+    return dict(subjects=list(subjects), media=_listed(_MEDIA), surroundings=_listed(_SURROUNDINGS))
 
 # %% ../nbs/06b_photo.ipynb #encode-as-clip
 @patch
@@ -203,7 +210,8 @@ def _sources_apart(table):  # -> {source: (rows to learn from, rows of the sourc
         near = np.isin(group, group[source == name])
         out[name] = np.flatnonzero(own & ~near), np.flatnonzero(own & (source == name))
     if len(out) < 3:
-        raise ValueError(f'the pairs name {len(out)} sources ({", ".join(map(str, out))}), expected 3 or more: '
+        raise ValueError(f'the pairs name {len(out)} sources ({", ".join(map(str, out))}), '
+                         'expected 3 or more: '
                          'one is left out, and two choose the strength; give a column `source`')
     return out
 
@@ -243,7 +251,8 @@ def _scored(pred, mean, targ, groups, oracle=None):  # rows of the same pictures
     return said if oracle is None else said | dict(source_oracle=mean_cosine(oracle, targ))
 
 # %% ../nbs/06b_photo.ipynb #blend-left-out
-def _blend_left_out(answers, targ, table, apart):  # -> the ensemble, (n, 384) rows blended by other sources' ratios
+def _blend_left_out(answers, targ, table, apart):  # -> the ensemble, (n, 384) rows
+    "Each source blended by ratios of the others; the ensemble of all"
     known, group = np.concatenate([new for _, new in apart.values()]), table.group.to_numpy()
     rows = known[np.isfinite(answers['frozen'][known]).all(1)]
 
@@ -255,6 +264,20 @@ def _blend_left_out(answers, targ, table, apart):  # -> the ensemble, (n, 384) r
         others = np.setdiff1d(rows, new)
         out[new] = fitted(others).predict({k: v[new] for k, v in answers.items()})
     return fitted(rows), out
+
+# %% ../nbs/06b_photo.ipynb #by-trust
+_SURE = .1  # skill to expect of an answer that is called sure
+
+def _by_trust(ensemble, answers, ahead, mean, targ, rows):  # -> part of photo.json
+    "Where an answer is called sure, and what sure and unsure ones came to"
+    from sdip.confidence import rank_correlation
+    cos, base = row_cosine(ahead[rows], targ[rows]), mean_cosine(mean[rows], targ[rows])
+    expected = ensemble.confidence({k: v[rows] for k, v in answers.items()})
+    sure = expected >= (sure_from := base + _SURE*(1 - base))
+    each = {name: float(cos[mine].mean()) if mine.any() else None
+            for name, mine in (('sure', sure), ('unsure', ~sure))}
+    rank = rank_correlation(expected, cos)
+    return each | dict(sure_from=sure_from, share_sure=float(sure.mean()), rank=rank)
 
 # %% ../nbs/06b_photo.ipynb #pretrain-scores
 def _family_parts(table, rows):  # -> five [(rows to learn from, rows to answer)], families whole
@@ -290,6 +313,7 @@ def pretrain_photo(
     for name, (_, new) in apart.items():
         new = np.intersect1d(new, rows)
         scores[f'without {name}'] = _scored(ahead[new], mean[new], targ[new], group[new])
+    scores['left_out'] |= _by_trust(ensemble, answers, ahead, mean, targ, rows)
     own, test = (np.flatnonzero(o) for o in (table.split != 'test', table.split == 'test'))
     shared = model, features, table, targ, ensemble
     scores['families'] = _family_scores(*shared, _family_parts(table, own))
@@ -322,8 +346,8 @@ def pretrain_photo_files(
     targ, root = TargetEncoder()(table.prompt.tolist()), table.attrs['root']
     facts = pretrain_photo(_with_origins(table, pairs), targ, out, root)
     said = facts['scores']['left_out']
-    return (f"skill {said['skill']:+.3f}, 95 % interval {said['low']:+.3f} .. {said['high']:+.3f}, on sources "
-            f'that were left out; model in {out}')
+    interval = f"95 % interval {said['low']:+.3f} .. {said['high']:+.3f}"
+    return f"skill {said['skill']:+.3f}, {interval}, on sources that were left out; model in {out}"
 
 # %% ../nbs/06b_photo.ipynb #facts
 def _facts(table, targ, scores, model, own):  # own: rows that were learned from
@@ -331,9 +355,8 @@ def _facts(table, targ, scores, model, own):  # own: rows that were learned from
     for name, rows in table.iloc[own].groupby('source'):
         said = {c: ', '.join(sorted(set(rows[c].astype(str)))) for c in known}
         sources.append(dict(source=str(name), pictures=len(rows), families=rows.group.nunique()) | said)
-    base = scores['left_out']['mean_vector']
     return dict(network=model.seers[0].space.arch['name'], pictures=len(own), sources=sources,
-                sure_from=base + .1*(1 - base), scores=scores, mean=targ[own].mean(0).tolist())
+                sure_from=scores['left_out']['sure_from'], scores=scores, mean=targ[own].mean(0).tolist())
 
 def _save_photo(model, ensemble, out, facts):
     model.save(out)
@@ -346,24 +369,26 @@ def _save_photo(model, ensemble, out, facts):
 # %% ../nbs/06b_photo.ipynb #photo-card
 _CARD = """# A small model for photographs and paintings
 
-A head of 1 MB on {network} with its ImageNet weights (which pip brings: `sdip[offline]`), blended with the names of
-ImageNet's classes. It answers where no run is named. It was trained by `sdip_pretrain OUT --what photo` on {pictures:,}
-generated pictures with their prompts, from public repositories:
+A head of 1 MB on {network} with its ImageNet weights (which pip brings: `sdip[offline]`), blended with
+the names of ImageNet's classes. It answers where no run is named. It was trained by `sdip_pretrain OUT
+--what photo` on {pictures:,} generated pictures with their prompts, from public repositories:
 
 {sources}
 
-Scores are mean cosines with the prompt's MiniLM vector; skill is the share of the way from the mean vector to a perfect
-answer, with a 95 % interval by family of near prompts (cosine 0.8).
+Scores are mean cosines with the prompt's MiniLM vector; skill is the share of the way from the mean
+vector to a perfect answer, with a 95 % interval by family of near prompts (cosine 0.8).
 
 {scores}
 
-"left_out": each source is answered by a model that has not seen it, blended by ratios of the other sources. That is
-what your own pictures are. "families": five folds of all sources. "test": the table's test split, by the model as it is
-here; nothing was chosen on it.
+"left_out": each source is answered by a model that has not seen it, blended by ratios of the other
+sources. That is what your own pictures are. "families": five folds of all sources. "test": the table's
+test split, by the model as it is here; nothing was chosen on it.
 
-What it cannot do: it knows how four authors write prompts, and 1,000 kinds of things. People, places, artists and styles
-are mostly beyond it. A guess in words is a hint and no prompt; where the cosine to expect is below {sure_from:.2f} it is
-marked unsure, and that is about every second picture. On drawings of the playground it is no use: name a run.
+What it cannot do: it knows how four authors write prompts, and 1,000 kinds of things. People, places,
+artists and styles are mostly beyond it. A guess in words is a hint and no prompt. Where the cosine to
+expect is below {sure_from:.2f} it is marked unsure, unlike {share_sure:.0%} of the pictures
+of left-out sources, which score {sure:.3f}; the unsure ones score {unsure:.3f}. On drawings
+of the playground it is no use: name a run.
 
 Licence of the head: Apache-2.0, as the package. No picture and no prompt is in it.
 """
@@ -371,13 +396,17 @@ Licence of the head: Apache-2.0, as the package. No picture and no prompt is in 
 # %% ../nbs/06b_photo.ipynb #photo-card-2
 def _table(rows):  # list of dicts -> a table in Markdown
     names = list(dict.fromkeys(k for row in rows for k in row))
-    said = [[f'{v:.3f}' if isinstance(v, float) else str(v) for v in (row.get(k, '') for k in names)] for row in rows]
+    text = lambda v: f'{v:.3f}' if isinstance(v, float) else str(v)
+    said = [[text(row.get(k, '')) for k in names] for row in rows]
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in (names, ['---']*len(names), *said))
 
 def photo_card(
     facts: dict,  # of photo.json
 ) -> str:  # Markdown
     "What a model card says of a trained `PhotoPredictor`"
-    scores = [dict(held_out=name) | said for name, said in facts['scores'].items()]
-    return _CARD.format(**{k: facts[k] for k in ('network', 'pictures', 'sure_from')},
+    shown = 'pictures', 'families', 'mean_vector', 'source_oracle', 'score', 'skill', 'low', 'high'
+    scores = [dict(held_out=name) | {k: said.get(k, '') for k in shown}
+              for name, said in facts['scores'].items()]
+    trust = {k: facts['scores']['left_out'][k] or 0 for k in ('share_sure', 'sure', 'unsure')}
+    return _CARD.format(**{k: facts[k] for k in ('network', 'pictures', 'sure_from')}, **trust,
                         sources=_table(facts['sources']), scores=_table(scores))

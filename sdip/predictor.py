@@ -289,7 +289,7 @@ def describe(
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
-        folder=None,  # of a saved model, or a run folder; None: the small model for photographs, `sdip.photo`
+        folder=None,  # of a saved model, or a run folder; None: the small model for photographs
         device=None,  # see `sdip.preprocess.pick_device`
         kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`
@@ -381,12 +381,12 @@ def predict_to_csv(
         out,  # submission to write
         until: float = None,  # on `time.monotonic`'s clock, when the file must be there; None: take your time
 ) -> dict:  # as of `submit_in_time`
-    "Predict pictures and write a checked submission. ValueError: no picture can be read, or p is one model of a run"
+    "Write a checked submission. ValueError: no picture can be read, or p is one model of a run"
     from sdip.submit import submit_in_time
     keep_memory()
     if not hasattr(p, 'mean_vector'):
-        raise ValueError(f'{type(p).__name__} is one model and knows no mean vector for pictures that cannot be '
-                         'read: give the run folder')
+        raise ValueError(f'{type(p).__name__} is one model and knows no mean vector for pictures that '
+                         'cannot be read: give the run folder')
     models, blend = {'run': p}, None
     if until is not None and hasattr(p, 'models'):
         models, blend = p.models, p.ensemble.predict

@@ -8,7 +8,8 @@ __all__ = ['PretrainRecipe', 'pretrain_clip', 'pretrain_vit']
 # %% ../nbs/00h_pretrain.ipynb #imports
 import copy
 import math
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -430,3 +431,20 @@ def _save_backbone(learn, tower, prep, recipe, folder):
     save_weights(net.half(), config, folder)
     (folder/'checkpoint.pt').unlink()
     return load_weights(net.float(), folder)
+
+# %% ../nbs/00h_pretrain.ipynb #pretrain-files
+def pretrain_files(
+    what: str,  # 'clip' or 'vit'
+    out,  # folder for the weights
+    steps: int | None,  # batches in all; None: those of the shipped weights
+    seed: int,  # of weights, prompts and pictures
+):
+    "What `sdip_pretrain` does for a tower: say how long it is, train, say where the weights are"
+    train, recipe = (pretrain_clip, CLIP_RECIPE) if what == 'clip' else (pretrain_vit, VIT_RECIPE)
+    recipe, start = replace(recipe, seed=seed), time.perf_counter()
+    if steps:
+        recipe = replace(recipe, epochs=max(1, round(steps/(recipe.steps/recipe.epochs))))
+    print(f'{what}: {recipe.steps} steps of {recipe.bs} pictures, {recipe.epochs*recipe.n:,} drawn; '
+          f'{out}/checkpoint.pt holds what is done after each of {recipe.epochs} epochs', flush=True)
+    train(out, recipe)
+    print(f'{time.perf_counter() - start:.0f} s; weights in {out}')
