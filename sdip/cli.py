@@ -371,6 +371,7 @@ def sdip_run(
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
         images: str = None,  # folder of the pictures, where a table lies elsewhere
+        classifier: str = None,  # photo: a timm classifier whose class names are the space; default lite0
         members: str = None,  # .json of the models to train, {"name": {"kind": "vit", ..}, ..}
         add: Param('more members, such as vit:convnext_base', str, nargs='*') = None,  # [NAME=]KIND:SOURCE
         set: Param('fields of members, such as vit.lr=3e-4', str, nargs='*') = None,  # member.field=value

@@ -48,8 +48,11 @@ _STARTS = dict(
 
 def start_line(
     start: str,  # argument of a run
+    classifier: str | None = None,  # likewise
 ) -> str:  # for the terminal
     "Which weights a run on pairs starts from, and what they know; where that is little, what brings more"
     line = _STARTS[start]
+    if start == 'imagenet' and classifier not in (None, PHOTO['classifier']):
+        line += f'; class names are those of {classifier}'
     lacking = start == 'scratch' and not set(_NEEDS) <= set(packaged_names())
     return f'{line}; {_GET}' if lacking else line

@@ -17,6 +17,7 @@ from .core import bootstrap_interval, keep_memory, mean_cosine, read_json, row_c
 from .lock import folder_lock
 from .sources import fingerprint, load_pairs
 from .pretrained import MODEL_PLACES
+from .imagenet import timm_folder
 from .artifacts import Run, stage, stage_list
 from .similarity_gap import read_reference
 from .find_weights import ROLES, check_sources, random_stand_ins, survey, survey_text, weights_in
@@ -237,7 +238,7 @@ def walk(
 def _begin(out, args, quiet, kinds):
     run = Run(out, args, quiet, kinds)
     if args['pairs'] is not None:
-        run.say(start_line(args['start']))
+        run.say(start_line(args['start'], args.get('classifier')))
     return run
 
 def _check_leave_out(args):
@@ -282,6 +283,9 @@ def _arguments(preset, changes, add, fields, kinds):
     _check_leave_out(args)
     if args['folds'] == 1 or args['folds'] < 0:
         raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
+    if os.path.isdir(place := args.get('classifier') or ''):
+        timm_folder(place)  # refused before any work
+        args['classifier'] = os.path.abspath(place)
     args |= dict(members=_lineup_of(args, add, fields, kinds), reference=_reference(args))
     return args
 
@@ -296,6 +300,7 @@ def _reference(args):
     read_reference(place)
     return place
 
+# %% ../nbs/08_run.ipynb #walk-given
 def _source(pairs, images, image_col, prompt_col):
     said = dict(images=images and os.path.abspath(images), image_col=image_col, prompt_col=prompt_col)
     return dict(pairs=_places(pairs)) | {k: v for k, v in said.items() if v is not None}
