@@ -9,6 +9,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)  # seconds a stage may take
 TAIL = 60  # lines of a failure's log that are shown
+WHY = 20  # lines of it that are shown once more at the end, where a log that was cut still has them
 
 def notebooks():
     return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')
@@ -45,6 +46,15 @@ def tell(ok, what, seconds, log, tail=TAIL):
         print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
     return ok
 
+def traceback_of(what, log):
+    "The lines of a log that belong to a notebook, or all of them"
+    lines, name = log.partition('\nnbdev Tests Failed')[0].rstrip().splitlines(), what.partition(': ')[2]
+    first = next((i for i, line in enumerate(lines) if line.rstrip(':').endswith(name)), None)
+    if first is None:
+        return lines
+    ends = (i for i in range(first + 1, len(lines)) if re.search(r'\.ipynb:?$', lines[i]))
+    return '\n'.join(lines[first:next(ends, len(lines))]).rstrip().splitlines()
+
 def run_notebooks(limit):
     "README's test command; a notebook passes when it was completed and no traceback or list names it"
     start = time.time()
@@ -56,22 +66,26 @@ def run_notebooks(limit):
     if status != 0 and all(results.values()):
         results['notebooks: nbdev_test itself'] = False
     bad = list(results.values()).count(False)
+    said = re.sub(r'^(Starting|- Completed) .*\n', '', log, flags=re.M)
     tell(status == 0, f'notebooks: {len(results) - bad} of {len(results)}',
-         time.time() - start, log, TAIL*(1+bad))
-    return results
+         time.time() - start, said, TAIL*(1+bad))
+    return results, dict.fromkeys((what for what, ok in results.items() if not ok), said)
 
 def functions(stage):
     tree = ast.parse((HERE/f'{stage}.py').read_text(encoding='utf-8'))
     return [o.name for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('test_')]
 
 def run_functions(stage, limit):
-    end, results = time.time() + limit, {}
+    end, results, logs = time.time() + limit, {}, {}
     for name in functions(stage):
         start = time.time()
         with tempfile.TemporaryDirectory(prefix='sdip-ci-') as tmp:
             status, log = run([sys.executable, __file__, stage, name], tmp, end - start)
-        results[f'{stage}: {name}'] = tell(status == 0, f'{stage}: {name}', time.time() - start, log)
-    return results
+        what = f'{stage}: {name}'
+        results[what] = tell(status == 0, what, time.time() - start, log)
+        if not results[what]:
+            logs[what] = log
+    return results, logs
 
 def call(stage, name):
     "Runs one test function in this process"
@@ -84,12 +98,15 @@ def main():
         json.dump(snapshot(), before)
         before.flush()
         os.environ['SDIP_CI_BEFORE'] = before.name  # checks.py compares the tree with it
-        results = run_notebooks(LIMITS['notebooks'])
+        results, logs = run_notebooks(LIMITS['notebooks'])
         for stage in 'slow', 'checks':
-            results |= run_functions(stage, LIMITS[stage])
+            more, why = run_functions(stage, LIMITS[stage])
+            results |= more
+            logs |= why
     failed = [what for what, ok in results.items() if not ok]
-    if failed:
-        print('failed:', *failed, sep='\n  ')
+    for what in failed:
+        print(f'failed: {what}')
+        print('\n'.join('      | ' + line for line in traceback_of(what, logs[what])[-WHY:]))
     print(f'{len(results) - len(failed)} passed, {len(failed)} failed')
     return bool(failed)
 
