@@ -21,6 +21,7 @@ from .encoders import shipped
 from .frozen import FrozenRegressor
 from .interrogator import Interrogator
 from .ensemble import Ensemble, fit_ensemble
+from .prediction import members_of, Prediction, Predictions
 
 # %% ../nbs/06b_photo.ipynb #answers
 def both_answers(
@@ -59,12 +60,14 @@ def predict(
     self: PhotoPredictor,
     images,  # list of n pictures: what `read_image` takes
 ) -> np.ndarray:  # (n, 384) float32 unit rows; NaN where unreadable, see `.report`
-    "Predicted rows; `.expected` (n,) has the cosines to the truth to expect"
+    "Predicted rows. `.expected` (n,): the cosines to the truth to expect; `.preds`: model -> its own rows"
     rows, expected, report = [], [], []
+    self.preds = {model: np.empty((0, EMB_DIM), np.float32) for model in self.ensemble.ratios}
     for lo in range(0, len(images), 4096):
         answers = both_answers(self.frozen, self.frozen.features(images[lo:lo + 4096]))
         rows.append(self.ensemble.predict(answers))
         expected.append(self.ensemble.confidence(answers))
+        self.preds = {model: np.concatenate([known, answers[model]]) for model, known in self.preds.items()}
         report += [r | dict(row=r['row'] + lo) for r in self.frozen.report]
     self.report, self.expected = report, np.concatenate(expected or [np.empty(0)])
     return np.concatenate(rows or [np.empty((0, EMB_DIM), np.float32)])
@@ -194,11 +197,17 @@ def photo_words(
 def describe(
     self: PhotoPredictor,
     images,  # list of n pictures: what `read_image` takes
-):  # `Words` of `PhotoInterrogator.interrogate`
-    "A guess in words for each picture"
+) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
+    "A guess in words for each picture, and how near it is expected to be"
     if not hasattr(self, '_words'):
         self._words = PhotoInterrogator(self)
-    return self._words.interrogate(images)
+    emb = self.predict(images)
+    words = self._words.interrogate(images, emb=emb).prompt
+    said = members_of(emb, self.preds, self.ensemble.ratios)
+    errors = {r['row']: r['error'] for r in self.report}
+    return Predictions(
+        Prediction(image, emb[i], words[i], (), float(self.expected[i]), '', said[i], errors.get(i, ''))
+        for i, image in enumerate(images))
 
 # %% ../nbs/06b_photo.ipynb #sources-apart
 SMALL = dict(backbones='lite0', dims=64, landmarks=500, by='source')  # 1 MB

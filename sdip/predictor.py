@@ -21,8 +21,9 @@ from .preprocess import pick_device
 from .artifacts import Run
 from .find_weights import find_outside, load_outside
 from .members import mean_rows
+from .prediction import members_of, Prediction, Predictions
 from .photo import PhotoPredictor
-from .report import expected_cosines, may_speak, nearest_prompts, Prediction
+from .report import expected_cosines, may_speak, nearest_prompts
 
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
@@ -221,10 +222,11 @@ def predict(
     self: RunPredictor,
     images,  # list of n pictures: what `read_image` takes
 ) -> np.ndarray:  # (n, 384) float32 unit rows; NaN where unreadable, see `.report`
-    "Blended rows. `.expected` (n,): the cosines to the truth to expect; `.words`: n prompts, '' for none"
+    """Blended rows. `.expected` (n,): the cosines to the truth to expect; `.words`: n prompts, '' for none;
+    `.preds`: model -> its own rows"""
     n = len(images)
     preds = {m: np.full((n, EMB_DIM), np.nan, np.float32) for m in self.models}
-    self.report, self.words, self.expected = [], ['']*n, np.full(n, np.nan)
+    self.report, self.words, self.expected, self.preds = [], ['']*n, np.full(n, np.nan), preds
     for first, block in _decoded_blocks(images):
         self.report += [_unreadable(images, first + i, e) for i, (_, e) in enumerate(block) if e]
         good = [i for i, (im, _) in enumerate(block) if im is not None]
@@ -277,7 +279,7 @@ def describe(
         self: RunPredictor,
         images,  # list of n pictures: what `read_image` takes
         k: int = 3,  # nearest training prompts each
-) -> list:  # of n `Prediction`, which show themselves in a notebook
+) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
     "Rows and words for pictures: the blend, the interrogator's prompt, the nearest training prompts"
     emb, words = self.predict(images), self.words
     if not self._speaker() and (name := self._speaker(self.run.members)):
@@ -285,7 +287,11 @@ def describe(
         model = getattr(model, 'models', [model])[0]
         words = model.interrogate(images, model.mode).prompt
     near = nearest_prompts(self.run, emb, k)
-    return [Prediction(*o) for o in zip(images, emb, words, near, map(float, self.expected))]
+    said = members_of(emb, self.preds, self.ensemble.ratios)
+    errors = {r['row']: r['error'] for r in self.report}
+    return Predictions(
+        Prediction(image, emb[i], words[i], near[i], float(self.expected[i]), '', said[i], errors.get(i, ''))
+        for i, image in enumerate(images))
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
