@@ -102,6 +102,10 @@ class Run:
     def __truediv__(self, name):
         return self.folder/name
 
+    def __repr__(self):
+        done = 'finished' if (self/'scores.json').exists() else 'not finished'
+        return f"Run {self.folder.as_posix()}: {', '.join(self.members)}; {done}"
+
 # %% ../nbs/08_artifacts.ipynb #run-stages
 @patch(as_prop=True)
 def members(self: Run) -> dict:

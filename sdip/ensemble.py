@@ -19,7 +19,7 @@ from .blending import (axes_of, blend_cosines, error_correlation, gather_preds, 
 from .confidence import expected_trust, fit_trust
 
 # %% ../nbs/06_ensemble.ipynb #ensemble-class
-@dataclass
+@dataclass(repr=False)
 class Ensemble:
     "Ratios of several models, how they were found, and what they are worth"
     ratios: dict  # model -> ratio, largest 1; 0 for a model that does not help
@@ -36,6 +36,10 @@ class Ensemble:
     errors: list = field(default_factory=list)  # (m, m) correlation of errors, in the order of ratios
     groups: int = 0  # groups of the rows
     trust: dict = field(default_factory=dict)  # what `confidence` needs, see `fit_trust`
+
+    def __repr__(self):
+        ratios = ', '.join(f'{name} {r:.2g}' for name, r in self.ratios.items())
+        return f'Ensemble({ratios}; {self.method} on {self.n} rows, held out {self.held_out:.4f})'
 
 # %% ../nbs/06_ensemble.ipynb #find-ratios
 def _find(dots, gram, method, min_gain):  # (n, m), (n, m, m) -> ratios (m,), steps, searches

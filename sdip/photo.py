@@ -54,6 +54,10 @@ class PhotoPredictor:
         self.facts = read_fields(folder/'photo.json', _AGAIN, mean=list, sure_from=int | float, scores=dict)
         self.space, self.device = self.frozen.seers[0].space, self.frozen.device
 
+    def __repr__(self):
+        ratios = ', '.join(f'{m} {r:.2g}' for m, r in self.ensemble.ratios.items())
+        return f"PhotoPredictor on {self.facts['network']}: {ratios}; on {self.device}"
+
 # %% ../nbs/06b_photo.ipynb #photo-predict
 @patch
 def predict(

@@ -167,6 +167,10 @@ class RunPredictor:
         self.groups = deal(self.models, self.cards)
         self._place()
 
+    def __repr__(self):
+        ratios = ', '.join(f'{m} {self.ensemble.ratios[m]:.2g}' for m in self.models)
+        return f"RunPredictor {self.run.folder.as_posix()}: {ratios}; on {', '.join(map(str, self.cards))}"
+
 # %% ../nbs/08a_predictor.ipynb #run-member
 @patch
 def _member(self: RunPredictor, name):
