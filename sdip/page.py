@@ -6,6 +6,9 @@
 __all__ = ['Html', 'html_table', 'html_page']
 
 # %% ../nbs/00_page.ipynb #imports
+import hashlib
+import re
+from base64 import b64encode
 from html import escape
 from html.parser import HTMLParser
 
@@ -37,16 +40,65 @@ def html_table(
     lines = ''.join(f'<tr>{"".join(map(cell, row))}</tr>' for row in rows)
     return Html(f'<div class="{markup(f"wide {kind}".strip())}"><table><tr>{names}</tr>{lines}</table></div>')
 
+# %% ../nbs/00_page.ipynb #sort-script
+SORT = """
+document.querySelectorAll('.sortable table').forEach(table => {
+  const heads = [...table.rows[0].cells], text = (row, at) => row.cells[at].textContent.trim()
+  heads.forEach((head, at) => {
+    const button = document.createElement('button')
+    button.append(...head.childNodes)
+    head.append(button)
+    button.onclick = () => {
+      const rows = [...table.rows].slice(1), up = head.ariaSort === 'descending'
+      const numbers = rows.every(row => /^[+-]?[\\d.]|^$/.test(text(row, at)))
+      const value = row => numbers ? parseFloat(text(row, at).replaceAll(',', '') || '-Infinity') : text(row, at)
+      const order = (a, b) => numbers ? value(a) - value(b) : value(a).localeCompare(value(b))
+      rows.sort((a, b) => up ? order(a, b) : order(b, a))
+      heads.forEach(other => other.removeAttribute('aria-sort'))
+      head.ariaSort = up ? 'ascending' : 'descending'
+      rows[0].parentNode.append(...rows)
+    }
+  })
+})
+"""
+
+# %% ../nbs/00_page.ipynb #page-style
+PAGE_STYLE = """
+:root{color-scheme:light dark;--fg:#1d2430;--bg:#fff;--soft:#5b6472;--line:#e2e5ea;--mark:#4477aa;
+  --box:#f4f6f9;--warn:#fff1cc;--only:#ffe08a}
+@media(prefers-color-scheme:dark){:root{--fg:#e5e7eb;--bg:#14181f;--soft:#a3adba;--line:#2d3540;
+  --mark:#6aa5e6;--box:#1d232c;--warn:#4a3a0c;--only:#6b5410}}
+*{box-sizing:border-box}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:64rem;
+  margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}
+h1,h2{line-height:1.25}h2{margin-top:2.5rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+th,td{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--line)}
+td.n{text-align:right}.wide{overflow-x:auto}.tall{max-height:26rem;overflow:auto}
+pre{white-space:pre-wrap;background:var(--box);border-radius:8px;padding:.6rem .8rem}
+a{color:var(--mark)}.soft{color:var(--soft)}mark{background:var(--only);color:inherit;border-radius:3px}
+.warn{background:var(--warn);border-radius:8px;padding:.6rem .8rem}
+th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--mark)}
+th button::after{content:"\\2195";opacity:.45;margin-left:.25em}
+th[aria-sort=ascending] button::after{content:"\\25b2"}th[aria-sort=descending] button::after{content:"\\25bc"}
+i.bar{display:block;background:var(--mark);height:.3rem;border-radius:2px}
+"""
+
 # %% ../nbs/00_page.ipynb #html-page
 def html_page(
     title,  # text
     body: Html,  # markup
-    style: str = '',  # CSS
+    style: str = '',  # CSS beside that of all pages
 ) -> str:  # a page that needs no other file
-    "A whole page"
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    "A whole page; tables of the class sortable can be sorted"
+    digest = b64encode(hashlib.sha256(SORT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
+    body = markup(body)
+    script = f'<script>{SORT}</script>' if 'sortable' in body else ''
     return (f'<!doctype html><html lang="en"><head>{head}<title>{markup(title)}</title>'
-            f'<style>{style}</style></head><body>{markup(body)}</body></html>')
+            f'<style>{PAGE_STYLE}{style}</style></head><body>{body}{script}</body></html>')
 
 # %% ../nbs/00_page.ipynb #thumbnail
 def thumbnail(
@@ -55,7 +107,6 @@ def thumbnail(
     alt: str = '',  # what the picture shows
 ) -> Html:  # an <img> tag that holds a JPEG; '' for a picture that cannot be read
     "A small picture as markup"
-    from base64 import b64encode
     from io import BytesIO
     from PIL import Image
     from sdip.data import ImageError, read_image
@@ -83,13 +134,17 @@ def foreign_markup(
     "What `HOSTILE` has made of a page; [] is wanted"
     found = []
 
+    def foreign(k, v):
+        away = k == 'href' and not re.fullmatch(r'[\w-][\w./-]*', v or '')
+        return k[:2] == 'on' or away or (k, v) == ('src', 'x')
+
     class Parser(HTMLParser):
         def handle_starttag(self, tag, attrs):
-            if tag in 'script iframe object embed form a link base video'.split():
+            if tag in 'script iframe object embed form link base video'.split():
                 found.append((tag, ''))
-            found.extend((tag, k) for k, v in attrs if k[:2] == 'on' or k == 'href' or (k, v) == ('src', 'x'))
+            found.extend((tag, k) for k, v in attrs if foreign(k, v))
             if tag == 'svg' and not dict(attrs).get('viewbox'):
                 found.append((tag, ''))
 
-    Parser().feed(page)
+    Parser().feed(page.replace(f'<script>{SORT}</script>', ''))
     return found
