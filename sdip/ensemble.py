@@ -227,6 +227,7 @@ def plot_norms(
     ax=None,  # matplotlib axes; None: new ones
 ):  # the axes
     "Lengths of the models' raw rows"
+    from matplotlib.ticker import LogLocator
     ax = axes_of(ax, (5, .5 + .4*len(norms)))
     for i, v in enumerate(norms.values()):
         if np.ndim(v) == 2:
@@ -237,6 +238,9 @@ def plot_norms(
         ax.plot(mid, i, 'ko')
     ax.set(xscale='log', xlabel='norm of raw rows: smallest, median, largest', yticks=range(len(norms)),
            yticklabels=list(norms))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter('')  # minor labels would overlap
     return ax
 
 # %% ../nbs/06_ensemble.ipynb #ensemble-plot

@@ -25,7 +25,8 @@ from .inputs import SOURCE_ARGS, families, read_source
 from .kinds import add_member, check_members, member_recipe, read_members, set_fields
 from .members import HELD_OUT, plan_members, try_towers
 from .parallel import members_at_once, pick_cards
-from .report import scoreboard_text, write_report
+from .report import scoreboard_text
+from .report_page import write_report
 from .other_sources import left_out_stages, over_mean, source_oracle
 from .own_pairs import PHOTO, start_line, usual_preset
 
