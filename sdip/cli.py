@@ -240,7 +240,7 @@ def sdip_dedup(
     from sdip.dedup_table import dedup_rows, write_dedup
     from sdip.encoders import TargetEncoder
     found = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
-    write_dedup(given, name, found, out, dropped, report)
+    write_dedup(given, name, found, out, dropped, report, threshold)
     files = dict(kept=out, dropped=dropped, report=report)
     print(found[2], *(f'{what} in {f}' for what, f in files.items() if f), sep='\n')
 

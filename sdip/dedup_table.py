@@ -6,8 +6,12 @@
 __all__ = ['dedup_table', 'dedup_html']
 
 # %% ../nbs/01c_dedup_table.ipynb #imports
+import re
+from datetime import datetime, timezone
+
 import numpy as np
 
+from . import __version__
 from .core import atomic_path
 from .page import Html, html_page, html_table, markup
 from .prompts import clean_prompts, duplicate_of
@@ -76,15 +80,24 @@ def dedup_rows(
     return dedup_table(rows, encoder, column, threshold, priority, mode)
 
 # %% ../nbs/01c_dedup_table.ipynb #bar
-_DEDUP_STYLE = (
-    'body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}'
-    'table{border-collapse:collapse}'
-    'td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}td.n{text-align:right}'
-    'i{display:inline-block;background:#47a;height:.8em}')
+_DEDUP_STYLE = ('td:first-child{white-space:nowrap}.texts td:first-child{white-space:normal}'
+                'i.bar{width:20rem;max-width:45vw}.texts td{min-width:9rem}')
 
 # %% ../nbs/01c_dedup_table.ipynb #bar-2
 def _bar(share):  # of the longest
-    return Html(f'<i style="width:{300*share:.0f}px"></i>')
+    return Html(f'<div style="width:{20*share:.1f}rem;max-width:45vw"><i class="bar"></i></div>')
+
+# %% ../nbs/01c_dedup_table.ipynb #differing
+def _words(text):  # -> words and what stands between them
+    return re.findall(r'\w+|\W+', text)
+
+def _differing(text, other):
+    "text as markup, with the words marked that other lacks"
+    known, parts = set(_words(other.lower())), []
+    for w in _words(text):
+        only = w[0].isalnum() and w.lower() not in known
+        parts.append(f'<mark>{markup(w)}</mark>' if only else markup(w))
+    return Html(''.join(parts))
 
 # %% ../nbs/01c_dedup_table.ipynb #page-tables
 def _histogram_rows(cosine):  # (k,) of near-duplicates -> rows: range, count, bar
@@ -95,8 +108,19 @@ def _histogram_rows(cosine):  # (k,) of near-duplicates -> rows: range, count, b
 def _cluster_rows(near, column, n):  # near-duplicates -> rows: kept prompt, size, first dropped ones
     rows = []
     for kept, cluster in near.groupby('near', sort=False)[column]:
-        rows.append((kept, len(cluster) + 1, '; '.join(map(str, cluster[:5]))))
+        gone = '; '.join(_differing(str(text), kept) for text in cluster[:5])
+        rows.append((kept, len(cluster) + 1, Html(gone)))
     return sorted(rows, key=lambda row: -row[1])[:n]
+
+# %% ../nbs/01c_dedup_table.ipynb #dedup-head
+def _dedup_head(text, name, threshold, made):
+    since = 'above a threshold' if threshold is None else f'of {threshold:g} and more'
+    return (f'<h1>Near-duplicates in {markup(name)}</h1>'
+            f'<p>Two prompts count as the same where their MiniLM embeddings have a cosine {markup(since)}; 1 is '
+            'the same text. All rows that are that near to one prompt are a family, and one row of each family '
+            'stays. Words that only one prompt of a pair has are <mark>marked</mark>.</p>'
+            + (f'<p class="soft">{markup(made)}</p>' if made else '')
+            + f'<pre>{markup(text)}</pre>')
 
 # %% ../nbs/01c_dedup_table.ipynb #dedup-page
 def dedup_html(
@@ -104,7 +128,10 @@ def dedup_html(
     dropped,  # DataFrame, the second
     text: str,  # its report
     column: str = 'prompt',  # the prompts' column
-    n: int = 20,  # pairs and clusters to show
+    n: int = 20,  # pairs and families to show
+    name: str = 'a table',  # of the table
+    threshold: float = None,  # of `dedup_table`
+    made: str = '',  # when and by what
 ) -> str:  # a page that needs no other file
     "What was dropped from a table, for a browser"
     why = dropped.reason.str.replace(r'^near-duplicate .*', 'near-duplicate', regex=True)
@@ -113,14 +140,14 @@ def dedup_html(
     parts = [('Rows', html_table(['', 'rows'], rows))]
     if len(near):
         pairs = near[['cosine', column, 'near']].head(n).to_numpy().tolist()
-        pairs = [(f'{c:.3f}', str(p), q) for c, p, q in pairs]
-        clusters = _cluster_rows(near, column, n)
+        pairs = [(f'{c:.3f}', _differing(str(p), q), _differing(q, str(p))) for c, p, q in pairs]
+        clusters, texts = _cluster_rows(near, column, n), 'sortable texts'
         parts += [('How alike', html_table(['cosine', 'rows', ''], _histogram_rows(near.cosine))),
-                  ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs)),
-                  ('Largest clusters', html_table(['kept', 'rows', 'dropped, the first five'], clusters))]
-    top = f'<h1>Near-duplicates</h1><pre>{markup(text)}</pre>'
+                  ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs, texts)),
+                  ('Largest families', html_table(['kept', 'rows', 'dropped, the first five'], clusters, texts))]
     body = ''.join(f'<h2>{h}</h2>{t}' for h, t in parts)
-    return html_page('Near-duplicates', Html(top + body), _DEDUP_STYLE)
+    title = f'Near-duplicates in {name}'
+    return html_page(title, Html(_dedup_head(text, name, threshold, made) + body), _DEDUP_STYLE)
 
 # %% ../nbs/01c_dedup_table.ipynb #write-dedup
 def write_dedup(
@@ -130,6 +157,7 @@ def write_dedup(
     out: str,  # file for the rows that stay
     dropped: str = None,  # file for the others
     report: str = None,  # file for the page
+    threshold: float = None,  # of `dedup_rows`, for the page
 ):
     "Write what `dedup_rows` found, atomically"
     from sdip.tables import write_rows
@@ -139,5 +167,7 @@ def write_dedup(
         why = {c if c not in given.rows else f'dedup_{c}': gone[c] for c in ('reason', 'near', 'cosine')}
         write_rows(given, gone.index, dropped, column, **why)
     if report:
+        made = f'Made on {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by sdip {__version__}.'
+        page = dedup_html(kept, gone, text, column, name=given.path.name, threshold=threshold, made=made)
         with atomic_path(report) as tmp:
-            tmp.write_text(dedup_html(kept, gone, text, column), encoding='utf-8')
+            tmp.write_text(page, encoding='utf-8')

@@ -81,7 +81,8 @@ a{color:var(--mark)}.soft{color:var(--soft)}mark{background:var(--only);color:in
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--mark)}
 th button::after{content:"\\2195";opacity:.45;margin-left:.25em}
 th[aria-sort=ascending] button::after{content:"\\25b2"}th[aria-sort=descending] button::after{content:"\\25bc"}
-i.bar{display:block;background:var(--mark);height:.3rem;border-radius:2px}
+@media(max-width:40rem){th,td{padding-right:.6rem;font-size:.88rem}}
+i.bar{display:block;min-width:1px;background:var(--mark);height:.3rem;border-radius:2px}
 """
 
 # %% ../nbs/00_page.ipynb #html-page

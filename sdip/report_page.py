@@ -111,6 +111,8 @@ def ensemble_figure(
     fig, ax = _axes()
     plot = dict(curves=plot_curves, norms=plot_norms)[part]
     plot(read_json(run/'ensemble.json')[part], ax)
+    if legend := ax.get_legend():
+        legend.set_frame_on(False)  # its box is white
     return fig
 
 # %% ../nbs/08_report_page.ipynb #similarity-figure
@@ -178,10 +180,11 @@ def scores_by(
 
 # %% ../nbs/08_report_page.ipynb #report-style
 _STYLE = '''
-.scores th:not(:first-child),.scores td:not(:first-child){text-align:right}
-.scores tr:last-child td{font-weight:600}
-.by{max-height:26rem;overflow:auto}.by th:nth-child(n+2),.by td:nth-child(n+2){text-align:right}
-.cost td:nth-child(2),.cost td:nth-child(3){text-align:right}
+.scores th:not(:first-child),.scores td:not(:first-child){text-align:right;white-space:nowrap}
+.by{max-height:26rem;overflow:auto;margin:1.5rem 0;border-bottom:2px solid var(--line)}
+.by th{position:sticky;top:0;background:var(--bg)}
+.by th:nth-child(n+2),.by td:nth-child(n+2){text-align:right;white-space:nowrap}
+.cost td:nth-child(2),.cost td:nth-child(3){text-align:right}.cost td:last-child{min-width:15rem}
 figure{margin:0}figure svg{width:100%;height:auto}figcaption{font-size:.9rem;color:var(--soft)}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.2rem}
 .prediction{border:1px solid var(--line);border-radius:8px;padding:.8rem;font-size:.9rem}
@@ -231,7 +234,7 @@ def _head_section(run):
             f'<p>The ensemble of this run reaches a mean cosine of <b>{score:.4f}</b> between predicted and '
             f'true prompt embeddings on {held_out:,} held-out pictures (95 % interval {lo:.4f} to {hi:.4f}). '
             f'An answer that looks at no picture reaches {mean:.4f}.</p>'
-            + html_table(['made', ''], _how_made(run)))
+            + html_table(['how it was made', ''], _how_made(run)))
 
 # %% ../nbs/08_report_page.ipynb #report-score
 def _bar(share):  # of the whole width
@@ -240,7 +243,8 @@ def _bar(share):  # of the whole width
 def _score_section(run):
     rows = []
     for model, score, gain, lo, hi, cpu in board_rows(scoreboard(run)):
-        rows.append((model, score, Html(f'{gain}{_bar(float(gain))}'), f'{lo} – {hi}', cpu))
+        name = Html(f'<b>{markup(model)}</b>') if model == 'ensemble' else model
+        rows.append((name, score, Html(f'{gain}{_bar(float(gain))}'), f'{lo} – {hi}', cpu))
     notes = ''.join(f'<p>{markup(line[0].upper() + line[1:])}.</p>' for line in score_notes(run))
     return ('<h2>Scores</h2>'
             + html_table(['model', 'score', 'skill', '95 % interval', 'CPU s'], rows, 'sortable scores')
@@ -272,7 +276,7 @@ def _kind_section(run):
         return ''
     return ('<h2>Where it is good, and where not</h2><p>The ensemble\'s score by what the true prompt names; '
             'a picture of two subjects counts with both. Kinds of fewer than five pictures are left out.</p>'
-            + ''.join(f'<p></p>{t}' for t in tables))
+            + ''.join(tables))
 
 # %% ../nbs/08_report_page.ipynb #report-score-2
 def _picture_section(run):
@@ -313,7 +317,7 @@ _FACTS = dict(
     probe='a linear head alone scores {}', filled='{} filled with the training mean', check='file check: {}',
     k='{} neighbours', weights='weighted by {}', mix='search key: {}', share='share {}', hours='{} hours allowed',
     strength='ridge strength {}', bridge='share of class names {}', chosen_by='chosen by {}',
-    margins='phrases need a lead of {}', sources='{} sources', skill='skill {} on sources not seen')
+    margins='lead that phrases of each list need: {}', sources='{} sources', skill='skill {} on sources not seen')
 _OF_STAGE = dict(  # where a name means something else
     similarity=dict(train='mean cosine of picture and prompt {} in training rows', valid='{} in held-out rows'),
     pairs=dict(valid='{} for validation', test='{} for testing'),
