@@ -81,7 +81,7 @@ def dedup_rows(
 
 # %% ../nbs/01c_dedup_table.ipynb #bar
 _DEDUP_STYLE = ('td:first-child{white-space:nowrap}.texts td:first-child{white-space:normal}'
-                'i.bar{width:20rem;max-width:45vw}.texts td{min-width:9rem}')
+                'i.bar{margin-top:.6rem}.texts td:nth-child(n+2){min-width:8rem}.texts td.n{min-width:0}')
 
 # %% ../nbs/01c_dedup_table.ipynb #bar-2
 def _bar(share):  # of the longest
@@ -116,8 +116,8 @@ def _cluster_rows(near, column, n):  # near-duplicates -> rows: kept prompt, siz
 def _dedup_head(text, name, threshold, made):
     since = 'above a threshold' if threshold is None else f'of {threshold:g} and more'
     return (f'<h1>Near-duplicates in {markup(name)}</h1>'
-            f'<p>Two prompts count as the same where their MiniLM embeddings have a cosine {markup(since)}; 1 is '
-            'the same text. All rows that are that near to one prompt are a family, and one row of each family '
+            f'<p>Two prompts count as the same where their MiniLM embeddings have a cosine {markup(since)}; '
+            '1 is the same text. All rows that are that near to one prompt are a family, and one row of each '
             'stays. Words that only one prompt of a pair has are <mark>marked</mark>.</p>'
             + (f'<p class="soft">{markup(made)}</p>' if made else '')
             + f'<pre>{markup(text)}</pre>')
@@ -141,10 +141,11 @@ def dedup_html(
     if len(near):
         pairs = near[['cosine', column, 'near']].head(n).to_numpy().tolist()
         pairs = [(f'{c:.3f}', _differing(str(p), q), _differing(q, str(p))) for c, p, q in pairs]
-        clusters, texts = _cluster_rows(near, column, n), 'sortable texts'
+        families, texts = _cluster_rows(near, column, n), 'sortable texts'
+        head = ['kept', 'rows', 'dropped, the first five']
         parts += [('How alike', html_table(['cosine', 'rows', ''], _histogram_rows(near.cosine))),
                   ('Nearest to the threshold', html_table(['cosine', 'dropped', 'kept'], pairs, texts)),
-                  ('Largest families', html_table(['kept', 'rows', 'dropped, the first five'], clusters, texts))]
+                  ('Largest families', html_table(head, families, texts))]
     body = ''.join(f'<h2>{h}</h2>{t}' for h, t in parts)
     title = f'Near-duplicates in {name}'
     return html_page(title, Html(_dedup_head(text, name, threshold, made) + body), _DEDUP_STYLE)

@@ -51,8 +51,9 @@ document.querySelectorAll('.sortable table').forEach(table => {
     button.onclick = () => {
       const rows = [...table.rows].slice(1), up = head.ariaSort === 'descending'
       const numbers = rows.every(row => /^[+-]?[\\d.]|^$/.test(text(row, at)))
-      const value = row => numbers ? parseFloat(text(row, at).replaceAll(',', '') || '-Infinity') : text(row, at)
-      const order = (a, b) => numbers ? value(a) - value(b) : value(a).localeCompare(value(b))
+      const number = row => parseFloat(text(row, at).replaceAll(',', '') || '-Infinity')
+      const words = (a, b) => text(a, at).localeCompare(text(b, at))
+      const order = numbers ? (a, b) => number(a) - number(b) : words
       rows.sort((a, b) => up ? order(a, b) : order(b, a))
       heads.forEach(other => other.removeAttribute('aria-sort'))
       head.ariaSort = up ? 'ascending' : 'descending'
@@ -80,9 +81,10 @@ a{color:var(--mark)}.soft{color:var(--soft)}mark{background:var(--only);color:in
 .warn{background:var(--warn);border-radius:8px;padding:.6rem .8rem}
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--mark)}
 th button::after{content:"\\2195";opacity:.45;margin-left:.25em}
-th[aria-sort=ascending] button::after{content:"\\25b2"}th[aria-sort=descending] button::after{content:"\\25bc"}
+th[aria-sort=ascending] button::after{content:"\\25b2"}
+th[aria-sort=descending] button::after{content:"\\25bc"}
 @media(max-width:40rem){th,td{padding-right:.6rem;font-size:.88rem}}
-i.bar{display:block;min-width:1px;background:var(--mark);height:.3rem;border-radius:2px}
+i.bar{display:block;background:var(--mark);height:.3rem;border-radius:2px}
 """
 
 # %% ../nbs/00_page.ipynb #html-page

@@ -23,8 +23,8 @@ from .media import MEDIA
 from .objects import SUBJECTS
 from .measure import machine
 from .artifacts import Run
-from .report import (board_rows, gallery, left_out_board, left_out_lines, reached, read_scores, run_warnings,
-                         score_notes, scoreboard)
+from .report import (board_rows, gallery, left_out_board, left_out_lines, reached, read_scores,
+                         run_warnings, score_notes, scoreboard)
 
 # %% ../nbs/08_report_page.ipynb #svg
 def svg(
@@ -185,6 +185,7 @@ _STYLE = '''
 .by th{position:sticky;top:0;background:var(--bg)}
 .by th:nth-child(n+2),.by td:nth-child(n+2){text-align:right;white-space:nowrap}
 .cost td:nth-child(2),.cost td:nth-child(3){text-align:right}.cost td:last-child{min-width:15rem}
+td:first-child,.made th{min-width:5rem}.made th{white-space:nowrap}
 figure{margin:0}figure svg{width:100%;height:auto}figcaption{font-size:.9rem;color:var(--soft)}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.2rem}
 .prediction{border:1px solid var(--line);border-radius:8px;padding:.8rem;font-size:.9rem}
@@ -234,7 +235,7 @@ def _head_section(run):
             f'<p>The ensemble of this run reaches a mean cosine of <b>{score:.4f}</b> between predicted and '
             f'true prompt embeddings on {held_out:,} held-out pictures (95 % interval {lo:.4f} to {hi:.4f}). '
             f'An answer that looks at no picture reaches {mean:.4f}.</p>'
-            + html_table(['how it was made', ''], _how_made(run)))
+            + html_table(['how it was made', ''], _how_made(run), 'made'))
 
 # %% ../nbs/08_report_page.ipynb #report-score
 def _bar(share):  # of the whole width
@@ -312,14 +313,16 @@ def _figure_section(run, title, figures):
 _FACTS = dict(
     pictures='{} pictures', prompts='{} prompts', train='{} for training', valid='validation score {}',
     test='test score {}', lost='left out: {}', read='read: {}', unreadable='{} unreadable pictures',
-    finds_its_prompt='a picture finds its own prompt first: {}', dim='rows of {} numbers', start='weights: {}',
-    effective_rows='weighted, the training rows count as {}', note='{}', ratios='ratios: {}',
-    probe='a linear head alone scores {}', filled='{} filled with the training mean', check='file check: {}',
-    k='{} neighbours', weights='weighted by {}', mix='search key: {}', share='share {}', hours='{} hours allowed',
-    strength='ridge strength {}', bridge='share of class names {}', chosen_by='chosen by {}',
-    margins='lead that phrases of each list need: {}', sources='{} sources', skill='skill {} on sources not seen')
+    finds_its_prompt='a picture finds its own prompt first: {}', dim='rows of {} numbers',
+    start='weights: {}', effective_rows='weighted, the training rows count as {}', note='{}',
+    ratios='ratios: {}', probe='a linear head alone scores {}', filled='{} filled with the training mean',
+    check='file check: {}', k='{} neighbours', weights='weighted by {}', mix='search key: {}',
+    share='share {}', hours='{} hours allowed', strength='ridge strength {}',
+    bridge='share of class names {}', chosen_by='chosen by {}', sources='{} sources',
+    margins='lead that phrases of each list need: {}', skill='skill {} on sources not seen')
 _OF_STAGE = dict(  # where a name means something else
-    similarity=dict(train='mean cosine of picture and prompt {} in training rows', valid='{} in held-out rows'),
+    similarity=dict(
+        train='mean cosine of picture and prompt {} in training rows', valid='{} in held-out rows'),
     pairs=dict(valid='{} for validation', test='{} for testing'),
     interrogator=dict(prompts='an answer is the mean of {} texts'))
 
