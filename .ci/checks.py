@@ -95,6 +95,36 @@ def test_figures_have_alt_text():
           for c in cells(p, 'code') if drawn(c) and len(str(alt(c) or '')) < 15),
          'a cell with a figure starts with a line: #| fig-alt: "what a person would see"')
 
+def unguarded(code):
+    "Statements of a marked cell that Jupyter would run on any machine, and that may cost something"
+    tree = ast.parse(code)
+
+    def costs(node):  # a call that is no constructor of a small thing, outside functions
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            return False
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if not (name[0].isupper() or name in ('dict', 'list', 'tuple', 'set')):
+                return True
+        return any(map(costs, ast.iter_child_nodes(node)))
+
+    def guards(node):
+        asked = ast.unparse(node.test) if isinstance(node, ast.If) and not node.orelse else ''
+        return asked == 'torch.cuda.is_available()' or re.match(r"slow\('.{5,}'\)$", asked) is not None
+
+    return [ast.unparse(o) for o in tree.body if not guards(o) and costs(o)]
+
+def test_marked_cells_are_guarded():
+    """Jupyter knows no flags: a cell marked gpu or slow asks for a card, or waits for SDIP_SLOW, and one of
+    eval: false would run there"""
+    none((f"{p.name} {c['id']}: {o}" for p in notebooks() for c in cells(p, 'code')
+          if re.search(r'^#\| (gpu|slow|notest|eval: *false)\b', source(c), re.M)
+          for o in unguarded(source(c))),
+         "in a cell marked slow or gpu all work stands under if slow('3 CPU minutes'): (sdip.kaggle) "
+         'or if torch.cuda.is_available():')
+    test = unguarded("x = Box(1)\nif slow('3 CPU minutes'):\n    work()")
+    assert test == [] and unguarded('y = work()') == ['y = work()'], test
+
 # how it reads
 
 LINE, CELLS, LONG = 110, 75, 30  # columns; cells of a notebook; lines of a code cell

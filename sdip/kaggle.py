@@ -6,9 +6,20 @@
 __all__ = ['setup_notebook']
 
 # %% ../nbs/00_kaggle.ipynb #imports
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# %% ../nbs/00_kaggle.ipynb #slow
+def slow(
+    takes: str,  # how long the cell takes, such as '3 CPU minutes'
+) -> bool:  # is the environment variable SDIP_SLOW set?
+    "May a slow cell run? Where not, one line says what is left out"
+    if os.environ.get('SDIP_SLOW'):
+        return True
+    print(f'Left out, it takes {takes}. To run such cells: %env SDIP_SLOW=1')
+    return False
 
 # %% ../nbs/00_kaggle.ipynb #skip-marked
 def skip_marked(
