@@ -2141,3 +2141,27 @@ def test_killed_at_random():
     wanted, kills, survived = (sum(counts) for counts in zip(*(o[2:] for o in ends)))
     print(f'{survived} of {kills} kills survived')
     assert survived == kills == wanted, ends
+
+JUPYTER = """import os, sys
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
+os.environ.pop('SDIP_SLOW', None)
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+os.chdir(os.path.dirname(sys.argv[1]))
+shell = CaptureShell(os.getcwd())
+shell.run_all(read_nb(sys.argv[1]), exc_stop=True)
+"""
+# of the chapters with cells marked slow or gpu those that take seconds; the others with SDIP_LONG
+RUN_ALL = ('01e_experiments', '03_finetune_vit', '04_exact_search', '06a_experiments', '08_find_weights',
+           '09_bench_data')
+
+def test_run_all_ends():
+    "Run All in Jupyter, which knows no flags, on a machine without a GPU: every cell of a chapter"
+    from harness import notebooks
+    Path('run_all.py').write_text(JUPYTER)
+    chapters = [p for p in notebooks() if LONG or p.stem in RUN_ALL]
+    assert len(chapters) >= len(RUN_ALL)
+    for p in chapters:
+        start = time.time()
+        sh(sys.executable, 'run_all.py', p)
+        print(f'{p.stem}: {time.time() - start:.0f} s', flush=True)
