@@ -36,13 +36,14 @@ def _pass(out, name, blocks, make, work, desc):
     "A pass over all blocks: a file each, the model made at the first one missing -> files"
     from tqdm import tqdm
     files, model = [out/f'{name}-{lo:07d}.json' for lo, _ in blocks], None
-    bar = tqdm(files, desc=f'{desc} {name}' if desc else None, disable=None if desc else True)
-    for file, (lo, part) in zip(bar, blocks):
-        if file.exists():
-            continue
-        if model is None:
-            model = make()
-        write_json(work(model, lo, part), file)
+    n = sum(len(part) for _, part in blocks)
+    bar = tqdm(total=n, desc=f'{desc} {name}', unit=' pictures', disable=None if desc else True)
+    for file, (lo, part) in zip(files, blocks):
+        if not file.exists():
+            model = model or make()
+            write_json(work(model, lo, part), file)
+        bar.update(len(part))
+    bar.close()
     return files
 
 # %% ../nbs/05b_folder.ipynb #interrogate-folder

@@ -208,10 +208,13 @@ def add_pairs(
         self.add_prompts(list(texts), lambda new: targets[[texts[p] for p in new]], source, bs)
     paths, unread = image_paths(pairs, root), []
     root = pairs.attrs.get('root') if root is None else root
-    for a in tqdm(range(0, len(pairs) if 'image' in kinds else 0, bs), desc='pictures', disable=None):
-        keys, part = self.embed_pictures(paths[a:a + bs]), pairs.iloc[a:a + bs]
-        unread += [dict(r, row=r['row'] + a) for r in self.report]
-        self.add(keys, targets[a:a + bs], part.prompt, 'image', source, part.image, root)
+    n = len(pairs) if 'image' in kinds else 0
+    with tqdm(total=n, desc='bank', unit=' pictures', disable=None) as bar:
+        for a in range(0, n, bs):
+            keys, part = self.embed_pictures(paths[a:a + bs]), pairs.iloc[a:a + bs]
+            unread += [dict(r, row=r['row'] + a) for r in self.report]
+            self.add(keys, targets[a:a + bs], part.prompt, 'image', source, part.image, root)
+            bar.update(len(part))
     self.report = unread
     return self
 

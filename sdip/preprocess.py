@@ -270,6 +270,12 @@ def _decoded_batches(images, prep, bs, starts, workers, report, draft, ahead=2):
         pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/00d_preprocess.ipynb #image-batches
+def _starts(n, bs, desc):  # -> first rows of batches; a bar counts the pictures
+    with tqdm(total=n, desc=desc, unit=' pictures', disable=None if desc else True) as bar:
+        for lo in range(0, n, bs):
+            yield lo
+            bar.update(min(bs, n - lo))
+
 def image_batches(
     images,  # list of what `read_image` takes, or uint8 (n, S, S, 3) that is prepared, in memory or `Decoded`
     prep: Preprocess,  # how to prepare them
@@ -285,7 +291,7 @@ def image_batches(
     if isinstance(images, (str, Path, Image.Image)):
         raise ValueError(f"images is one {type(images).__name__}, expected a list: "
                          "write [image], or find_images(folder)")
-    starts = tqdm(range(0, len(images), bs), desc=desc, disable=None if desc else True)
+    starts = _starts(len(images), bs, desc)
     if getattr(images, 'ndim', 0) == 4:
         yield from _array_batches(images, prep, bs, starts)
     else:

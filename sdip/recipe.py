@@ -60,10 +60,11 @@ def rule(
         self: Recipe,
         world: int = 1,  # processes
 ) -> str:
-    "What a step is, and how to scale it"
-    step = f'{self.bs} rows a step in {self.accumulate} part(s) on {world} process(es)'
-    return (f'{self.epochs} epochs, {step}; lr {self.lr:g}, which is {self.lr/self.bs:.2g} a row. Another '
-            f'batch size: recipe.at(bs) keeps lr/bs. Out of memory: accumulate={2*self.accumulate}')
+    "What a step is, as a line of a log"
+    parts = f' in {self.accumulate} parts' if self.accumulate > 1 else ''
+    where = f' on {world} processes' if world > 1 else ''
+    epochs = f"{self.epochs} epoch{'s' if self.epochs != 1 else ''}"
+    return f'{epochs}, {self.bs} rows a step{parts}{where}, lr {self.lr:g}'
 
 # %% ../nbs/00g_recipe.ipynb #recipe-outcome
 @patch(as_prop=True)
