@@ -229,8 +229,9 @@ def _network_lines(f, place):
         fetch = f"hf download {o.repo} {o.fetch} --local-dir {place}/{o.repo.split('/')[1]}"
         lines += [
             f"    looked in: {', '.join(f['looked'])}",
-            f'    get it:    {fetch}   (where there is internet; {o.licence}), '
-            f'attach such a folder on Kaggle, name it with --{o.role} PATH, or add --download',
+            f'    get it ({o.licence}), where there is internet:',
+            f'        {fetch}',
+            f'    or attach such a folder on Kaggle, name it with --{o.role} PATH, or add --download',
         ]
     return lines
 

@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -163,23 +164,32 @@ def machine() -> str:  # as in 'AMD EPYC, 2 cores, x86_64'
     return f'{name}, {os.cpu_count()} cores, {platform.machine()}'
 
 # %% ../nbs/00k_measure.ipynb #bench-text
+def _beside(way, note):  # lines below a row
+    said = f'beside {way}' + (f'; {note}' if note else '')
+    return textwrap.wrap(said, 100, initial_indent='    ', subsequent_indent='    ')
+
 def bench_text(
     found: list,  # of `Comparison`
-    n_threads: int = 2,  # that they were measured with
+    n_threads: int = 2,  # that they were measured with; None: no line about the machine
 ) -> str:  # lines for a terminal
-    "The table, and below it the machine and the versions"
+    "A table of 100 columns, and below it the machine and the versions"
     from importlib.metadata import version
     mb = lambda v: '' if v is None or np.isnan(v) else f'{v:.0f}'
     form = dict(ours='{:.2f}'.format, plain='{:.2f}'.format, ratio='{:.1f}x'.format, rows='{:,}'.format,
                 ours_mb=mb, plain_mb=mb)
     names = dict(ours='ours, CPU s', plain='plain, CPU s', ratio='less CPU', ours_mb='ours, MB',
-                 plain_mb='plain, MB', plain_way='plain way')
+                 plain_mb='plain, MB')
     table = bench_table(found)
+    ways = table.pop('plain_way'), table.pop('note')
     for k, f in form.items():
         table[k] = table[k].map(f)
+    head, *rows = table.rename(columns=names).to_string(index=False).splitlines()
+    lines = [head] + [line for row, *way in zip(rows, *ways) for line in (row, *_beside(*way))]
+    if n_threads is None:
+        return '\n'.join(lines)
     libs = ' '.join(f'{p} {version(p)}' for p in ('torch', 'faiss-cpu', 'numpy'))
-    return (f'{table.rename(columns=names).to_string(index=False)}\n'
-            f'{n_threads} threads, {machine()}; Python {platform.python_version()}, {libs}')
+    here = f'{n_threads} threads, {machine()}; Python {platform.python_version()}, {libs}'
+    return '\n'.join(lines + textwrap.wrap(here, 100))
 
 # %% ../nbs/00k_measure.ipynb #growth-plot
 def growth_plot(

@@ -339,8 +339,10 @@ def draw_file(
     size: int = 256,  # pixels
     seed: int = 0,  # chooses among the pictures of this prompt
 ) -> str:  # a line that says what was drawn, and what was ignored
-    "Draw one prompt into a file"
+    "Draw one prompt into a file. ValueError: no name of a picture file"
+    if not Path(out).suffix:
+        raise ValueError(f'{out} names no kind of picture: let it end in .png or .jpg')
     scene, ignored = read(prompt)
     with atomic_path(out) as tmp:
         draw(scene, seed, size).save(tmp)
-    return f'{out}: {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else '')
+    return f'{out} shows {scene.key}' + (f"; ignored: {', '.join(ignored)}" if ignored else '')

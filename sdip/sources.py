@@ -82,7 +82,7 @@ def _by_id(ids, folder):
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, but the table names pictures by id only: "
                          "put the pictures there, or say --images FOLDER, "
-                         "or --image_col NAME for a column of paths")
+                         "or --image-col NAME for a column of paths")
     files = {}
     for f in find_images(folder):
         files.setdefault(path_text(f.stem), []).append(f)

@@ -321,14 +321,14 @@ def _one_column(table, name, kind):
     if len(found) < 2 or name in found:
         return name if name in found else found[0] if found else None
     raise ValueError(f"{table.path} has {len(found)} columns that may be its {name!r}: {first_few(found)}: "
-                     f"name one with --{kind}_col ({kind}_col= in Python)")
+                     f"name one with --{kind}-col ({kind}_col= in Python)")
 
 def _check_weak(table, found):
     "Refuse a weak name beside a column of negative prompts"
     against = [c for c in table.rows if re.search(r'(^|_)neg(ative)?(_|$)', column_key(c))]
     if against and found is not None and column_key(found) in _WEAK_NAMES:
         raise ValueError(f"{table.path} has a column {against[0]!r} and none that is surely the prompt: "
-                         f"{found!r} may be something else; name one with --prompt_col "
+                         f"{found!r} may be something else; name one with --prompt-col "
                          "(prompt_col= in Python)")
 
 # %% ../nbs/00_tables.ipynb #find-column
@@ -352,7 +352,7 @@ def find_column(
     hint = f', known names are {", ".join(wanted)}' if given is None else ''
     first = '' if known_names(names) else '; its first line must name the columns'
     raise ValueError(f"{table.path} has no {what}, its columns are {first_few(names, 12)}{hint}{first}: "
-                     f"name one with --{kind}_col ({kind}_col= in Python)")
+                     f"name one with --{kind}-col ({kind}_col= in Python)")
 
 # %% ../nbs/00_tables.ipynb #to-numbers
 def to_numbers(
@@ -382,7 +382,7 @@ def text_cells(
         if isinstance(v, (_Json, bytes)) or not pd.api.types.is_scalar(v):
             kind = 'JSON' if isinstance(v, _Json) else type(v).__name__
             raise ValueError(f"{table.where(i)}: {column} is {kind} ({str(v)[:60]}), expected one text: "
-                             "write it there, or name another column with --prompt_col "
+                             "write it there, or name another column with --prompt-col "
                              "(prompt_col= in Python)")
         if not isinstance(v, str):
             whole = isinstance(v, (float, np.floating)) and float(v).is_integer()  # it met a NaN
