@@ -236,7 +236,7 @@ def test_imports_run_forward():
     none(sorted(set(faults())), 'imports that run back up, or take private names')
 
 def test_public_functions_are_documented():
-    "Each parameter of a public function says what it is"
+    "A public function, class or method says what it does, and each of its parameters what it is"
     from fastcore.docments import docments
     import importlib, inspect
 
@@ -290,30 +290,58 @@ def test_quarto_yml_is_linked():
 def test_quarto_yml():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert site['project']['type'] == 'website' and site['metadata-files'] == ['nbdev.yml', 'sidebar.yml']
-    assert set(site['format']['html']['theme']) == {'light', 'dark'}
-    web = site['website']
+    form, web = site['format']['html'], site['website']
+    assert set(form['theme']) == {'light', 'dark'} and form['respect-user-color-scheme'] is True
     assert web['navbar']['search'] is True and web['page-navigation'] is True
-    assert web['navbar']['left'][0]['href'] == 'index.ipynb' and 'contents' not in web['sidebar'], web[
-        'navbar']
+    links = [o['href'] for side in ('left', 'right') for o in web['navbar'][side]]
+    assert links[0] == 'index.ipynb' and 'contents' not in web['sidebar'], links
     assert web['repo-subdir'] == 'nbs' and {'edit', 'issue'} <= set(web['repo-actions']), web['repo-actions']
-    none((o['href'] for o in web['navbar']['left'] if not (ROOT/'nbs'/o['href']).exists()),
-         'pages of the navigation bar that do not exist')
+    none((o for o in [*links, web['favicon'], form['css']] if ':' not in o and not (ROOT/'nbs'/o).exists()),
+         'files that _quarto.yml names and that do not exist')
+
+def test_sidebar_is_complete():
+    subprocess.run([ROOT/'.ci/sidebar', '--check'], check=True)
+
+def test_commands_page_is_current():
+    "commands.ipynb shows each command, and what its --help prints now; where lines break is Python's"
+    shown = {source(c): ''.join(o['text']) for c in cells(ROOT/'nbs/commands.ipynb', 'code')
+             for o in c['outputs']}
+    env = os.environ | dict(COLUMNS='80')
+    for name in commands():
+        said = subprocess.run([Path(sys.executable).parent/name, '--help'], check=True, capture_output=True,
+                              text=True, env=env).stdout
+        page = shown.get(f"show_help('{name}')", '')
+        assert page.split() == said.split(), f'commands.ipynb does not show {name} --help: run and commit it'
+
+def as_html(page):
+    "A processed notebook as nbconvert renders it; Quarto's way of naming alt texts is put back"
+    from nbconvert import HTMLExporter
+    import nbformat
+    nb = nbformat.read(page, 4)
+    nb.cells = [c for c in nb.cells if c.cell_type != 'raw']
+    for c in nb.cells:
+        if c.cell_type == 'markdown':
+            c.source = re.sub(r'!\[\]\((\S+)\)\{fig-alt="(.*)"\}', r'![\2](\1)', c.source)
+        elif alt(c):
+            for o in c.outputs:
+                for kind in [k for k in o.get('data', {}) if k.startswith('image/')]:
+                    o.setdefault('metadata', {}).setdefault(kind, {})['alt'] = alt(c)
+    return HTMLExporter(template_name='basic').from_notebook_node(nb)[0]
 
 def test_site_pages():
-    "Everything nbdev does for the site before it hands over to Quarto, which is not needed here"
-    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+    """Everything nbdev does for the site before it hands over to Quarto, which is not needed here; then
+    what a browser shows of these pages, where there is one"""
+    from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
+    import pages
     os.chdir(ROOT)
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__()
     nbdev = yaml.safe_load((ROOT/'nbs/nbdev.yml').read_text())
     assert nbdev['website']['repo-url'] == settings(
     )['git_url'] and nbdev['project']['output-dir'] == '_docs', nbdev
-    pages = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
-    names = sorted(p.name for p in notebooks())
-    assert pages == sorted(names, key=lambda o: (o != 'index.ipynb', o)), f'pages in the sidebar: {pages}'
     cache = proc_nbs(n_workers=1, force=True)
     assert (cache/'_quarto.yml').read_text() == (ROOT/'_quarto.yml').read_text()
+    style = (cache/'site.css').read_text()
     for p in notebooks():
         page = cells(cache/p.name)
         assert page[0]['cell_type'] == 'raw' and 'title: ' in source(
@@ -328,6 +356,23 @@ def test_site_pages():
         kept = {alt(c) for c in page if c['cell_type'] == 'code'}
         none((a for c in cells(p, 'code') if (a := alt(c)) and a not in kept),
              f'{p.name}: alt texts that the site loses')
+        (cache/f'{p.stem}.html').write_text(pages.framed(as_html(cache/p.name), style, p.stem))
+    try:
+        import playwright  # noqa: F401
+    except ImportError:
+        return print('not looked at in a browser: playwright is not installed')
+    if pages.browser() is None:
+        return print(f"not looked at in a browser: none of {', '.join(pages.BROWSERS)} is installed")
+    none(pages.faults_of(sorted(cache.glob('*.html'))), 'what a browser shows of the pages')
+
+def test_nbdev_docs_leaves_readme():
+    "nbdev's own step, as nbdev_docs calls it, finds nothing to write README.md from"
+    from nbdev.quarto import nbdev_readme
+    os.chdir(ROOT)
+    before = (ROOT/'README.md').stat().st_mtime_ns
+    os.utime(ROOT/'nbs/index.ipynb')  # newer than README.md
+    nbdev_readme.__wrapped__(chk_time=True)  # it would call Quarto
+    assert (ROOT/'README.md').stat().st_mtime_ns == before
 
 def test_workflows():
     flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/'.github/workflows').glob('*.yml')}

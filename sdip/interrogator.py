@@ -194,7 +194,7 @@ class Words(pd.DataFrame):
         rows = []
         for r in self[:20].itertuples():
             phrases = '; '.join(f'{p} {s:+.2f}' for p, s in r.phrases)
-            shown, name = thumbnail(self._source(r.image), 64), Path(r.image).name
+            shown, name = thumbnail(self._source(r.image), 64, r.prompt), Path(r.image).name
             rows.append((shown, r.prompt or 'cannot be read', phrases, f'{r.similarity:.2f}', name))
         more = f'<p>and {len(self) - 20} more</p>' if len(self) > 20 else ''
         names = ['', 'prompt', 'phrases', 'similarity', 'picture']
