@@ -254,17 +254,22 @@ def test_public_functions_are_documented():
                     }
                     if hasattr(thing, '__dataclass_fields__'):
                         parts = {k: v for k, v in parts.items() if not k.endswith('__init__')}
+                if isinstance(thing, type) and thing.__module__ == module.__name__ and not thing.__doc__:
+                    yield f'{p.stem}.{name}: no docstring'
                 for at, f in parts.items():
                     f = f.__func__ if isinstance(f, (classmethod, staticmethod)) else f
+                    f = f.fget if isinstance(f, property) else f
                     if not inspect.isfunction(f) or f.__module__ != module.__name__:
                         continue
+                    if not (f.__doc__ or '').strip() and not at.endswith('__'):
+                        yield f'{p.stem}.{at}: no docstring'
                     said = docments(f, returns=False)
                     yield from (
                         f'{p.stem}.{at}({k})' for k, o in inspect.signature(f).parameters.items()
-                        if k not in ('self', 'cls') and not said.get(k) and not hasattr(o.annotation, 'help')
+                        if k not in ('self', 'cls') and not said.get(k)
                         and o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL))  # fastcore sees none at **kw
 
-    none(faults(), 'parameters without a docment')
+    none(faults(), 'public names without a docstring, parameters without a docment')
 
 # README, site, workflows
 
@@ -382,7 +387,9 @@ def test_workflows():
     assert any(s.get('run') == 'bash .ci/run' for s in steps['test'])
     quarto = [s for s in steps['docs'] if s.get('uses', '').startswith('quarto-dev/quarto-actions/setup@')]
     assert re.fullmatch(r'\d+\.\d+\.\d+', quarto[0]['with']['version']), 'pin the version of Quarto'
-    assert any('nbdev_docs' in s.get('run', '') for s in steps['docs'])
+    said = [s.get('run', '') for s in steps['docs']]
+    at = [next(i for i, o in enumerate(said) if part in o) for part in ('nbdev_docs', '.ci/pages.py _docs')]
+    assert at == sorted(at), 'the pages are looked at after they were rendered'
 
 # package
 

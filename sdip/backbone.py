@@ -188,6 +188,7 @@ class ImageRegressor(nn.Module):
 
     @property
     def last(self):
+        "The linear layer that predicts"
         return self.head if self.kind == 'linear' else self.head[-1]  # the linear layer that predicts
 
     def features(

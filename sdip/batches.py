@@ -393,9 +393,11 @@ class Augment(Callback):
         self.names, self.seed = names, seed
 
     def before_fit(self):
+        "Know which process this is"
         self.rank = world_of_processes()[0]
 
     def before_batch(self):
+        "Change the pictures, by seed, epoch, batch and process"
         batch = self.iter + self.dls.train.batch_sampler.skip
         rng = np.random.default_rng([self.seed, self.epoch, batch, self.rank])
         self.learn.xb = (augmented(self.xb[0], self.names, rng), *self.xb[1:])

@@ -78,18 +78,22 @@ class OnDevice(Callback):
         self.prep = prep
 
     def before_fit(self):
+        "The memory format of convolutions, and a smoothed loss that stays on the device"
         channels_last(self.model)
         self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
 
     def before_batch(self):
+        "Normalise the pixels"
         self.learn.xb = (self.prep.normalize(self.xb[0]), *self.xb[1:])
 
     def after_train(self):
+        "Losses go to the CPU, once an epoch"
         self.recorder.losses = [loss.cpu() for loss in self.recorder.losses]  # for `plot_loss`
 
 class TellEpoch(Callback):
     "The sampler's order follows the number of the epoch"
     def before_train(self):
+        "Tell the sampler the number of the epoch"
         self.dls.train.batch_sampler.epoch = self.epoch
 
 # %% ../nbs/00g_callbacks.ipynb #history
@@ -105,23 +109,28 @@ class History(Callback):
         self.desc, self.quiet, self.rows = desc, quiet, []
 
     def before_fit(self):
+        "Open the bar"
         self.begun = False
         self.bar = tqdm(total=self.n_epoch*len(self.dls.train), desc=self.desc, leave=False,
                         disable=True if self.quiet else None)  # None: only where a person can see it
 
     def before_train(self):  # not where one only validates or predicts
+        "Begin anew, but not where one only validates or predicts"
         if not self.begun:
             self.rows, self.begun = [], True
 
     def after_batch(self):
+        "Move the bar"
         if self.training:
             self.bar.update(1)
 
     def after_epoch(self):
+        "Add the epoch's row"
         if self.begun:
             self._note()
 
     def after_fit(self):
+        "Close the bar"
         self.bar.close()
 
 # %% ../nbs/00g_callbacks.ipynb #history-note
@@ -142,9 +151,11 @@ class Say(Callback):
     order, _only_train_loop = 56, True
 
     def before_fit(self):
+        "Start the clock"
         self.start = time.perf_counter()
 
     def after_epoch(self):
+        "Print the line"
         if not self.history.rows or self.history.rows[-1]['epoch'] != self.epoch:
             return
         r = self.history.rows[-1]
@@ -158,6 +169,7 @@ class CsvLog(CSVLogger):
     order, _only_train_loop = 71, True  # after `Checkpoint` has said what is done
 
     def before_fit(self):
+        "Open the file, and keep its lines of epochs that are done"
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run:
             return
@@ -207,26 +219,32 @@ class EMA(Callback):
 
     @property
     def raw_score(self):
+        "Mean cosine of the raw weights, at the last validation"
         return float(self.raw[0])/max(self.raw[1], 1)  # mean cosine of the last validation
 
     def before_fit(self):
+        "Begin the average with the weights of now"
         self.avg, self.steps = ModelEmaV3(self.model, decay=self.decay, use_warmup=True), 0
 
     def after_step(self):  # a step, not a batch: parts of a step change no weight
+        "Average a step"
         self.steps += 1
         self.avg.update(self.model, step=self.steps)
 
     def after_fit(self):
+        "Finish with the averaged weights"
         self.model.load_state_dict(self.avg.module.state_dict())
 
 # %% ../nbs/00g_callbacks.ipynb #ema-validate
 @patch
 def before_validate(self: EMA):
+    "Put the averaged weights in place"
     self.trained, self.raw = self.model, (0., 0)
     self.learn.model = self.avg.module
 
 @patch
 def after_pred(self: EMA):
+    "Score the raw weights on a batch, where they are watched"
     if self.training or not (self.watch_raw and self.yb):
         return
     total, n = self.raw
@@ -234,12 +252,13 @@ def after_pred(self: EMA):
 
 @patch
 def after_validate(self: EMA):
+    "Put the raw weights back"
     self.learn.model = self.trained
 
-# %% ../nbs/00g_callbacks.ipynb #best
 def _cpu_copy(model):
     return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
 
+# %% ../nbs/00g_callbacks.ipynb #best
 class KeepBest(Callback):
     "Finish with the averaged weights of the best epoch, or with the start's where no epoch was better"
     order, _only_train_loop = 58, True
@@ -252,12 +271,15 @@ class KeepBest(Callback):
         self.start, self.patience, self.state = start, patience, None
 
     def before_fit(self):
+        "Remember the weights at the start, where they have a score"
         self.trained, self.state = False, None if self.start is None else _cpu_copy(self.model)
 
     def before_train(self):
+        "An epoch is trained, not skipped"
         self.trained = True  # no epoch that a resumed run skips
 
     def after_epoch(self):
+        "Keep a better epoch; end when none came for long"
         rows = self.history.rows
         if not self.trained or not rows or rows[-1]['epoch'] != self.epoch:
             return
@@ -268,6 +290,7 @@ class KeepBest(Callback):
             raise CancelFitException
 
     def after_fit(self):
+        "Load the best weights"
         if self.state:
             self.model.load_state_dict(self.state)
 
@@ -277,12 +300,15 @@ class LastWord(Callback):
     order, _only_train_loop = 99, True
 
     def before_fit(self):
+        "Nothing was trained yet"
         self.trained = False
 
     def before_train(self):
+        "An epoch is trained, not skipped"
         self.trained = True
 
     def after_fit(self):
+        "Put the chosen weights back, with a warning, where others were loaded"
         if not self.trained or hasattr(self.learn, 'lr_finder'):
             return
         best = getattr(self.learn, 'keep_best', None)
@@ -317,6 +343,7 @@ class Thaw(Callback):
         self.depths = [depth for depth, epochs in unfreezing for _ in range(epochs)]  # one an epoch
 
     def before_train(self):
+        "Freeze and unfreeze for this epoch"
         depth = self.depths[min(self.epoch, len(self.depths) - 1)]
         n_frozen = 0 if depth is None else max(len(self.groups) - depth, 0)
         for i, group in enumerate(self.groups):
@@ -387,6 +414,7 @@ class Checkpoint(Callback):
 
     @property
     def epoch_done(self):
+        "Epochs that the file holds"
         return self.state['epoch'] if self.state else 0
 
 # %% ../nbs/00g_callbacks.ipynb #checkpoint-random
@@ -428,11 +456,13 @@ def _save(self: Checkpoint, epoch, batch):
 # %% ../nbs/00g_callbacks.ipynb #checkpoint-save
 @patch
 def after_epoch(self: Checkpoint):
+    "Save, unless the epoch was skipped"
     if self.epoch >= self.epoch_done:
         self._save(self.epoch + 1, 0)  # else skipped: the checkpoint is newer
 
 @patch
 def after_batch(self: Checkpoint):
+    "Save, when the minutes are over"
     if not self.training:
         return
     self.batch += 1
@@ -443,6 +473,7 @@ def after_batch(self: Checkpoint):
 # %% ../nbs/00g_callbacks.ipynb #checkpoint-resume
 @patch
 def before_fit(self: Checkpoint):
+    "Load what a killed run left"
     self.run, self.saved, self.rng = not hasattr(self.learn, 'lr_finder'), time.monotonic(), None
     if not self.state or not self.run:
         return
@@ -463,6 +494,7 @@ def before_fit(self: Checkpoint):
 # %% ../nbs/00g_callbacks.ipynb #checkpoint-place
 @patch
 def before_train(self: Checkpoint):
+    "Skip the batches that a killed run has done, and save before the first"
     self.batch = self.state['batch'] if self.state and self.epoch == self.epoch_done else 0
     if hasattr(self.dls.train.batch_sampler, 'skip'):
         self.dls.train.batch_sampler.skip = self.batch
@@ -474,11 +506,13 @@ def before_train(self: Checkpoint):
 
 @patch
 def before_batch(self: Checkpoint):
+    "Go on with the random numbers of a killed run"
     if self.training and self.rng is not None:
         _set_random_state(self.rng)
         self.rng = None
 
 @patch
 def after_fit(self: Checkpoint):
+    "Forget what was loaded"
     if hasattr(self, 'batch'):
         self.state = None  # a later look at the score does not go back to it

@@ -111,6 +111,7 @@ class Decoded:
 
     @property
     def shape(self):
+        "(n, S, S, 3)"
         return len(self.at), self.size, self.size, 3
 
     def __len__(self):

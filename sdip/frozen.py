@@ -216,6 +216,7 @@ class FrozenRegressor:
 
     @property
     def device(self):
+        "Where the first network computes"
         return self.seers[0].device
 
 # %% ../nbs/03a_frozen.ipynb #regressor-features

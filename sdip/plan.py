@@ -40,6 +40,7 @@ class Card:
 
     @property
     def usable_gb(self):
+        "Memory that a plan may fill"
         return 0.9*self.memory_gb
 
     def __str__(self):

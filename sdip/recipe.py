@@ -42,9 +42,11 @@ class Recipe:
     cache_gb: float = 2.  # without it: up to this size (GB) they are kept in memory
     draft: bool = False  # decode large JPEGs at reduced resolution: faster, slightly other pixels
 
-    @property
-    def epochs(self):
-        return sum(epochs for _, epochs in self.unfreezing)
+# %% ../nbs/00g_recipe.ipynb #recipe-epochs
+@patch(as_prop=True)
+def epochs(self: Recipe):
+    "Epochs in all"
+    return sum(epochs for _, epochs in self.unfreezing)
 
 # %% ../nbs/00g_recipe.ipynb #recipe-scale
 @patch

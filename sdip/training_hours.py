@@ -32,9 +32,11 @@ class TimeBudget(Callback):
         self.tail = self.ended = None  # seconds of validation and saving; when training's part ended
 
     def before_fit(self):
+        "A search for a learning rate has no limit"
         self.run, self.trained = not hasattr(self.learn, 'lr_finder'), False
 
     def before_epoch(self):
+        "End the training when the time is up"
         late = self.trained and self.clock() + (self.tail or 0.) >= self.until
         if share_among([late])[0]:
             raise CancelFitException  # the checkpoint of the epoch before is there
@@ -42,6 +44,7 @@ class TimeBudget(Callback):
 # %% ../nbs/00g_training_hours.ipynb #budget-epoch
 @patch
 def before_train(self: TimeBudget):
+    "Start the clock of an epoch"
     self.begun, self.first, self.share = self.clock(), None, None
     if self.ended is not None:
         self.tail = max(self.tail or 0., self.begun - self.ended)
@@ -49,10 +52,12 @@ def before_train(self: TimeBudget):
 
 @patch
 def after_cancel_train(self: TimeBudget):
+    "Keep the training loss of an epoch that was cut"
     self.recorder.cancel_train = False  # a cut epoch has a training loss
 
 @patch
 def after_train(self: TimeBudget):
+    "Note when training ended"
     self.ended = self.clock()
 
 @patch
@@ -84,6 +89,7 @@ def _look(self: TimeBudget, done):
 # %% ../nbs/00g_training_hours.ipynb #pace
 @patch
 def after_batch(self: TimeBudget):
+    "Cut the epoch where no further step fits"
     if not (self.training and self.run):
         return
     sampler, n = self.dls.train.batch_sampler, self.n_iter
@@ -103,6 +109,7 @@ def after_batch(self: TimeBudget):
 # %% ../nbs/00g_training_hours.ipynb #end
 @patch
 def after_epoch(self: TimeBudget):
+    "Note in the epoch's row how much of it was trained, and save a last one that was cut"
     if not (self.run and self.trained) or self.share is None:
         return
     self.history.rows[-1]['cut'] = self.share
