@@ -19,6 +19,8 @@ from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
 from .preprocess import pick_device
 from .artifacts import Run
+from .inputs import clip_rows
+from .decoding import Decoder, playground_lists
 from .find_weights import find_outside, load_outside
 from .members import mean_rows
 from .prediction import members_of, Prediction, Predictions
@@ -201,6 +203,8 @@ def _predict_group(self: RunPredictor, names, pictures):
     with on_card(models[:1]):
         if getattr(models[0], 'clip', None) is not None:  # which all of them look with
             emb = dict(emb=models[0].clip.encode_images(pictures))
+            if self._speaker() in names:
+                self._seen = emb['emb']  # (b, d)
     return {name: model.predict(pictures, **emb) for name, model in zip(names, models)}
 
 @patch
@@ -231,6 +235,7 @@ def predict(
     n = len(images)
     preds = {m: np.full((n, EMB_DIM), np.nan, np.float32) for m in self.models}
     self.report, self.words, self.expected, self.preds = [], ['']*n, np.full(n, np.nan), preds
+    self._starts, self._looks = [()]*n, None
     for first, block in _decoded_blocks(images):
         self.report += [_unreadable(images, first + i, e) for i, (_, e) in enumerate(block) if e]
         good = [i for i, (im, _) in enumerate(block) if im is not None]
@@ -242,14 +247,20 @@ def predict(
     return self.ensemble.predict(preds)
 
 # %% ../nbs/08a_predictor.ipynb #run-predict-2
+_STARTS = 5  # texts of the interrogator that a search for words begins with
+
 @patch
 def _fill(self: RunPredictor, preds, at, pictures):
     "Rows and words of decoded pictures, which stand at `at` among all"
     for m, rows in self._predict_members(pictures).items():
         preds[m][at] = rows
     if speaker := self._speaker():
-        for i, prompt in zip(at, self.models[speaker].words.prompt):
-            self.words[i] = prompt
+        model = getattr(self.models[speaker], 'models', [self.models[speaker]])[0]  # of the first fold
+        for i, prompt, tried in zip(at, self.models[speaker].words.prompt, model.tried):
+            self.words[i], self._starts[i] = prompt, [text for text, _ in tried[:_STARTS] if text]
+        if self._looks is None:
+            self._looks = np.zeros((len(self.words), self._seen.shape[1]), np.float32)
+        self._looks[at] = self._seen - (0 if model.reference is None else model.reference)
 
 @patch
 def _speaker(self: RunPredictor, names=None):
@@ -277,24 +288,61 @@ def _unreadable(images, row, error):
     name = path_text(im) if isinstance(im, (str, Path)) else type(im).__name__
     return dict(row=row, image=name, error=error)
 
+# %% ../nbs/08a_predictor.ipynb #run-decoder
+@patch
+def _own_clip(self: RunPredictor):
+    "-> CLIP of the interrogator and its rows of all prompts, where it is the run's own; else None, None"
+    name, manifest = self._speaker(), self.run/'emb/clip_texts/manifest.json'
+    clip = getattr(self.models[name], 'clip', None) if name else None
+    if not hasattr(clip, 'tokenizer') or not manifest.exists():
+        return None, None
+    if read_fields(manifest, 'repeat the same sdip_run').get('weights') != clip.sha256:
+        return None, None
+    return clip, clip_rows(self.run, 'texts')
+
+@patch
+def _decoder(self: RunPredictor):
+    "Made at the first text; what it learns from lies in the run"
+    if not hasattr(self, '_made_decoder'):
+        table, targ = self.run.pairs()
+        once = table[table.split == 'train'].drop_duplicates('prompt').index.to_numpy()
+        clip, rows = self._own_clip()
+        lists = playground_lists() if self.run.args.get('pairs') is None else None
+        self._made_decoder = Decoder(table.prompt[once].tolist(), targ[once], clip=clip, lists=lists,
+                                     clip_rows=None if rows is None else rows[once])
+    return self._made_decoder
+
+# %% ../nbs/08a_predictor.ipynb #run-decode
+@patch
+def decode(
+        self: RunPredictor,
+        emb,  # (n, 384) predicted rows
+        images=None,  # their n pictures; the texts are then near to what CLIP sees, too
+        encodings: int = 100,  # texts that MiniLM reads for each row, at most
+):  # DataFrame of n rows: words (one scene, to be read), best (the nearest text), and more: `Decoder.decode`
+    "Texts for predicted rows"
+    if images is None:
+        return self._decoder().decode(emb, None, None, encodings)
+    self.predict(images)
+    return self._decoder().decode(emb, self._looks, self._starts, encodings)
+
 # %% ../nbs/08a_predictor.ipynb #describe
 @patch
 def describe(
         self: RunPredictor,
         images,  # list of n pictures: what `read_image` takes
         k: int = 3,  # nearest training prompts each
+        encodings: int = 100,  # texts that are tried for each picture, at most; 0: known prompts only
 ) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
-    "Rows and words for pictures: the blend, the interrogator's prompt, the nearest training prompts"
-    emb, words = self.predict(images), self.words
-    if not self._speaker() and (name := self._speaker(self.run.members)):
-        model = self._member(name)
-        model = getattr(model, 'models', [model])[0]
-        words = model.interrogate(images, model.mode).prompt
+    "Rows and words for pictures: the blend, two guesses in words, the nearest training prompts"
+    emb = self.predict(images)
+    found = self._decoder().decode(emb, self._looks, self._starts, encodings)
     near = nearest_prompts(self.run, emb, k)
     said = members_of(emb, self.preds, self.ensemble.ratios)
     errors = {r['row']: r['error'] for r in self.report}
     return Predictions(
-        Prediction(image, emb[i], words[i], near[i], float(self.expected[i]), '', said[i], errors.get(i, ''))
+        Prediction(image, emb[i], found.words[i], near[i], float(self.expected[i]), found.best[i], said[i],
+                   errors.get(i, ''))
         for i, image in enumerate(images))
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
