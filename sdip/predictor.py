@@ -6,6 +6,7 @@
 __all__ = ['RunPredictor', 'load_predictor', 'predict_to_csv']
 
 # %% ../nbs/08a_predictor.ipynb #imports
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, sha256
 from .data import ImageError, read_image
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
 from .preprocess import pick_device
 from .artifacts import Run
+from .interrogator import Words
 from .inputs import clip_rows
 from .decoding import Decoder, playground_lists
 from .find_weights import find_outside, load_outside
@@ -336,14 +338,56 @@ def describe(
 ) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
     "Rows and words for pictures: the blend, two guesses in words, the nearest training prompts"
     emb = self.predict(images)
-    found = self._decoder().decode(emb, self._looks, self._starts, encodings)
+    self.decoded = self._decoder().decode(emb, self._looks, self._starts, encodings)  # see `decode`
     near = nearest_prompts(self.run, emb, k)
     said = members_of(emb, self.preds, self.ensemble.ratios)
     errors = {r['row']: r['error'] for r in self.report}
     return Predictions(
-        Prediction(image, emb[i], found.words[i], near[i], float(self.expected[i]), found.best[i], said[i],
-                   errors.get(i, ''))
+        Prediction(image, emb[i], self.decoded.words[i], near[i], float(self.expected[i]),
+                   self.decoded.best[i], said[i], errors.get(i, ''))
         for i, image in enumerate(images))
+
+# %% ../nbs/08a_predictor.ipynb #run-words
+class RunWords:
+    "A run that answers as an `Interrogator` does"
+    def __init__(
+            self,
+            predictor,  # of `load_predictor`, for a run
+    ):
+        self.predictor, self.report = predictor, []
+
+    def interrogate(
+            self,
+            images,  # list of n pictures: what `read_image` takes
+            mode: str = 'classic',  # 'classic': words, 'best': the nearest text
+            captions=None,  # not used
+    ) -> Words:  # image, caption (''), prompt, similarity (to the blend), phrases (none), expected
+        "Guesses for pictures. ValueError: another mode"
+        if mode not in ('classic', 'best'):
+            raise ValueError(f"mode {mode!r} is no way to ask a run: use classic, or best")
+        found, p = self.predictor.describe(images), self.predictor
+        which = 'words' if mode == 'classic' else 'best'
+        near, self.report = p.decoded[f'{which}_near'].to_numpy(), p.report
+        names = [path_text(im) if isinstance(im, (str, Path)) else f'picture {i}' for i, im in enumerate(images)]
+        return Words(dict(image=names, caption='', prompt=[getattr(f, which) for f in found], similarity=near,
+                          phrases=[[] for _ in found], expected=near*p.expected))
+
+def run_words(
+        folder,  # a finished run
+):  # a function that makes a `RunWords`, for `interrogate_files`
+    "What `sdip_interrogate --run` asks. ValueError: no finished run"
+    predictor = load_predictor(folder)
+    if not isinstance(predictor, RunPredictor):
+        raise ValueError(f'{folder} is no run folder (it has no run.json): name the folder of a finished '
+                         'sdip_run, or a single interrogator with --model')
+    if said := predictor.knows():
+        print(said, file=sys.stderr)
+
+    def ask(lists, captioner, cache):
+        return RunWords(predictor)
+
+    ask.__name__ = f'run {sha256(predictor.run/"ensemble.json")[:16]}'  # names the work in its folder
+    return ask
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
