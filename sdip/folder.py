@@ -147,6 +147,14 @@ def words_to_csv(
     with atomic_path(path) as tmp:
         pd.DataFrame(words.assign(phrases=phrases)).to_csv(tmp, index=False)
 
+# %% ../nbs/05b_folder.ipynb #trust-text
+def trust_text(
+        row,  # of `Words`: expected, sure, where they are known
+) -> str:
+    "How far a guess can be trusted; '' where that is not known."
+    said = [f'guess, expected cosine {row.expected:.2f}'] if pd.notna(getattr(row, 'expected', None)) else []
+    return ', '.join(said + ([] if getattr(row, 'sure', True) else ['unsure']))
+
 # %% ../nbs/05b_folder.ipynb #tell-words
 def tell_words(
         table: Words,  # what `interrogate_folder` gave
@@ -164,8 +172,8 @@ def tell_words(
         return print(f'{csv}: words for {len(table) - len(unread)} of {len(table)} pictures')
     alone = len({f.name for f in files}) == len(files)  # else the path tells pictures apart
     for file, row in zip(files, table.itertuples()):
-        unsure = '\tunsure' if row.prompt and not getattr(row, 'sure', True) else ''
-        print(str(file.name if alone else file).replace('\t', '\\t'), row.prompt + unsure, sep='\t')
+        name = str(file.name if alone else file).replace('\t', '\\t')
+        print(name, row.prompt, *([trust_text(row)] if row.prompt and trust_text(row) else []), sep='\t')
 
 # %% ../nbs/05b_folder.ipynb #interrogate-files
 def interrogate_files(

@@ -107,7 +107,7 @@ def html_page(
 def thumbnail(
     image,  # what `read_image` takes
     size: int = 128,  # pixels of the longer side
-    alt: str = '',  # what the picture shows
+    alt: str = 'a picture',  # what it shows
 ) -> Html:  # an <img> tag that holds a JPEG; '' for a picture that cannot be read
     "A small picture as markup"
     from io import BytesIO

@@ -503,10 +503,12 @@ def predict_text(
 ) -> str:  # lines for a terminal
     "What a prediction came to; with the truth at hand, its score. ValueError: truth of other pictures"
     lines = [f"{r['error']}: filled with the training mean" for r in found['report']]
-    lines.append(f"{out}: {len(found['ids'])} pictures, {found['filled']} of them filled; checked")
+    n, filled = len(found['ids']), found['filled']
+    lines.append(f"{out}: embeddings of {n} picture{'s' if n != 1 else ''}, checked"
+                 + (f'; {filled} of them the training mean' if filled else ''))
     if truth:
         score, mean = _scores_of(out, truth, p.mean_vector())
-        lines.append(f'score {score:.4f}; the mean vector of the training prompts alone {mean:.4f}')
+        lines.append(f'mean cosine to the truth {score:.4f}; always the training mean scores {mean:.4f}')
     return '\n'.join(lines)
 
 # %% ../nbs/08a_predictor.ipynb #predict-text-2

@@ -388,14 +388,19 @@ def import_gradio():
 
 # %% ../nbs/08b_show.ipynb #look
 _STYLE = '''
-.gradio-container{max-width:70rem!important;margin:0 auto!important}
+:root{--sdip-bar:#0f766e;--sdip-soft:#475569}
+.dark{--sdip-bar:#2dd4bf;--sdip-soft:#a8b5c7}
+.gradio-container{--color-accent:var(--sdip-bar);--block-label-text-color:var(--sdip-soft);
+  --block-title-text-color:var(--sdip-soft);--body-text-color-subdued:var(--sdip-soft)}
+.gradio-container{max-width:70rem!important;width:100%!important;margin:0 auto!important}
 .head h1{font-size:1.6rem;margin:.5rem 0 .2rem}
-.head p{margin:0;color:var(--body-text-color-subdued)}
+.head p,.soft{color:var(--sdip-soft)!important;margin:.2rem 0}
+.soft{font-size:.9rem}
 .guess textarea{font-size:1.5rem!important;line-height:1.35!important;font-weight:500}
-.soft{color:var(--body-text-color-subdued);font-size:.9rem;margin:.2rem 0}
-.trouble{border-left:4px solid var(--error-text-color,#b91c1c);padding:.5rem .8rem;margin:.3rem 0}
-.part h2{font-size:1.05rem;margin:1.2rem 0 .3rem}
-.line{display:grid;grid-template-columns:minmax(0,1fr) minmax(5rem,38%) 3rem;gap:.8rem;
+.shown img{width:100%!important;height:100%!important;object-fit:contain!important}
+.trouble{border-left:4px solid #dc2626;padding:.5rem .8rem;margin:.3rem 0}
+.part h2{font-size:1.05rem;margin:.4rem 0 .3rem}
+.line{display:grid;grid-template-columns:minmax(0,1fr) minmax(5rem,38%) 2.6rem;gap:.8rem;
   align-items:center;padding:.2rem 0}
 .line .what{overflow-wrap:anywhere}
 .line .bar{position:relative;height:.7rem;border-radius:.35rem;background:var(--border-color-primary)}
@@ -404,19 +409,48 @@ _STYLE = '''
 .line .n{text-align:right;font-variant-numeric:tabular-nums}
 .trust{display:flex;gap:1rem;align-items:center}
 .trust .line{flex:1}
-.word{border-radius:1rem;padding:.1rem .8rem;font-weight:600;color:#fff}
+.word{border-radius:1rem;padding:.1rem .8rem;font-weight:600;color:#fff!important}
 .word.sure{background:#15803d}
 .word.unsure{background:#b45309}
-ul.near{list-style:none;margin:0;padding:0}
+ul.near{list-style:none!important;margin:0;padding:0!important}
 ul.near li{display:flex;gap:.8rem;align-items:center;padding:.3rem 0;margin:0}
 ul.near li>div{flex:1;min-width:0}
 ul.near img{width:56px;height:56px;object-fit:cover;border-radius:6px;margin:0;flex:none}
+.models table,.many table,.models tr,.models th,.models td{border:0!important}
 .models table{width:100%;border-collapse:collapse}
-.models th,.models td{text-align:left;padding:.2rem .6rem .2rem 0;border:0;font-weight:400}
-.models .line{grid-template-columns:0 minmax(5rem,1fr) 3rem;gap:.4rem}
-:root{--sdip-bar:#0f766e}
-.dark{--sdip-bar:#2dd4bf}
+.models th,.models td{text-align:left;padding:.2rem .8rem .2rem 0!important;font-weight:400}
+.models th{color:var(--sdip-soft);font-size:.9rem}
+.models .line{grid-template-columns:minmax(4rem,1fr) 2.6rem}
+.models .what{display:none}
+.many{overflow-x:auto}
+.many table{border:0!important;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+.many tr,.many th,.many td{border:0!important}
+.many tr+tr{border-top:1px solid var(--border-color-primary)!important}
+.many th,.many td{text-align:left;padding:.35rem .8rem .35rem 0!important;vertical-align:middle}
+.many td:nth-child(2),.many td:last-child{overflow-wrap:anywhere;min-width:9rem}
+.many td:nth-child(3){min-width:12rem}
+.many img{width:48px;height:48px;object-fit:cover;border-radius:6px;margin:0;max-width:none}
+.many button{font-weight:600;white-space:nowrap;padding:0;margin:0;background:none;border:0;color:inherit}
+.copy{width:auto!important;align-self:flex-start;flex:none!important}
+.many button::after{content:" \\2195";color:var(--sdip-soft);font-weight:400}
+.many th[aria-sort=ascending] button::after{content:" \\2191"}
+.many th[aria-sort=descending] button::after{content:" \\2193"}
+@media(max-width:640px){
+.near .line{grid-template-columns:1fr 2.6rem;row-gap:.4rem}
+.near .what{grid-column:1/3}
+.trust{flex-direction:column;align-items:stretch;gap:.2rem}
+.trust .word{align-self:flex-start}}
 '''
+
+# %% ../nbs/08b_show.ipynb #paste
+_PASTE = '''() => document.addEventListener('paste', e => {
+  const file = [...e.clipboardData.files].find(o => o.type.startsWith('image/'))
+  const input = document.querySelector('.shown input[type=file]'), files = new DataTransfer()
+  if (!file || !input) return
+  files.items.add(file)
+  input.files = files.files
+  input.dispatchEvent(new Event('change', {bubbles: true}))
+})'''
 
 # %% ../nbs/08b_show.ipynb #headed
 def headed(
@@ -438,37 +472,49 @@ def answer_one(
     path,  # of a picture, or None
 ) -> dict:  # what the page shows, by name; `emb` is None where there is no answer
     "All that is said of one picture"
-    empty = dict(emb=None, guess='', label='Guess', best='', trust='', near='', models='', offered=[],
-                 ticked=[], truth='', other='')
+    empty = dict(emb=None, guess='', label='Guess', best='', trust='', near='', models='', known='',
+                 offered=[], ticked=[], truth='', other='')
     if path is None:
         return empty
     p = desk.describe([Path(path)])[0]
     if why := trouble_of(p):
         return empty | dict(trust=trouble_html(why))
     (guess, label), (offered, ticked) = guess_of(p), phrases_of(p)
-    best = p.best if p.best != guess else ''
+    best, truth = p.best if p.best != guess else '', read_prompt(path).text
+    known = f'<p>{markup(truth)}</p>' + truth_html(desk, p.emb, guess, truth) if truth else ''
     return dict(emb=np.asarray(p.emb), guess=guess, label=label, best=best, trust=trust_html(desk, p.expected),
                 near=headed('Nearest training prompts', near_html(desk, p)),
                 models=headed('What each model says', models_html(p)), offered=offered, ticked=ticked,
-                truth=read_prompt(path).text, other=p.near[0][0] if p.near else '')
+                truth=truth, known=headed('The prompt in the file', known),
+                other=p.near[0][0] if p.near else '')
+
+# %% ../nbs/08b_show.ipynb #copy-button
+def _copy_button(gr, box, label):
+    "A button below a text; Gradio's own one, inside the box, takes the box's label away from its text"
+    button = gr.Button(label, size='sm', min_width=0, elem_classes='copy')
+    copy = "text => {navigator.clipboard.writeText(text); return 'Copied'}"
+    button.click(None, box, button, js=copy, api_visibility='private')
+    box.change(None, None, button, js=f"() => '{label}'", api_visibility='private')
 
 # %% ../nbs/08b_show.ipynb #one-tab
 def _one_tab(gr):
     "Components of the tab for one picture, by name"
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            picture = gr.Image(type='filepath', sources=['upload', 'clipboard', 'webcam'], height=340,
-                               label='Picture', buttons=[], alt_text='The picture that was given',
+            picture = gr.Image(type='filepath', sources=['upload', 'clipboard'], height=340,
+                               label='Picture', buttons=[], elem_classes='shown',
+                               alt_text='The picture that was given',
                                placeholder='Drop a picture here\n- or paste one, or -\nclick to choose')
-            truth = gr.Textbox(label='True prompt, where you know it', max_lines=6, max_length=4000)
-            truth_said = gr.HTML()
         with gr.Column(scale=3, min_width=300):
             trust = gr.HTML(_HINT)
-            guess = gr.Textbox(label='Guess', lines=2, max_lines=8, interactive=False, buttons=['copy'],
-                               elem_classes='guess', visible=False)
-            best = gr.Textbox(label='The text with the highest expected cosine', max_lines=8, visible=False,
-                              interactive=False, buttons=['copy'])
-            near, models = gr.HTML(), gr.HTML()
+            with gr.Column(visible=False, min_width=0) as guess_part:
+                guess = gr.Textbox(label='Guess', lines=2, max_lines=8, interactive=False, elem_classes='guess')
+                _copy_button(gr, guess, 'Copy the guess')
+            with gr.Column(visible=False, min_width=0) as best_part:
+                best = gr.Textbox(label='The text with the highest expected cosine', max_lines=8,
+                                  interactive=False)
+                _copy_button(gr, best, 'Copy this text')
+            known, near, models = gr.HTML(), gr.HTML(), gr.HTML()
     picture.preprocess = lambda file: file and file.path
     emb, offered = gr.State(), gr.State([])
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
@@ -483,7 +529,8 @@ def _words_part(gr):
             gr.HTML(headed('Change the words', '<p class="soft">Tick or edit, and see how near the text '
                            'comes to what the models say of the picture.</p>'))
             boxes = gr.CheckboxGroup([], label='Phrases')
-            text = gr.Textbox(label='Your text', lines=2, max_lines=8, max_length=4000, buttons=['copy'])
+            text = gr.Textbox(label='Your text', lines=2, max_lines=8, max_length=4000)
+            _copy_button(gr, text, 'Copy your text')
             text_said = gr.HTML()
         with gr.Column(min_width=300):
             gr.HTML(headed('Compare two prompts', '<p class="soft">With each other, and with the '
@@ -491,6 +538,8 @@ def _words_part(gr):
             first = gr.Textbox(label='First prompt', max_lines=6, max_length=4000)
             second = gr.Textbox(label='Second prompt', max_lines=6, max_length=4000)
             compared = gr.HTML()
+            truth = gr.Textbox(label='True prompt, where you know it', max_lines=6, max_length=4000)
+            truth_said = gr.HTML()
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
 
 # %% ../nbs/08b_show.ipynb #shown
@@ -498,10 +547,10 @@ def _shown(gr, desk, a, w, found):  # of `answer_one` -> {component: its new sta
     fine, guess = found['emb'] is not None, found['guess']
     return {
         a.emb: found['emb'], a.offered: found['offered'], a.trust: found['trust'] or _HINT,
-        a.guess: gr.update(value=guess, label=found['label'], visible=fine),
-        a.best: gr.update(value=found['best'], visible=bool(found['best'])),
-        a.near: found['near'], a.models: found['models'], a.truth: found['truth'],
-        a.truth_said: truth_html(desk, found['emb'], guess, found['truth']),
+        a.guess: gr.update(value=guess, label=found['label']), a.guess_part: gr.update(visible=fine),
+        a.best: found['best'], a.best_part: gr.update(visible=bool(found['best'])),
+        a.near: found['near'], a.models: found['models'], a.known: found['known'],
+        w.truth: found['truth'], w.truth_said: truth_html(desk, found['emb'], guess, found['truth']),
         w.row: gr.update(visible=fine), w.text: guess, w.first: guess, w.second: found['other'],
         w.boxes: gr.update(choices=found['offered'], value=found['ticked']),
         w.text_said: text_html(desk, guess, found['emb'], guess),
@@ -519,10 +568,10 @@ def _wire_one(gr, desk, a, w):
         text = joined(offered, ticked)
         return text, text_html(desk, text, emb, guess)
 
-    outs = [a.emb, a.offered, a.trust, a.guess, a.best, a.near, a.models, a.truth, a.truth_said, w.row,
-            w.text, w.first, w.second, w.boxes, w.text_said, w.compared]
+    outs = [a.emb, a.offered, a.trust, a.guess, a.guess_part, a.best, a.best_part, a.near, a.models, a.known, w.row, w.text,
+            w.truth, w.truth_said, w.first, w.second, w.boxes, w.text_said, w.compared]
     a.picture.change(answer, a.picture, outs, show_progress_on=[a.trust], api_visibility='private')
-    a.truth.input(lambda *o: truth_html(desk, *o), [a.emb, a.guess, a.truth], a.truth_said, **live)
+    w.truth.input(lambda *o: truth_html(desk, *o), [a.emb, a.guess, w.truth], w.truth_said, **live)
     w.boxes.input(tick, [w.boxes, a.offered, a.emb, a.guess], [w.text, w.text_said], **live)
     w.text.input(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess], w.text_said, **live)
     for box in w.first, w.second:
@@ -539,9 +588,7 @@ def _many_tab(gr):
             chosen = gr.UploadButton('Choose a folder', file_count='directory')
             go, stop = gr.Button('Answer', variant='primary'), gr.Button('Stop')
     line = gr.HTML()
-    table = gr.Dataframe(label='What is said of each picture; a click on a heading sorts', wrap=True,
-                         interactive=False, visible=False, show_search='search', buttons=['fullscreen'],
-                         max_height=600)
+    table = gr.HTML(js_on_load=_SORT)
     with gr.Row(visible=False) as row:
         words = gr.DownloadButton('Download words.csv')
         submission = gr.DownloadButton('Download submission.csv')
@@ -561,22 +608,52 @@ def answer_many(
         said += desk.describe(pictures[lo:lo + step])
         yield len(said)/len(pictures), batch_line(desk, said, prompts, len(pictures)), said, prompts
 
-# %% ../nbs/08b_show.ipynb #wire-many
+# %% ../nbs/08b_show.ipynb #sort
+_SORT = '''
+element.addEventListener('click', e => {
+  const th = e.target.closest('th'), button = e.target.closest('th button')
+  if (!button) return
+  const i = th.cellIndex, up = th.getAttribute('aria-sort') == 'ascending' ? -1 : 1
+  for (const other of th.parentNode.cells) other.removeAttribute('aria-sort')
+  th.setAttribute('aria-sort', up > 0 ? 'ascending' : 'descending')
+  const text = row => row.cells[i].innerText.trim()
+  const order = (a, b) => (a == '') - (b == '') ||
+    up*(isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b)
+  const rows = [...th.closest('table').rows].slice(1)
+  rows.sort((a, b) => order(text(a), text(b))).forEach(row => row.parentNode.append(row))
+})'''
+
+# %% ../nbs/08b_show.ipynb #table-html
 _COLUMNS = ['picture', 'guess', 'expected', 'sure', 'score', 'problem']
 
+def table_html(
+    table,  # of `batch_table`
+    pictures,  # n <img> tags, '' where unreadable
+) -> Html:
+    "What is said of many pictures, to be sorted"
+    known = [c for c in _COLUMNS if (table[c].notna() & (table[c] != '')).any()]
+    text = lambda v: '' if v is None or v != v else f'{v:.2f}' if isinstance(v, float) else v
+    rows = [[picture, *map(text, row)] for picture, row in zip(pictures, table[known].to_numpy(object))]
+    return html_table(['', *(Html(f'<button title="sort by {c}">{c}</button>') for c in known)], rows, 'many')
+
+# %% ../nbs/08b_show.ipynb #wire-many
 def _wire_many(gr, desk, b):
     "What happens on the tab for many pictures"
     def answer(files, progress=gr.Progress()):
         folder = tempfile.mkdtemp(dir=os.environ.get('GRADIO_TEMP_DIR'), prefix='sdip-')
-        hidden = {b.table: gr.update(visible=False), b.row: gr.update(visible=False)}
+        pictures, shown = [], 0
+        yield {b.table: '', b.line: '', b.row: gr.update(visible=False)}
         try:
             for done, line, said, prompts in answer_many(desk, files, folder):
                 progress(done, desc=line)
-                table = batch_table(desk, said, prompts)
-                yield hidden | {b.line: f'<p>{markup(line)}</p>', b.table: _table_of(gr, table)}
+                pictures += [thumbnail(p.image, 48) for p in said[len(pictures):]]
+                if done == 1 or len(said) > 1.25*shown:  # not all rows again for each few
+                    shown = len(said)
+                    table = table_html(batch_table(desk, said, prompts), pictures)
+                    yield {b.line: Html(f'<p role="status">{markup(line)}</p>'), b.table: table}
             words, submission = batch_files(desk, said, prompts, folder)
         except ValueError as e:
-            yield hidden | {b.line: trouble_html(str(e).replace(f'{folder}/', ''))}
+            yield {b.line: trouble_html(str(e).replace(f'{folder}/', ''))}
             return
         yield {b.words: str(words), b.submission: str(submission), b.row: gr.update(visible=True)}
 
@@ -584,10 +661,6 @@ def _wire_many(gr, desk, b):
     work = b.go.click(answer, b.files, [b.line, b.table, b.row, b.words, b.submission],
                       show_progress_on=[b.line], api_visibility='private')
     b.stop.click(None, None, None, cancels=[work], api_visibility='private')
-
-def _table_of(gr, table):
-    known = [c for c in _COLUMNS if c in ('picture', 'guess') or (table[c].notna() & (table[c] != '')).any()]
-    return gr.update(value=table[known], visible=True)
 
 # %% ../nbs/08b_show.ipynb #build
 def build_demo(
@@ -606,7 +679,7 @@ def build_demo(
         _wire_many(gr, desk, b)
     font = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     theme = gr.themes.Base(primary_hue='teal', neutral_hue='slate', **font)
-    look = dict(theme=theme, css=_STYLE, footer_links=[], run_history=False)
+    look = dict(theme=theme, css=_STYLE, js=_PASTE, i18n=gr.I18n(en={'common.upload': 'Upload'}), footer_links=[], run_history=False)
     demo.launch = partial(demo.launch, **look, share=False, allowed_paths=[], max_file_size=LARGEST)
     return demo
 
