@@ -215,13 +215,13 @@ def reached(
     from sdip.blending import load_preds
     from sdip.ensemble import Ensemble
     test, targ = run.pairs('test')
-    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in (*run.members, 'ensemble')}
+    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in run.members}
+    ensemble, ids = Ensemble.load(run/'ensemble.json'), test.id.tolist()
+    emb = ensemble.predict(preds, ids)
     mean = np.repeat(run.mean_vector()[None], len(targ), axis=0)
-    rows = dict(mean_vector=mean) | {m: p.emb for m, p in preds.items()}
-    cosines = {m: row_cosine(np.nan_to_num(emb), targ) for m, emb in rows.items()}
-    emb = preds.pop('ensemble').emb
-    expected = expected_cosines(Ensemble.load(run/'ensemble.json'), preds, test.id.tolist())
-    return Reached(test, emb, cosines, expected)
+    rows = dict(mean_vector=mean) | {m: p.emb for m, p in preds.items()} | dict(ensemble=emb)
+    cosines = {m: row_cosine(np.nan_to_num(rows[m]), targ) for m in rows}
+    return Reached(test, emb, cosines, expected_cosines(ensemble, preds, ids))
 
 # %% ../nbs/08_report.ipynb #words-of
 def _words_of(run, n):

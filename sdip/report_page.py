@@ -360,7 +360,7 @@ _GLOSSARY = dict([
     ('Mean vector', 'the mean of the training prompts\' embeddings: an answer that looks at no picture.'),
     ('Ensemble', 'the models\' answers added up, each with its ratio; ratios are searched on validation '
      'pictures.'),
-    ('Expected cosine', 'how near an answer is expected to be, told from how far the models agree.'),
+    ('Expected cosine', 'how near an answer is expected to be, estimated from how far the models agree.'),
     ('95 % interval', 'where the score would lie in 95 of 100 draws of as many test prompts; it says nothing '
      'of other kinds of pictures.'),
 ])
