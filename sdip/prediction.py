@@ -43,13 +43,17 @@ class Prediction:
     cosines: dict | None = None  # model -> cosine to the true row, where the truth is known
     truth: str = ''  # the true prompt, where it is known
 
+    def __post_init__(self):
+        if isinstance(self.image, (str, Path)):  # errors name the whole path, a card its last part
+            self.error = self.error.replace(path_text(self.image), picture_name(self.image))
+
     @property
     def nearest(self):  # its name up to version 0.5
         return self.near
 
     def __repr__(self):
         if self.error or not np.isfinite(self.emb).all():
-            return f'{picture_name(self.image)}: cannot be read'
+            return f'{picture_name(self.image)}: cannot be read{_reason(self)}'
         known = f', expected cosine {self.expected:.2f}' if np.isfinite(self.expected) else ''
         return f"{picture_name(self.image)}: {self.words or self.best or 'no words'}{known}"
 
@@ -76,6 +80,10 @@ _LOOKS = dict(  # inline styles: a notebook and a browser's page show the same
     dl='margin:0;min-width:0;flex:1', dt='font-size:.75em;font-weight:normal;opacity:.7;margin:0',
     dd='margin:0 0 .35em;overflow-wrap:anywhere', guess='margin:0 0 .35em;font-size:1.15em;line-height:1.3')
 
+def _reason(p):  # why a picture cannot be read, without its name
+    reason = p.error.removeprefix(f'{picture_name(p.image)}: ')
+    return f': {reason}' if reason else ''
+
 def _card(p):  # one `Prediction` as markup
     name, lines = picture_name(p.image), []
     for label, text in _said(p).items():
@@ -85,7 +93,7 @@ def _card(p):  # one `Prediction` as markup
     picture = '' if p.error else thumbnail(p.image, 128, p.truth or p.words or name)
     if not picture:
         lines.append(f'<dt style="{_LOOKS["dt"]}">cannot be read</dt>'
-                     f'<dd style="{_LOOKS["dd"]}">{markup(p.error or "no picture")}</dd>')
+                     f'<dd style="{_LOOKS["dd"]}">{markup(_reason(p)[2:])}</dd>')
     return (f'<div class="prediction" style="{_LOOKS["card"]}">{picture}<dl style="{_LOOKS["dl"]}">'
             f'<dt style="{_LOOKS["dt"]}">{markup(name)}</dt><dd></dd>{"".join(lines)}</dl></div>')
 
