@@ -141,8 +141,10 @@ class Lexicon:
             texts,  # list of n str
             rows,  # (n, d), their rows: MiniLM's, then CLIP's where there is one
             parts=(slice(0, EMB_DIM), ),  # columns of each
+            phrases=(),  # more units than the texts hold
     ):
-        self.sums, self.units, self.parts = WordRows(texts, rows), mine_units(texts), parts
+        self.sums, self.parts = WordRows(texts, rows), parts
+        self.units = list(dict.fromkeys([*mine_units(texts), *map(split_words, phrases)]))
         self.unit_rows = np.stack([self.sums.of_words(u).sum(0) for u in self.units])  # (u, d)
         self.squares = [(self.unit_rows[:, p]**2).sum(1) for p in parts]  # (u,) each
         self.unit_words = np.array([count_words(u) for u in self.units])
@@ -341,7 +343,7 @@ def climb(
         budget -= len(new)
 
 # %% ../nbs/05c_decoding.ipynb #decoder-class
-_WORDS = dict(look=2., phrase=.09, word=.12)  # weight of CLIP; price of as many phrases, words as is usual
+_WORDS = dict(look=2., phrase=.15, word=.2)  # weight of CLIP; price of as many phrases, words as is usual
 _BEST = dict(look=.2, phrase=0., word=0.)
 
 def playground_lists() -> dict:  # kind -> phrases
@@ -360,6 +362,7 @@ class Decoder:
             clip=None,  # a CLIP with `encode_texts`, for `looks` of `decode`; None: MiniLM alone
             clip_rows=None,  # (n, d) rows of the prompts by the CLIP; None: they are computed
             lists: dict = None,  # kind -> phrases, such as `mine_phrases` gives; None: no kinds
+            phrases=(),  # list of str: more phrases to put together, besides the prompts' own
             most: int = 20_000,  # prompts to learn from; of more, these many by chance
     ):
         if not len(prompts):
@@ -370,7 +373,7 @@ class Decoder:
         if clip is not None:
             looks = clip.encode_texts(self.prompts) if clip_rows is None else np.asarray(clip_rows)[at]
             self.rows = np.hstack([self.rows, unit(looks)])
-        self.lists = lists
+        self.lists, self.phrases = lists, phrases
 
 # %% ../nbs/05c_decoding.ipynb #decoder-parts
 @patch(as_prop=True)
@@ -382,7 +385,7 @@ def _parts(self: Decoder):
 def _learn(self: Decoder):  # at the first text, not before
     if hasattr(self, 'lexicon'):
         return
-    self.lexicon = Lexicon(self.prompts, self.rows, self._parts)
+    self.lexicon = Lexicon(self.prompts, self.rows, self._parts, self.phrases)
     self.readable = Readable(self.prompts, self.lexicon.units, self.lists)
     self.words = [split_words(p) for p in self.prompts]
     self.spelled = dict(zip(self.words, self.prompts))

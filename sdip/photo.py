@@ -20,6 +20,7 @@ from .lock import read_fields
 from .encoders import shipped
 from .frozen import FrozenRegressor
 from .interrogator import Interrogator
+from .decoding import Decoder
 from .ensemble import Ensemble, fit_ensemble
 from .prediction import members_of, Prediction, Predictions
 
@@ -196,21 +197,54 @@ def photo_words(
     lists = phrases and photo_phrases(photo.space.names) | phrases
     return PhotoInterrogator(photo, lists, captioner, cache)
 
+# %% ../nbs/06b_photo.ipynb #photo-decoder
+@patch
+def _speaker(self: PhotoPredictor):
+    if not hasattr(self, '_words'):
+        self._words = PhotoInterrogator(self)
+    return self._words
+
+@patch
+def _decoder(self: PhotoPredictor):
+    "Made at the first text, of the interrogator's phrases and of 400 texts of three of them"
+    if not hasattr(self, '_made_decoder'):
+        tables, rng = self._speaker().tables, np.random.default_rng(0)
+        phrases = [p for t in tables.values() for p in t.phrases]
+        mixed = [', '.join(rng.choice(t.phrases) for t in tables.values()) for _ in range(400)]
+        rows = np.vstack([*(t.matrix for t in tables.values()), self.encode_texts(mixed)])
+        lists = {k: t.phrases for k, t in tables.items()}
+        self._made_decoder = Decoder(phrases + mixed, rows, self.encode_texts, lists=lists, phrases=phrases)
+    return self._made_decoder
+
+# %% ../nbs/06b_photo.ipynb #photo-decode
+@patch
+def decode(
+    self: PhotoPredictor,
+    emb,  # (n, 384) predicted rows
+    images=None,  # their n pictures; not needed here
+    encodings: int = 100,  # texts that MiniLM reads for each row, at most
+):  # DataFrame of n rows: words (as of `PhotoInterrogator`), best (the nearest text): see `Decoder.decode`
+    "Texts for predicted rows"
+    asked = self._speaker().interrogate([None]*len(emb), emb=np.asarray(emb, np.float32))
+    starts = [[p] if p else [] for p in asked.prompt]
+    return self._decoder().decode(emb, None, starts, encodings).assign(
+        words=asked.prompt, words_near=asked.similarity)
+
 # %% ../nbs/06b_photo.ipynb #describe
 @patch
 def describe(
     self: PhotoPredictor,
     images,  # list of n pictures: what `read_image` takes
+    encodings: int = 100,  # texts that are tried for each picture, at most
 ) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
-    "A guess in words for each picture, and how near it is expected to be"
-    if not hasattr(self, '_words'):
-        self._words = PhotoInterrogator(self)
+    "Two guesses in words for each picture, and how near they are expected to be"
     emb = self.predict(images)
-    words = self._words.interrogate(images, emb=emb).prompt
+    found, report = self.decode(emb, images, encodings), self.report
     said = members_of(emb, self.preds, self.ensemble.ratios)
-    errors = {r['row']: r['error'] for r in self.report}
+    errors = {r['row']: r['error'] for r in report}
     return Predictions(
-        Prediction(image, emb[i], words[i], (), float(self.expected[i]), '', said[i], errors.get(i, ''))
+        Prediction(image, emb[i], found.words[i], (), float(self.expected[i]), found.best[i], said[i],
+                   errors.get(i, ''))
         for i, image in enumerate(images))
 
 # %% ../nbs/06b_photo.ipynb #sources-apart
