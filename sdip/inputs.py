@@ -20,6 +20,8 @@ from .artifacts import Run, stage
 from .find_weights import load_source
 from .folds import fold_judges, fold_similarity, group_folds
 from .prompts import clean_prompts
+from .lock import read_fields
+from .decoding import Decoder, playground_lists
 
 # %% ../nbs/08_inputs.ipynb #read-source
 SOURCE_ARGS = 'pairs', 'images', 'image_col', 'prompt_col'  # where the user's pairs lie, how they are read
@@ -205,6 +207,22 @@ def clip_rows(
 ) -> np.ndarray:  # (n, d) float32 unit rows, in the order of `run.pairs()`; NaN for an unreadable picture
     "The base CLIP's rows for all pictures, or all prompts, of a run"
     return unit(np.load(run/f'emb/clip_{kind}/emb.npy'))
+
+# %% ../nbs/08_inputs.ipynb #run-decoder
+def run_decoder(
+    run: Run,  # with prompts, targets, and CLIP's rows
+    clip=None,  # the CLIP that will look at pictures; not used unless it is the base CLIP of the run
+) -> Decoder:
+    "What finds texts for predicted rows, of the words of the training prompts"
+    table, targ = run.pairs(weighted=False)
+    once = table[table.split == 'train'].drop_duplicates('prompt').index.to_numpy()
+    manifest, rows = run/'emb/clip_texts/manifest.json', None
+    said = read_fields(manifest, 'repeat the same sdip_run') if manifest.exists() else {}
+    if hasattr(clip, 'tokenizer') and said.get('weights') == clip.sha256:
+        rows = clip_rows(run, 'texts')[once]
+    lists = playground_lists() if run.args.get('pairs') is None else None
+    return Decoder(table.prompt[once].tolist(), targ[once], clip=None if rows is None else clip, clip_rows=rows,
+                   lists=lists)
 
 # %% ../nbs/08_inputs.ipynb #similarity
 def _similarity(clip, table):

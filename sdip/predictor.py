@@ -21,8 +21,7 @@ from .pretrained import check_model_cfg, check_timm_args
 from .preprocess import pick_device
 from .artifacts import Run
 from .interrogator import Words
-from .inputs import clip_rows
-from .decoding import Decoder, playground_lists
+from .inputs import run_decoder
 from .find_weights import find_outside, load_outside
 from .members import mean_rows
 from .prediction import members_of, Prediction, Predictions
@@ -292,26 +291,11 @@ def _unreadable(images, row, error):
 
 # %% ../nbs/08a_predictor.ipynb #run-decoder
 @patch
-def _own_clip(self: RunPredictor):
-    "-> CLIP of the interrogator and its rows of all prompts, where it is the run's own; else None, None"
-    name, manifest = self._speaker(), self.run/'emb/clip_texts/manifest.json'
-    clip = getattr(self.models[name], 'clip', None) if name else None
-    if not hasattr(clip, 'tokenizer') or not manifest.exists():
-        return None, None
-    if read_fields(manifest, 'repeat the same sdip_run').get('weights') != clip.sha256:
-        return None, None
-    return clip, clip_rows(self.run, 'texts')
-
-@patch
 def _decoder(self: RunPredictor):
     "Made at the first text; what it learns from lies in the run"
     if not hasattr(self, '_made_decoder'):
-        table, targ = self.run.pairs()
-        once = table[table.split == 'train'].drop_duplicates('prompt').index.to_numpy()
-        clip, rows = self._own_clip()
-        lists = playground_lists() if self.run.args.get('pairs') is None else None
-        self._made_decoder = Decoder(table.prompt[once].tolist(), targ[once], clip=clip, lists=lists,
-                                     clip_rows=None if rows is None else rows[once])
+        name = self._speaker()
+        self._made_decoder = run_decoder(self.run, getattr(self.models[name], 'clip', None) if name else None)
     return self._made_decoder
 
 # %% ../nbs/08a_predictor.ipynb #run-decode
