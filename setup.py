@@ -8,7 +8,8 @@ parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-offline, generate, dev = (shlex.split(cfg[f'{o}_requirements']) for o in ('offline', 'generate', 'dev'))
+extras = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('offline', 'generate', 'ui', 'dev')}
+extras['dev'] = sum(extras.values(), [])
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
@@ -17,6 +18,6 @@ setup(
     package_data=dict(sdip=['weights/*.md', 'weights/*/*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
-    extras_require=dict(offline=offline, generate=generate, dev=offline + generate + dev),
+    extras_require=extras,
     entry_points=dict(console_scripts=shlex.split(cfg['console_scripts']), nbdev=['sdip=sdip._modidx:d']),
 )

@@ -44,6 +44,7 @@ def tell(ok, what, seconds, log, tail=TAIL):
     print(f"{'ok  ' if ok else 'FAIL'}  {seconds:6.1f} s  {what}")
     if not ok:
         print('\n'.join('      | ' + line for line in log.splitlines()[-tail:]))
+    print(*re.findall(r'^skipped: .*$', log, re.M), sep='\n', end='\n' if 'skipped: ' in log else '')
     return ok
 
 def traceback_of(what, log):

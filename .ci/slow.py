@@ -2,8 +2,9 @@
 
 Each function `test_*` runs in a process and an empty current folder of its own; see harness.py."""
 
-import json, os, shutil, socket, subprocess, sys, time, zipfile
+import base64, json, os, re, shutil, socket, subprocess, sys, time, zipfile
 
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness import ROOT
@@ -2165,3 +2166,150 @@ def test_run_all_ends():
         start = time.time()
         sh(sys.executable, 'run_all.py', p)
         print(f'{p.stem}: {time.time() - start:.0f} s', flush=True)
+
+def browser():
+    "Path of an installed Chromium; '' where there is none, or Gradio or playwright is missing, with a line why"
+    from importlib.util import find_spec
+    names = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
+    found = next(filter(None, map(shutil.which, names)), '')
+    missing = [o for o in ('gradio', 'playwright') if not find_spec(o)] + ['a Chromium']*(not found)
+    if missing:
+        print('skipped:', ', '.join(missing), 'not installed')
+    return '' if missing else found
+
+@contextmanager
+def shown_page(*args):
+    "`sdip_show` in a process, and its page in a browser; yields (page, address, texts of console errors, requests)"
+    from playwright.sync_api import sync_playwright
+    Path('tmp').mkdir()
+    with open('show.log', 'w') as log:
+        show = subprocess.Popen(['sdip_show', *args], stdout=log, stderr=subprocess.STDOUT,
+                                env=os.environ | dict(TMPDIR=str(Path('tmp').resolve())))
+    address = lambda: re.search(r'http://127\.0\.0\.1:\d+/', Path('show.log').read_text())
+    try:
+        wait_for(lambda: address() or show.poll() is not None)
+        assert address(), Path('show.log').read_text()
+        with sync_playwright() as p:
+            page = p.chromium.launch(executable_path=browser()).new_page()
+            errors, requests = [], []
+            page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+            page.on('pageerror', lambda e: errors.append(str(e)))
+            page.on('request', lambda r: requests.append(r.url))
+            page.on('websocket', lambda w: requests.append(w.url.replace('ws://', 'http://')))
+            yield page, address()[0], errors, requests
+    finally:
+        show.terminate()
+        show.wait(60)
+    said = Path('show.log').read_text()
+    assert show.returncode == 143 and 'what was uploaded is deleted' in said.splitlines()[-1], said
+    assert 'Traceback' not in said, said
+
+def dropped(page, selector, file):
+    "Drops a file on a part of the page, as a mouse does"
+    data = base64.b64encode(Path(file).read_bytes()).decode()
+    files = page.evaluate_handle(
+        '''async ([data, name]) => {
+          const blob = await (await fetch('data:image/png;base64,' + data)).blob(), files = new DataTransfer()
+          files.items.add(new File([blob], name, {type: 'image/png'}))
+          return files
+        }''', [data, Path(file).name])
+    page.locator(selector).dispatch_event('drop', dict(dataTransfer=files))
+
+def cosine_beside(page, name):
+    "What a bar of the page says"
+    return float(page.get_by_role('meter', name=name).get_attribute('aria-valuenow'))
+
+def one_picture(page):
+    "Drop, guess, check boxes, two prompts, a file that is no picture"
+    dropped(page, '.shown button[aria-label*=drop i]', 'in/0.png')
+    guess = page.get_by_label('Guess', exact=True)
+    guess.wait_for()
+    words = guess.input_value()
+    assert words and page.get_by_text(re.compile('^(un)?sure$')).count() == 1, words
+    assert page.get_by_text('The prompt in the file').is_visible(), 'the prompt in the PNG was lost'
+    assert 0 < cosine_beside(page, 'expected cosine') < 1
+    page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    page.get_by_role('button', name='Copy the guess').click()
+    page.get_by_role('button', name='Copied').wait_for()
+    assert page.evaluate('navigator.clipboard.readText()') == words
+    text, box = page.get_by_label('Your text'), page.get_by_role('checkbox').first
+    before = cosine_beside(page, 'this text and the picture')
+    assert box.is_checked() and text.input_value() == words
+    box.uncheck()
+    wait_for(lambda: text.input_value() != words, 10)
+    text.fill('a bicycle')
+    wait_for(lambda: cosine_beside(page, 'this text and the picture') != before, 10)
+    page.get_by_label('First prompt').fill('a ${7*7} cat {{value}}')
+    page.get_by_label('Second prompt').fill('a <b>dog</b>')
+    page.get_by_text('only in the second: b, dog').wait_for()
+    assert .2 < cosine_beside(page, 'first and second') < .9
+    assert page.get_by_text('only in the first: 7, cat, value').is_visible()
+    page.get_by_label('True prompt, where you know it').fill('a bicycle')
+    page.get_by_text('the tick is the score of the mean vector').last.wait_for()
+    dropped(page, '.shown .image-frame', 'in/broken.png')
+    page.get_by_role('alert').get_by_text('broken.png: ').wait_for()
+    assert not guess.is_visible()
+
+def many_pictures(page, n):
+    "A batch: its table, sorted; what cannot be read; both downloads"
+    page.get_by_role('tab', name='Many pictures').click()
+    page.get_by_role('button', name='Answer').click()
+    page.get_by_role('alert').get_by_text('0 pictures were given').wait_for()
+    page.locator('input[type=file]').nth(1).set_input_files(sorted(Path('in').iterdir()))
+    page.locator('.file-preview').get_by_text('broken').wait_for()
+    page.get_by_role('button', name='Answer').click()
+    page.get_by_text(f'{n} of {n} pictures').wait_for(timeout=60000)
+    cells = lambda at: page.locator(f'.many td:nth-child({at})').all_inner_texts()
+    assert len(cells(2)) == n and [c for c in cells(7) if c] == [c for c in cells(7) if 'broken.png' in c]
+    page.get_by_role('button', name='sort by expected').click()
+    values = [float(c) for c in cells(4) if c]
+    assert values == sorted(values) and cells(2)[-1] == 'broken.png', cells(4)
+    files = {}
+    for name in 'words.csv', 'submission.csv':
+        with page.expect_download() as got:
+            page.get_by_role('button', name=f'Download {name}').click()
+        files[name] = Path(got.value.path()).read_text().splitlines()
+    assert len(files['words.csv']) == n + 1 and len(files['submission.csv']) == n*384 + 1
+
+def test_page_in_a_browser():
+    """Drop a picture, read the guess, change words, answer 50 files; no request leaves the page's own address, the
+    console stays clean, and no other file of the machine is served"""
+    if not browser():
+        return
+    from PIL.PngImagePlugin import PngInfo
+    from sdip.playground import draw
+    Path('in').mkdir()
+    info = PngInfo()
+    info.add_text('parameters', 'a red cat on the beach\nSteps: 20, Sampler: Euler a, Seed: 1')
+    for i in range(49):
+        draw('a red cat on the beach', i).save(f'in/{i}.png', pnginfo=info if i == 0 else None)
+    Path('in/broken.png').write_bytes(Path('in/1.png').read_bytes()[:100])
+    with shown_page() as (page, address, errors, requests):
+        page.goto(address)
+        page.get_by_text('a small model answers: class names of').wait_for()
+        one_picture(page)
+        many_pictures(page, 50)
+        nameless = page.evaluate("""() => [...document.querySelectorAll('button, input:not([type=file]), textarea')]
+            .filter(o => o.checkVisibility() && !o.innerText && !o.ariaLabel && !o.labels?.length && !o.title)
+            .map(o => o.outerHTML)""")
+        assert not nameless, nameless
+        page.set_viewport_size(dict(width=390, height=800))
+        for name in 'One picture', 'Many pictures':
+            page.get_by_role('tab', name=name).click()
+            assert page.evaluate('document.documentElement.scrollWidth') == 390, name
+        served_nothing_else(address)
+    outside = [r for r in requests if not r.startswith((address, 'data:', 'blob:'))]
+    assert not outside and not errors, (outside, errors)
+    assert requests and not list(Path('tmp').rglob('*.png')), 'uploads were left'
+
+def served_nothing_else(address):
+    "Neither a file of the machine is served nor one that was not uploaded taken"
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+    for path in Path('in/1.png').resolve(), '/etc/hostname', Path(ROOT)/'README.md', 'in/1.png':
+        try:
+            urlopen(f'{address}gradio_api/file={path}').read()
+        except HTTPError as e:
+            assert e.code in (403, 404), e
+        else:
+            raise AssertionError(f'{path} was served')

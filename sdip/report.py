@@ -15,7 +15,9 @@ from .core import read_json, row_cosine, skill, unit
 from .data import image_paths
 from .lock import read_fields
 from .prediction import Prediction, Predictions
+from .bank import open_space
 from .artifacts import Run
+from .inputs import clip_rows, run_decoder
 
 # %% ../nbs/08_report.ipynb #read-scores
 def read_scores(
@@ -224,13 +226,25 @@ def reached(
     return Reached(test, emb, cosines, expected_cosines(ensemble, preds, ids))
 
 # %% ../nbs/08_report.ipynb #words-of
-def _words_of(run, n):
-    "What the first interrogator that may speak said of the n test pictures; nothing where there is none"
+def _speaker_of(run):  # folder of the first interrogator that may speak; None: there is none
     for name, m in run.members.items():
-        file = run.folders(name)[0]/'words.test.json'
-        if m['kind'] == 'interrogator' and file.exists() and may_speak(run, name):
-            return read_json(file)
-    return ['']*n
+        folder = run.folders(name)[0]
+        if m['kind'] == 'interrogator' and (folder/'words.test.json').exists() and may_speak(run, name):
+            return folder
+
+def _texts_for(run, emb, at, encodings):  # row numbers among the test pictures -> DataFrame of `Decoder.decode`
+    "Guesses for test pictures, from the blend; where an interrogator may speak, its words come along"
+    folder = _speaker_of(run)
+    if folder is None:
+        return run_decoder(run).decode(emb[at], encodings=encodings)
+    words, clip, shift = read_json(folder/'words.test.json'), None, folder/'reference.npy'
+    if (run/'base_clip').is_dir():
+        clip = open_space(run/'base_clip', 'cpu')
+    decoder, looks = run_decoder(run, clip), None
+    if decoder.clip is not None:
+        seen = np.flatnonzero((run.pairs()[0].split == 'test').to_numpy())[at]
+        looks = clip_rows(run, 'images')[seen] - (np.load(shift) if shift.exists() else 0)
+    return decoder.decode(emb[at], looks, [[words[i]] if words[i] else [] for i in at], encodings)
 
 # %% ../nbs/08_report.ipynb #gallery
 def gallery(
@@ -238,18 +252,20 @@ def gallery(
         n: int = 12,  # pictures drawn at random
         n_worst: int = 10,  # pictures with the lowest cosine, and as many with the highest
         seed: int = 0,  # of the draw
+        encodings: int = 50,  # texts that are tried for each picture, at most
 ) -> tuple:  # (`Predictions` at random, of the best, of the worst)
     "Test pictures with their truth, what was said, and how near each model came"
     known = reached(run)
-    words, paths = _words_of(run, len(known.emb)), image_paths(known.table, '')
     order = np.argsort(known.cosines['ensemble'], kind='stable')
     few = min(n_worst, max(1, len(order) // 3))
     draw = np.random.default_rng(seed).permutation(len(order))[:n]
+    at = np.unique(np.concatenate([draw, order[:few], order[::-1][:few]]))
+    found, paths = _texts_for(run, known.emb, at, encodings).set_index(at), image_paths(known.table, '')
 
     def one(i, near):
         cosines = {m: float(c[i]) for m, c in known.cosines.items() if m != 'mean_vector'}
-        return Prediction(paths[i], known.emb[i], words[i], near, float(known.expected[i]), cosines=cosines,
-                          truth=known.table.prompt[i])
+        return Prediction(paths[i], known.emb[i], found.words[i], near, float(known.expected[i]), found.best[i],
+                          cosines=cosines, truth=known.table.prompt[i])
 
     def all_of(pick):
         return Predictions(one(i, near) for i, near in zip(pick, nearest_prompts(run, known.emb[pick])))

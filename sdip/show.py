@@ -7,373 +7,17 @@ __all__ = ['build_demo']
 
 # %% ../nbs/08b_show.ipynb #imports
 import os
-import re
 import socket
 import tempfile
 import threading
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pandas as pd
-from fastcore.basics import patch
-
-from .core import path_text, row_cosine, skill, unit
-from .data import IMAGE_EXTS, image_paths
-from .lock import read_fields
-from .metadata import read_prompt
-from .page import Html, html_table, markup, thumbnail
-from .sources import load_pairs
-from .blending import load_preds
-from .csv_file import write_submission
-from .submit import fill_missing
+from .page import Html, markup, thumbnail
+from .page_parts import (answer_many, answer_one, batch_files, batch_table, compare_html, Desk, headed,
+                             joined, LARGEST, MOST, PARTS_STYLE, table_html, text_html, trouble_html,
+                             truth_html)
 from .predictor import load_predictor
-from .report import expected_cosines
-
-# %% ../nbs/08b_show.ipynb #bar
-def cosine_bar(
-    what: str,  # text or markup beside it
-    cos: float,  # NaN: no bar
-    mark: float = np.nan,  # where a tick stands
-    name: str = '',  # to a screen reader; '': `what`
-) -> Html:  # one line
-    "A cosine with its name, as a bar from 0 to 1"
-    if not np.isfinite(cos):
-        return Html(f'<div class="line"><span class="what">{markup(what)}</span></div>')
-    tick = f'<i style="left:{100*mark:.1f}%"></i>' if np.isfinite(mark) else ''
-    return Html(f'<div class="line"><span class="what">{markup(what)}</span>'
-                f'<span class="bar" role="meter" aria-label="{markup(name or what)}" aria-valuemin="0" '
-                f'aria-valuemax="1" aria-valuenow="{cos:.2f}">'
-                f'<b style="width:{100*min(max(cos, 0), 1):.1f}%"></b>{tick}</span>'
-                f'<span class="n">{cos:.2f}</span></div>')
-
-# %% ../nbs/08b_show.ipynb #usual
-def usual_of(
-    predictor,  # of a run, or the one for photographs
-):  # with expected (n,), sorted, NaN-free, may be empty; sure_from; about: a sentence; mean_score
-    "What a predictor expects of pictures that it has not learned from. ValueError: no whole predictor"
-    if not hasattr(predictor, 'describe'):
-        raise ValueError(f'{type(predictor).__name__} is one model, and one model tells no guess and no '
-                         'cosine to expect: give the folder of a run')
-    if not hasattr(predictor, 'run'):
-        said = predictor.facts['scores']['left_out']
-        about = (f"{said['share_sure']:.0%} of generated pictures of unseen sources are expected to reach "
-                 f"{predictor.facts['sure_from']:.2f}, from where a guess is called sure")
-        return SimpleNamespace(expected=np.empty(0), sure_from=predictor.facts['sure_from'], about=about)
-    run, test = predictor.run, predictor.run.pairs('test')[0]
-    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in predictor.ensemble.ratios}
-    expected = expected_cosines(predictor.ensemble, preds, test.id.tolist())
-    scores = read_fields(run/'scores.json', 'repeat the same sdip_run', test=dict)['test']
-    mean = scores['mean_vector']
-    about = (f'{path_text(run.folder.name)}: score {scores["ensemble"]:.2f}, skill '
-             f'{skill(scores["ensemble"], mean):+.2f} on {len(test):,} held-out pictures')
-    return SimpleNamespace(expected=np.sort(expected[np.isfinite(expected)]), about=about,
-                           sure_from=mean + .1*(1 - mean))
-
-# %% ../nbs/08b_show.ipynb #first-line
-def first_line(
-    predictor,  # as for `usual_of`
-    usual,  # of `usual_of`
-) -> str:  # a sentence or two
-    "What the models have seen, and how good they are"
-    known = predictor.knows()
-    if not hasattr(predictor, 'run'):
-        return known[0].upper() + known[1:] + '.'
-    n = (predictor.run.pairs()[0].split == 'train').sum()
-    return f'{known or f"These models have seen {n:,} of your own pairs."} Run {usual.about}.'
-
-# %% ../nbs/08b_show.ipynb #desk
-class Desk:
-    "What a page asks of a predictor, one request at a time"
-    def __init__(
-            self,
-            predictor,  # as for `usual_of`
-    ):
-        "ValueError as from `usual_of`"
-        self.predictor, self.usual, self.lock = predictor, usual_of(predictor), threading.RLock()
-        self.first_line, self.mean = first_line(predictor, self.usual), predictor.mean_vector()
-        self.encode, self.known, self.pictures = getattr(predictor, 'encode_texts', None), {}, None
-
-    def describe(
-            self,
-            images,  # n paths
-    ) -> list:  # n `Prediction`
-        "As the predictor says"
-        with self.lock:
-            return self.predictor.describe(images)
-
-# %% ../nbs/08b_show.ipynb #desk-rows
-@patch
-def rows(
-    self: Desk,
-    texts,  # n strings, none empty
-) -> np.ndarray:  # (n, 384)
-    "The targets of texts"
-    with self.lock:
-        if self.encode is None:
-            from sdip.encoders import TargetEncoder
-            self.encode = TargetEncoder()
-        if len(self.known) > 5000:
-            self.known.clear()
-        if new := [t for t in dict.fromkeys(texts) if t not in self.known]:
-            self.known |= zip(new, self.encode(new))
-        return np.stack([self.known[t] for t in texts])
-
-@patch
-def cosine(
-    self: Desk,
-    text: str,  # may be empty
-    emb,  # (384,), or None
-) -> float:  # NaN where there is no text or no row
-    "How near a text is to an answer"
-    if emb is None or not text.strip():
-        return np.nan
-    return float(row_cosine(self.rows([text.strip()]), np.asarray(emb)[None])[0])
-
-# %% ../nbs/08b_show.ipynb #desk-pictures
-@patch
-def picture_of(
-    self: Desk,
-    prompt: str,  # of a training picture
-):  # its path, None where the predictor has no such picture
-    "A training picture of a prompt"
-    if self.pictures is None:
-        self.pictures = {}
-        if hasattr(self.predictor, 'run'):
-            train = self.predictor.run.pairs('train')[0]
-            self.pictures = dict(zip(train.prompt[::-1], image_paths(train, '')[::-1]))  # the first one
-    return self.pictures.get(prompt)
-
-# %% ../nbs/08b_show.ipynb #trust
-def is_sure(
-    desk: Desk,  # of the page
-    expected: float,  # cosine
-) -> bool:
-    "Is a guess called sure?"
-    return bool(expected >= desk.usual.sure_from)
-
-def trust_html(
-    desk: Desk,  # of the page
-    expected: float,  # cosine; NaN: the ensemble has learned none
-) -> Html:
-    "How far to trust an answer"
-    if not np.isfinite(expected):
-        return Html('<p>No cosine to expect: the run had too few pictures to learn it.</p>')
-    word = 'sure' if is_sure(desk, expected) else 'unsure'
-    usual, text = desk.usual, desk.usual.about
-    if len(usual.expected):
-        share, n = (usual.expected < expected).mean(), len(usual.expected)
-        text = f'higher than for {share:.0%} of {n:,} held-out pictures'
-    bar = cosine_bar('expected cosine', expected, usual.sure_from)
-    return Html(f'<div class="trust"><span class="word {word}">{word}</span>{bar}</div>'
-                f'<p class="soft">{markup(text)}; the tick is where "sure" begins.</p>')
-
-# %% ../nbs/08b_show.ipynb #guess
-def guess_of(
-    p,  # a `Prediction`
-) -> tuple:  # (text, what it is)
-    "What is shown in large type"
-    if p.words:
-        return p.words, 'Guess'
-    if p.best:
-        return p.best, 'Guess: the text with the highest expected cosine'
-    if p.near:
-        return p.near[0][0], 'No words: the nearest training prompt'
-    return '', 'No words'
-
-def trouble_of(
-    p,  # a `Prediction`
-) -> str:  # '' where its picture was read
-    "Why a picture cannot be read, without the folder where it lies"
-    if np.isfinite(p.emb).all():
-        return ''
-    name = Path(p.image).name if isinstance(p.image, (str, Path)) else 'the picture'
-    why = p.error.replace(path_text(p.image), name) if isinstance(p.image, (str, Path)) else p.error
-    return why or f'{name} cannot be read'
-
-# %% ../nbs/08b_show.ipynb #phrases
-def phrases_of(
-    p,  # a `Prediction`
-    most: int = 24,  # phrases
-) -> tuple:  # (offered, those that are ticked)
-    "Parts of texts that may belong to a picture"
-    split = lambda text: [part for o in text.split(',') if (part := ' '.join(o.split()))]
-    ticked = list(dict.fromkeys(split(guess_of(p)[0])))
-    texts = [p.best, *(prompt for prompt, _ in p.near)]
-    offered = list(dict.fromkeys([*ticked, *(part for t in texts for part in split(t))]))
-    return offered[:max(most, len(ticked))], ticked
-
-def joined(
-    offered,  # phrases in their order
-    ticked,  # some of them, in the order of clicks
-) -> str:
-    "The text of the ticked phrases"
-    return ', '.join(o for o in offered if o in set(ticked))
-
-# %% ../nbs/08b_show.ipynb #text-html
-def text_html(
-    desk: Desk,  # of the page
-    text: str,  # somebody's, may be empty
-    emb,  # (384,) of the picture, or None
-    guess: str = '',  # to compare with
-) -> Html:
-    "How near a text is to the answer, and how much nearer than the guess"
-    cos, before = desk.cosine(text, emb), desk.cosine(guess, emb)
-    if not np.isfinite(cos):
-        return Html('<p class="soft">Tick phrases or type a text, and its cosine appears here.</p>')
-    more = f'{cos - before:+.2f} against the guess' if np.isfinite(before) else ''
-    return Html(cosine_bar('this text and the picture', cos) + f'<p class="soft">{more}</p>')
-
-# %% ../nbs/08b_show.ipynb #compare
-def compare_html(
-    desk: Desk,  # of the page
-    first: str,  # a text
-    second: str,  # another one
-    emb=None,  # (384,) of the picture, where there is one
-) -> Html:
-    "Cosines of two texts with each other and with the picture"
-    if not first.strip() or not second.strip():
-        return Html('<p class="soft">Type two prompts, and they are compared here.</p>')
-    lines = [cosine_bar('first and second', desk.cosine(second, desk.rows([first.strip()])[0]))]
-    if emb is not None:
-        lines += [cosine_bar('first and the picture', desk.cosine(first, emb)),
-                  cosine_bar('second and the picture', desk.cosine(second, emb))]
-    words = [dict.fromkeys(re.findall(r'\w+', o.lower())) for o in (first, second)]
-    for name, own, other in ('first', *words), ('second', *words[::-1]):
-        only = ', '.join(w for w in own if w not in other)
-        lines.append(Html(f'<p class="soft">only in the {name}: {markup(only) or "nothing"}</p>'))
-    return Html(''.join(lines))
-
-# %% ../nbs/08b_show.ipynb #near-html
-def near_html(
-    desk: Desk,  # of the page
-    p,  # a `Prediction`
-) -> Html:
-    "The nearest training prompts with bars and pictures"
-    if not p.near:
-        return Html('<p class="soft">This model keeps no prompts that it could name.</p>')
-    lines = []
-    for prompt, cos in p.near:
-        path = desk.picture_of(prompt)
-        picture = thumbnail(path, 64, f'training picture: {prompt}') if path else ''
-        lines.append(f'<li>{picture}<div>{cosine_bar(prompt, cos)}</div></li>')
-    return Html(f'<ul class="near">{"".join(lines)}</ul>')
-
-def models_html(
-    p,  # a `Prediction`
-) -> Html:
-    "What each model has brought"
-    if not p.members:
-        return Html('')
-    rows = [(m.replace('_', ' '), f'{ratio:.2f}', cosine_bar('', cos, name=f'{m}: cosine to the blend'))
-            for m, (ratio, cos) in p.members.items()]
-    return html_table(['model', 'ratio', 'cosine to the blend'], rows, 'models')
-
-# %% ../nbs/08b_show.ipynb #truth
-def truth_html(
-    desk: Desk,  # of the page
-    emb,  # (384,) of the picture, or None
-    guess: str,  # the text that is shown
-    truth: str,  # '' where it is not known
-) -> Html:
-    "Score and skill of an answer"
-    score, mean = desk.cosine(truth, emb), desk.cosine(truth, desk.mean)
-    if not np.isfinite(score):
-        return Html('')
-    lines = [cosine_bar('answer', score, mean), cosine_bar('guess as a text', desk.cosine(guess,
-                                                           desk.rows([truth.strip()])[0]), mean)]
-    return Html(''.join(lines) + f'<p class="soft">score {score:.2f}, skill {skill(score, mean):+.2f}; the '
-                'tick is the score of the mean vector, which has not looked at the picture.</p>')
-
-# %% ../nbs/08b_show.ipynb #gather
-MOST, LARGEST = 500, '30mb'  # pictures at a time; of one file
-
-def gathered(
-    files,  # paths of uploads
-    folder,  # an empty one
-    most: int = MOST,  # pictures
-) -> tuple:  # (n paths of pictures, in their order; {path: prompt} of those whose prompt is known)
-    "Uploaded files under their own names. ValueError: no picture, or too many"
-    pictures, tables = [], []
-    for f in map(Path, files):
-        to, i = Path(folder)/f.name, 2
-        while to.exists():
-            to, i = Path(folder)/f'{f.stem}-{i}{f.suffix}', i + 1
-        os.link(f, to)
-        if f.suffix.lower() in ('.csv', '.tsv', '.jsonl', '.parquet'):
-            tables.append(to)
-        elif f.suffix.lower() != '.txt':
-            pictures.append(to)
-    if not 0 < len(pictures) <= most:
-        raise ValueError(f'{len(pictures)} pictures were given, expected 1 to {most}: '
-                         'sdip_predict and sdip_interrogate take any number')
-    return pictures, prompts_of(pictures, tables)
-
-# %% ../nbs/08b_show.ipynb #prompts-of
-def prompts_of(
-    pictures,  # paths
-    tables=(),  # tables of pictures and prompts beside them
-) -> dict:  # {path: prompt}, for those whose prompt is known
-    "Prompts in pictures, in files beside them, and in tables, which come first. ValueError as of `load_pairs`"
-    found = {p: prompt for p in pictures if (prompt := read_prompt(p).text)}
-    for table in tables:
-        pairs = load_pairs(table)
-        found |= {p: prompt for p, prompt in zip(image_paths(pairs), pairs.prompt) if p in set(pictures)}
-    return found
-
-# %% ../nbs/08b_show.ipynb #batch-table
-def batch_table(
-    desk: Desk,  # of the page
-    said,  # n `Prediction`
-    prompts=None,  # {path: prompt}
-) -> pd.DataFrame:  # one row a picture
-    "What is said of many pictures"
-    rows = []
-    for p in said:
-        truth, fine = (prompts or {}).get(p.image, ''), not trouble_of(p)
-        cos = desk.cosine(truth, p.emb) if fine else np.nan
-        expected = round(float(p.expected), 3) if np.isfinite(p.expected) else None
-        sure = ('sure' if is_sure(desk, p.expected) else 'unsure') if expected is not None else ''
-        row = dict(picture=path_text(Path(p.image).name), guess=guess_of(p)[0], expected=expected, sure=sure,
-                   best=p.best, nearest=p.near[0][0] if p.near else '', truth=truth,
-                   score=round(cos, 3) if np.isfinite(cos) else None, problem=trouble_of(p))
-        rows.append(row)
-    return pd.DataFrame(rows, columns=['picture', 'guess', 'expected', 'sure', 'best', 'nearest', 'truth',
-                                       'score', 'problem'])
-
-# %% ../nbs/08b_show.ipynb #batch-line
-def batch_line(
-    desk: Desk,  # of the page
-    said,  # n `Prediction`
-    prompts: dict,  # {path: prompt}
-    n: int,  # pictures in all
-) -> str:
-    "What came out so far"
-    good = [p for p in said if not trouble_of(p)]
-    sure = sum(is_sure(desk, p.expected) for p in good)
-    line = f'{len(said)} of {n} pictures: {sure} sure, {len(good) - sure} unsure'
-    line += f', {len(said) - len(good)} cannot be read'*(len(said) > len(good))
-    if known := [p for p in good if p.image in prompts]:
-        targ = desk.rows([prompts[p.image].strip() for p in known])
-        score, mean = (row_cosine(np.stack(o), targ).mean()
-                       for o in ([p.emb for p in known], [desk.mean]*len(known)))
-        line += f'. Score {score:.2f}, skill {skill(score, mean):+.2f} on {len(known)} whose prompt is known'
-    return line + '.'
-
-# %% ../nbs/08b_show.ipynb #batch-files
-def batch_files(
-    desk: Desk,  # of the page
-    said,  # n `Prediction`
-    prompts: dict,  # {path: prompt}
-    folder,  # to write into
-) -> tuple:  # paths of words.csv and submission.csv
-    "Write what can be downloaded"
-    words, submission = Path(folder)/'words.csv', Path(folder)/'submission.csv'
-    batch_table(desk, said, prompts).to_csv(words, index=False)
-    emb = fill_missing(np.stack([p.emb for p in said]), desk.mean)[0]
-    write_submission([path_text(Path(p.image).stem) for p in said], emb, submission)
-    return words, submission
 
 # %% ../nbs/08b_show.ipynb #gradio
 def import_gradio():
@@ -388,40 +32,19 @@ def import_gradio():
 
 # %% ../nbs/08b_show.ipynb #look
 _STYLE = '''
-:root{--sdip-bar:#0f766e;--sdip-soft:#475569}
-.dark{--sdip-bar:#2dd4bf;--sdip-soft:#a8b5c7}
 .gradio-container{--color-accent:var(--sdip-bar);--block-label-text-color:var(--sdip-soft);
   --block-title-text-color:var(--sdip-soft);--body-text-color-subdued:var(--sdip-soft)}
 .gradio-container{max-width:70rem!important;width:100%!important;margin:0 auto!important}
 .head h1{font-size:1.6rem;margin:.5rem 0 .2rem}
-.head p,.soft{color:var(--sdip-soft)!important;margin:.2rem 0}
-.soft{font-size:.9rem}
+.head p{color:var(--sdip-soft)!important;margin:.2rem 0}
 .guess textarea{font-size:1.5rem!important;line-height:1.35!important;font-weight:500}
 .shown img{width:100%!important;height:100%!important;object-fit:contain!important}
 .trouble{border-left:4px solid #dc2626;padding:.5rem .8rem;margin:.3rem 0}
 .part h2{font-size:1.05rem;margin:.4rem 0 .3rem}
-.line{display:grid;grid-template-columns:minmax(0,1fr) minmax(5rem,38%) 2.6rem;gap:.8rem;
-  align-items:center;padding:.2rem 0}
-.line .what{overflow-wrap:anywhere}
-.line .bar{position:relative;height:.7rem;border-radius:.35rem;background:var(--border-color-primary)}
-.line .bar b{display:block;height:100%;border-radius:.35rem;background:var(--sdip-bar)}
-.line .bar i{position:absolute;top:-.25rem;bottom:-.25rem;width:2px;background:var(--body-text-color)}
-.line .n{text-align:right;font-variant-numeric:tabular-nums}
-.trust{display:flex;gap:1rem;align-items:center}
-.trust .line{flex:1}
-.word{border-radius:1rem;padding:.1rem .8rem;font-weight:600;color:#fff!important}
-.word.sure{background:#15803d}
-.word.unsure{background:#b45309}
-ul.near{list-style:none!important;margin:0;padding:0!important}
-ul.near li{display:flex;gap:.8rem;align-items:center;padding:.3rem 0;margin:0}
-ul.near li>div{flex:1;min-width:0}
-ul.near img{width:56px;height:56px;object-fit:cover;border-radius:6px;margin:0;flex:none}
-.models table,.many table,.models tr,.models th,.models td{border:0!important}
-.models table{width:100%;border-collapse:collapse}
-.models th,.models td{text-align:left;padding:.2rem .8rem .2rem 0!important;font-weight:400}
-.models th{color:var(--sdip-soft);font-size:.9rem}
-.models .line{grid-template-columns:minmax(4rem,1fr) 2.6rem}
-.models .what{display:none}
+'''
+
+# %% ../nbs/08b_show.ipynb #look-many
+_MANY_STYLE = '''
 .many{overflow-x:auto}
 .many table{border:0!important;border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 .many tr,.many th,.many td{border:0!important}
@@ -452,42 +75,6 @@ _PASTE = '''() => document.addEventListener('paste', e => {
   input.dispatchEvent(new Event('change', {bubbles: true}))
 })'''
 
-# %% ../nbs/08b_show.ipynb #headed
-def headed(
-    title: str,  # text
-    body: str = '',  # markup
-) -> Html:
-    "A part of the page"
-    return Html(f'<div class="part"><h2>{markup(title)}</h2>{markup(Html(body))}</div>' if body else '')
-
-def trouble_html(
-    why: str,  # text
-) -> Html:
-    "Something went wrong, said to a screen reader at once"
-    return Html(f'<div class="trouble" role="alert">{markup(why)}</div>')
-
-# %% ../nbs/08b_show.ipynb #answer
-def answer_one(
-    desk: Desk,  # of the page
-    path,  # of a picture, or None
-) -> dict:  # what the page shows, by name; `emb` is None where there is no answer
-    "All that is said of one picture"
-    empty = dict(emb=None, guess='', label='Guess', best='', trust='', near='', models='', known='',
-                 offered=[], ticked=[], truth='', other='')
-    if path is None:
-        return empty
-    p = desk.describe([Path(path)])[0]
-    if why := trouble_of(p):
-        return empty | dict(trust=trouble_html(why))
-    (guess, label), (offered, ticked) = guess_of(p), phrases_of(p)
-    best, truth = p.best if p.best != guess else '', read_prompt(path).text
-    known = f'<p>{markup(truth)}</p>' + truth_html(desk, p.emb, guess, truth) if truth else ''
-    return dict(emb=np.asarray(p.emb), guess=guess, label=label, best=best, trust=trust_html(desk, p.expected),
-                near=headed('Nearest training prompts', near_html(desk, p)),
-                models=headed('What each model says', models_html(p)), offered=offered, ticked=ticked,
-                truth=truth, known=headed('The prompt in the file', known),
-                other=p.near[0][0] if p.near else '')
-
 # %% ../nbs/08b_show.ipynb #copy-button
 def _copy_button(gr, box, label):
     "A button below a text; Gradio's own one, inside the box, takes the box's label away from its text"
@@ -508,10 +95,11 @@ def _one_tab(gr):
         with gr.Column(scale=3, min_width=300):
             trust = gr.HTML(_HINT)
             with gr.Column(visible=False, min_width=0) as guess_part:
-                guess = gr.Textbox(label='Guess', lines=2, max_lines=8, interactive=False, elem_classes='guess')
+                guess = gr.Textbox('', label='Guess', lines=2, max_lines=8, interactive=False,
+                                   elem_classes='guess')
                 _copy_button(gr, guess, 'Copy the guess')
             with gr.Column(visible=False, min_width=0) as best_part:
-                best = gr.Textbox(label='The text with the highest expected cosine', max_lines=8,
+                best = gr.Textbox('', label='The text with the highest expected cosine', max_lines=8,
                                   interactive=False)
                 _copy_button(gr, best, 'Copy this text')
             known, near, models = gr.HTML(), gr.HTML(), gr.HTML()
@@ -529,16 +117,16 @@ def _words_part(gr):
             gr.HTML(headed('Change the words', '<p class="soft">Tick or edit, and see how near the text '
                            'comes to what the models say of the picture.</p>'))
             boxes = gr.CheckboxGroup([], label='Phrases')
-            text = gr.Textbox(label='Your text', lines=2, max_lines=8, max_length=4000)
+            text = gr.Textbox('', label='Your text', lines=2, max_lines=8, max_length=4000)
             _copy_button(gr, text, 'Copy your text')
             text_said = gr.HTML()
         with gr.Column(min_width=300):
             gr.HTML(headed('Compare two prompts', '<p class="soft">With each other, and with the '
                            'picture.</p>'))
-            first = gr.Textbox(label='First prompt', max_lines=6, max_length=4000)
-            second = gr.Textbox(label='Second prompt', max_lines=6, max_length=4000)
+            first = gr.Textbox('', label='First prompt', max_lines=6, max_length=4000)
+            second = gr.Textbox('', label='Second prompt', max_lines=6, max_length=4000)
             compared = gr.HTML()
-            truth = gr.Textbox(label='True prompt, where you know it', max_lines=6, max_length=4000)
+            truth = gr.Textbox('', label='True prompt, where you know it', max_lines=6, max_length=4000)
             truth_said = gr.HTML()
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
 
@@ -564,24 +152,20 @@ def _wire_one(gr, desk, a, w):
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
 
-    def tick(ticked, offered, emb, guess):
-        text = joined(offered, ticked)
-        return text, text_html(desk, text, emb, guess)
-
-    outs = [a.emb, a.offered, a.trust, a.guess, a.guess_part, a.best, a.best_part, a.near, a.models, a.known, w.row, w.text,
-            w.truth, w.truth_said, w.first, w.second, w.boxes, w.text_said, w.compared]
+    outs = [a.emb, a.offered, a.trust, a.guess, a.guess_part, a.best, a.best_part, a.near, a.models, a.known,
+            w.row, w.text, w.truth, w.truth_said, w.first, w.second, w.boxes, w.text_said, w.compared]
     a.picture.change(answer, a.picture, outs, show_progress_on=[a.trust], api_visibility='private')
-    w.truth.input(lambda *o: truth_html(desk, *o), [a.emb, a.guess, w.truth], w.truth_said, **live)
-    w.boxes.input(tick, [w.boxes, a.offered, a.emb, a.guess], [w.text, w.text_said], **live)
-    w.text.input(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess], w.text_said, **live)
-    for box in w.first, w.second:
-        box.input(lambda *o: compare_html(desk, *o), [w.first, w.second, a.emb], w.compared, **live)
+    w.truth.change(lambda *o: truth_html(desk, *o), [a.emb, a.guess, w.truth], w.truth_said, **live)
+    w.boxes.input(joined, [a.offered, w.boxes], w.text, **live)
+    w.text.change(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess], w.text_said, **live)
+    gr.on([w.first.change, w.second.change], lambda *o: compare_html(desk, *o), [w.first, w.second, a.emb],
+          w.compared, **live)
 
 # %% ../nbs/08b_show.ipynb #many-tab
 def _many_tab(gr):
     "Components of the tab for many pictures, by name"
-    gr.HTML(f'<p class="soft">Up to {MOST} pictures of {LARGEST.upper()} each. Where you know the prompts, add '
-            'a table of them (columns image and prompt), or a .txt of each picture\'s name.</p>')
+    gr.HTML(f'<p class="soft">Up to {MOST} pictures of {LARGEST.upper()} each. Where you know the prompts, '
+            'add a table of them (columns image and prompt), or a .txt beside each picture.</p>')
     with gr.Row():
         files = gr.File(file_count='multiple', label='Pictures', height=220, scale=3)
         with gr.Column(scale=1, min_width=200):
@@ -593,20 +177,6 @@ def _many_tab(gr):
         words = gr.DownloadButton('Download words.csv')
         submission = gr.DownloadButton('Download submission.csv')
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
-
-# %% ../nbs/08b_show.ipynb #many-steps
-def answer_many(
-    desk: Desk,  # of the page
-    files,  # paths of uploads, or None
-    folder,  # an empty one
-    step: int = 8,  # pictures at a time
-):  # yields (fraction done, line, n `Prediction` so far, prompts)
-    "Answers to many pictures, a few at a time. ValueError as from `gathered`"
-    pictures, prompts = gathered(files or [], folder)
-    said = []
-    for lo in range(0, len(pictures), step):
-        said += desk.describe(pictures[lo:lo + step])
-        yield len(said)/len(pictures), batch_line(desk, said, prompts, len(pictures)), said, prompts
 
 # %% ../nbs/08b_show.ipynb #sort
 _SORT = '''
@@ -622,19 +192,6 @@ element.addEventListener('click', e => {
   const rows = [...th.closest('table').rows].slice(1)
   rows.sort((a, b) => order(text(a), text(b))).forEach(row => row.parentNode.append(row))
 })'''
-
-# %% ../nbs/08b_show.ipynb #table-html
-_COLUMNS = ['picture', 'guess', 'expected', 'sure', 'score', 'problem']
-
-def table_html(
-    table,  # of `batch_table`
-    pictures,  # n <img> tags, '' where unreadable
-) -> Html:
-    "What is said of many pictures, to be sorted"
-    known = [c for c in _COLUMNS if (table[c].notna() & (table[c] != '')).any()]
-    text = lambda v: '' if v is None or v != v else f'{v:.2f}' if isinstance(v, float) else v
-    rows = [[picture, *map(text, row)] for picture, row in zip(pictures, table[known].to_numpy(object))]
-    return html_table(['', *(Html(f'<button title="sort by {c}">{c}</button>') for c in known)], rows, 'many')
 
 # %% ../nbs/08b_show.ipynb #wire-many
 def _wire_many(gr, desk, b):
@@ -679,7 +236,9 @@ def build_demo(
         _wire_many(gr, desk, b)
     font = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     theme = gr.themes.Base(primary_hue='teal', neutral_hue='slate', **font)
-    look = dict(theme=theme, css=_STYLE, js=_PASTE, i18n=gr.I18n(en={'common.upload': 'Upload'}), footer_links=[], run_history=False)
+    i18n = gr.I18n(en={'common.upload': 'Upload'})  # which Gradio 6.31 lacks
+    look = dict(theme=theme, i18n=i18n, css=PARTS_STYLE + _STYLE + _MANY_STYLE, js=_PASTE,
+                footer_links=[], run_history=False)
     demo.launch = partial(demo.launch, **look, share=False, allowed_paths=[], max_file_size=LARGEST)
     return demo
 
