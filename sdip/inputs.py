@@ -214,7 +214,7 @@ def run_decoder(
     clip=None,  # the CLIP that will look at pictures; not used unless it is the base CLIP of the run
 ) -> Decoder:
     "What finds texts for predicted rows, of the words of the training prompts"
-    table, targ = run.pairs(weighted=False)
+    table, targ = run.pairs()  # of version 0.2.0 too
     once = table[table.split == 'train'].drop_duplicates('prompt').index.to_numpy()
     manifest, rows = run/'emb/clip_texts/manifest.json', None
     said = read_fields(manifest, 'repeat the same sdip_run') if manifest.exists() else {}
