@@ -2167,6 +2167,56 @@ def test_run_all_ends():
         sh(sys.executable, 'run_all.py', p)
         print(f'{p.stem}: {time.time() - start:.0f} s', flush=True)
 
+SORTED = """at => [...document.querySelector('.sortable table').rows].slice(1).map(row => row.cells[at].textContent)"""
+
+def looked_at(page, file, width):
+    "The page fits the window, fetches nothing, and runs no script but its own"
+    asked, errors = [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('console', lambda m: errors.append(m.text))
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.goto(file.resolve().as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') <= width, f'{file} is wider than {width}'
+    far = [url for url in asked if not url.startswith(('data:', 'file:'))]
+    assert not far and len(asked) - len([o for o in asked if o.startswith('data:')]) == 1, asked
+    assert not errors, errors
+
+def test_pages_in_a_browser():
+    "Pages of a run and of a deduplication: on a light laptop and a dark phone, sorted by a click"
+    from importlib.util import find_spec
+    import pages
+    if pages.browser() is None or find_spec('playwright') is None:
+        return print('skipped: no Chromium, or playwright is not installed')
+    from playwright.sync_api import sync_playwright
+    from sdip.cli import sdip_dedup
+    from sdip.run import walk
+    walk('small', 'tiny', n_train=60, n_valid=20, n_test=24, quiet=True)
+    prompts = [f'a {c} cat, {o}' for c in ('red', 'blue') for o in ('8k', '8k, hd', 'oil painting', 'on a hill')]
+    Path('prompts.txt').write_text('\n'.join(prompts) + '\n')
+    sdip_dedup('prompts.txt', out='kept.txt', report='dedup.html', threshold=.9)
+    colours = set()
+    with sync_playwright() as p:
+        chrome = p.chromium.launch(executable_path=pages.browser(), args=['--no-sandbox'])
+        for width, scheme in ((1280, 'light'), (390, 'dark')):
+            context = chrome.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
+            for file in Path('small/report.html'), Path('dedup.html'):
+                page = context.new_page()
+                looked_at(page, file, width)
+                colours.add(page.evaluate('getComputedStyle(document.body).backgroundColor'))
+                page.locator('.sortable th button').nth(0).click()
+                down = page.evaluate(SORTED, 0)
+                page.locator('.sortable th button').nth(0).click()
+                up = page.evaluate(SORTED, 0)
+                assert up == down[::-1] and len(up) > 1, (up, down)
+        text = Path('dedup.html').read_text()
+        policy = re.search('<meta http-equiv[^>]*>', text)[0]
+        for stripped, wanted in ((text, True), (text.replace(policy, ''), False)):  # with, without our policy
+            Path('foreign.html').write_text(stripped.replace('</body>', '<script>document.title = 1</script>'))
+            page.goto(Path('foreign.html').resolve().as_uri())
+            assert page.title().startswith('Near-duplicates') == wanted, 'a script that is not ours'
+        chrome.close()
+    assert len(colours) == 2, f'light and dark: {colours}'
+
 def browser():
     "Path of an installed Chromium; '' where there is none, or Gradio or playwright is missing, with a line why"
     from importlib.util import find_spec
