@@ -98,6 +98,8 @@ def _card(p):  # one `Prediction` as markup
             f'<dt style="{_LOOKS["dt"]}">{markup(name)}</dt><dd></dd>{"".join(lines)}</dl></div>')
 
 # %% ../nbs/06_prediction.ipynb #predictions
+_SHOWN = 60  # cards of a gallery, each with its picture
+
 class Predictions(list):
     "A list of `Prediction`; a notebook shows it as a gallery"
     def __repr__(self):
@@ -111,7 +113,9 @@ class Predictions(list):
 
     def _repr_html_(self):
         grid = 'display:grid;gap:1.2em;grid-template-columns:repeat(auto-fill,minmax(min(100%,24em),1fr))'
-        return f'<div class="predictions" style="{grid}">{"".join(p._repr_html_() for p in self)}</div>'
+        cards, more = ''.join(p._repr_html_() for p in self[:_SHOWN]), len(self) - _SHOWN
+        rest = f'<p>and {more} more</p>' if more > 0 else ''
+        return f'<div class="predictions" style="{grid}">{cards}</div>{rest}'
 
 # %% ../nbs/06_prediction.ipynb #members-of
 def members_of(
