@@ -406,7 +406,7 @@ def test_members_of_a_run():
     for more, why in ((('--add', 'gan:x'), "of kind 'gan': known are clip, knn, interrogator, vit"),
                       (('--add', 'vit:resnet10t', 'vit:resnet10t'), "a member 'resnet10t' already"),
                       (('--set', 'vit.lrate=3'), "--set vit.lrate=3: vit is of kind 'vit', which reads accumulate"),
-                      (('--folds', 1), 'folds=1, expected 0')):
+                      (('--folds', 1), 'folds is 1, expected 0')):
         assert why in sh(*run, *more, status=1), why
     assert not Path('run').exists()
     sh(*run)

@@ -301,10 +301,16 @@ def image_batches(
 def pick_device(
     device=None,  # 'cpu', 'cuda', a torch.device; None chooses
 ) -> torch.device:  # 'cuda' where there is one
-    "The device to compute on"
+    "The device to compute on. ValueError: no such device, or a GPU where there is none"
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device {device!r} is unknown, known are cpu and cuda') from None
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device {str(device)!r}: there is no GPU here, or no driver for it: leave it out')
+    return device
 
 # %% ../nbs/00d_preprocess.ipynb #on-device
 def on_device(

@@ -103,8 +103,8 @@ def _deal(fam, valid, test, seed):  # (n,) families, shares -> (n,) of 'train' |
     sides = [(side, share) for side, share in (('test', test), ('valid', valid)) if share > 0]
     if len(size) <= len(sides):
         raise ValueError(
-            f"emb falls into {len(size)} families, expected at least {len(sides) + 1}, one for each side: "
-            "bring more different prompts, or raise the threshold")
+            f"the prompts fall into {len(size)} families of near ones, expected at least {len(sides) + 1}: "
+            "bring prompts that differ more; in Python a higher threshold= makes smaller families")
     free, split = np.random.default_rng(seed).permutation(len(size)), np.full(len(fam), 'train')
     free = free[free != size.argmax()]
     for k, (side, share) in enumerate(sides):
