@@ -112,10 +112,11 @@ def test_predict():
     Path('in/broken.jpg').write_bytes(Path('in/0.png').read_bytes()[:200])
     Path('in/notes.txt').write_text('not a picture')
     out = sh('sdip_predict', 'in', '--run', 'run', '--out', 'submission.csv')
-    assert 'broken.jpg' in out and '3 pictures, 1 of them filled' in out and 'know nothing of real pictures' in out
+    assert 'broken.jpg' in out and '3 pictures, checked; 1 of them the training mean' in out
+    assert 'know nothing of real pictures' in out
     assert 'good, 3 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
     shutil.copy('submission.csv', 'truth.csv')
-    assert 'score 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth',
+    assert 'truth 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth',
                                 'truth.csv')
     Path('empty').mkdir()
     for command, reason in ((('empty', '--run', 'run'), 'empty'),
@@ -130,7 +131,7 @@ def test_no_run_is_named():
     sh('sdip_generate', '0.png', '--prompt', 'a red cat')
     Path('broken.jpg').write_bytes(Path('0.png').read_bytes()[:200])
     out = sh('sdip_predict', '0.png', 'broken.jpg', '--out', 'photo.csv')
-    assert out.startswith('no run was named') and '2 pictures, 1 of them filled' in out, out
+    assert out.startswith('no run was named') and '2 pictures, checked; 1 of them the training mean' in out, out
     said = 'no run was named', '0.png\t', 'broken.jpg'
     out = sh('sdip_interrogate', '0.png', 'broken.jpg', '--work', 'work')
     assert all(o in out for o in said), out
@@ -391,7 +392,7 @@ def test_run_on_a_users_pairs():
         pd.read_parquet('run/pairs.parquet').prompt), out
     Path('in').mkdir()
     os.rename(odd, b'in/caf\xe9.png')
-    assert '1 pictures, 0 of them filled' in sh('sdip_predict', 'in', '--run', 'run', '--out',
+    assert 'embeddings of 1 picture, checked' in sh('sdip_predict', 'in', '--run', 'run', '--out',
                                                 'submission.csv')
     assert 'good, 1 images' in sh('sdip_submit', 'check', 'submission.csv', '--images', 'in')
     Path('in2').mkdir()
@@ -758,9 +759,9 @@ def test_deadline():
        'from sdip.playground import make_pairs; make_pairs("world", 0, 0, 60, progress=False)')
     sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'free.csv')
     out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'none.csv', '--deadline', 0)
-    assert 'time was up' in out and 'answered 0 of 60 pictures' in out and '60 pictures, 60 of them filled' in out
+    assert 'time was up' in out and 'answered 0 of 60 pictures' in out and '60 pictures, checked; 60 of them the training mean' in out
     out = sh('sdip_predict', 'world/images', '--run', 'run', '--out', 'plenty.csv', '--deadline', 60)
-    assert 'time was up' not in out and '60 pictures, 0 of them filled' in out
+    assert 'time was up' not in out and '60 of them' not in out
     slow = "import sdip.knn, time; near = sdip.knn.KNNRegressor.predict; sdip.knn.KNNRegressor.predict = lambda self, images: time.sleep(5*len(images)) or near(self, images); " \
            "import sdip.cli; sdip.cli.sdip_predict(['world/images'], 'run', 'slow.csv', deadline=1)"
     start = time.time()
