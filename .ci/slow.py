@@ -2309,7 +2309,8 @@ def many_pictures(page, n):
     page.locator('input[type=file]').nth(1).set_input_files(sorted(Path('in').iterdir()))
     page.locator('.file-preview').get_by_text('broken').wait_for()
     page.get_by_role('button', name='Answer').click()
-    page.get_by_text(f'{n} of {n} pictures').wait_for(timeout=60000)
+    page.get_by_role('button', name='Download words.csv').wait_for(timeout=60000)
+    assert page.get_by_text(f'{n} of {n} pictures').is_visible()
     cells = lambda at: page.locator(f'.many td:nth-child({at})').all_inner_texts()
     assert len(cells(2)) == n and [c for c in cells(7) if c] == [c for c in cells(7) if 'broken.png' in c]
     page.get_by_role('button', name='sort by expected').click()

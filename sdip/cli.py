@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -57,6 +58,18 @@ def _end(name, status, line):
         pass
     raise SystemExit(status) from None
 
+# %% ../nbs/00_cli.ipynb #meant
+def _meant(word, known):
+    "The end of a message: which of the known words was probably meant"
+    bare = {o.lstrip('-'): o for o in known}
+    near = get_close_matches(word.lstrip('-'), bare, 1, .5)
+    return f'; did you mean {bare[near[0]]}?' if near else ''
+
+def _meant_in(text):
+    "The same for a message such as \"'lrr' is no field, known are lr, bs\""
+    m = re.search(r"'([\w.-]+)'[^']*\b(?:known are|it has|they are) ([\w .,-]+)$", text)
+    return _meant(m[1], m[2].split(', ')) if m else ''
+
 # %% ../nbs/00_cli.ipynb #sentence
 def _sentence(e):
     "Text of an OSError, without the number and the name twice"
@@ -83,7 +96,7 @@ def _one_line(name, left):
             raise
         raise SystemExit(f'{name}: out of GPU memory: {e}')
     except (ValueError, ImportError) as e:
-        raise SystemExit(f'{name}: {e}')
+        raise SystemExit(f'{name}: {e}{_meant_in(str(e))}')
 
 # %% ../nbs/00_cli.ipynb #polite
 _GOES_ON = 'the same command goes on from here'
@@ -156,13 +169,6 @@ def _one_spelling(args):
             option = option.replace('_', '-')
         out.append(option + equals + value)
     return out
-
-# %% ../nbs/00_cli.ipynb #meant
-def _meant(word, known):
-    "The end of a message: which of the known words was probably meant"
-    bare = {o.lstrip('-'): o for o in known}
-    near = get_close_matches(word.lstrip('-'), bare, 1, .5)
-    return f'; did you mean {bare[near[0]]}?' if near else ''
 
 # %% ../nbs/00_cli.ipynb #parser
 class _Parser(argparse.ArgumentParser):
@@ -461,7 +467,7 @@ def sdip_run(
         set: _several() = None,  # fields of members, MEMBER.FIELD=VALUE, such as vit.lr=3e-4
         folds: int = None,  # train each member so many times, each time without a part of the rows
         cards: _several() = None,  # GPUs that train a member each, such as 0 1; default: all
-        leave_out: str = None,  # source: train every member once without each source; none: no member
+        leave_out: _one_of('source none') = None,  # source: train members once without each source; none: no
         reference: str = None,  # pairs or pictures like those to predict for: sample weights aim at them
 ):
     "All chapters in one go: data, models, ensemble, submission, report. Goes on where a killed run was"
@@ -483,11 +489,14 @@ def sdip_predict(
     import time
     start = time.monotonic()
     _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
+    from sdip.data import find_images
     from sdip.predictor import load_predictor, predict_text, predict_to_csv
     from sdip.submit import time_text
+    files = find_images(images, stems=True)
     p = load_predictor(run)
     if line := p.knows() if hasattr(p, 'knows') else '':
         print(line, flush=True)
+    print(f"predicting for {len(files)} file{'s' if len(files) != 1 else ''} ..", flush=True)
     found = predict_to_csv(images, p, out, None if deadline is None else start + 60*deadline)
     if slow := time_text(found):
         print(slow)

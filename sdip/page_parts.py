@@ -23,6 +23,7 @@ from .metadata import read_prompt
 from .page import Html, html_table, markup, thumbnail
 from .sources import load_pairs
 from .blending import load_preds
+from .photo import photo_phrases
 from .csv_file import write_submission
 from .submit import fill_missing
 from .report import expected_cosines
@@ -68,6 +69,8 @@ PARTS_STYLE = BAR_STYLE + '''
 ul.near{list-style:none!important;margin:0;padding:0!important}
 ul.near li{display:flex;gap:.8rem;align-items:center;padding:.3rem 0;margin:0}
 ul.near li>div{flex:1;min-width:0}
+.near .line{grid-template-columns:1fr 2.6rem;row-gap:.3rem}
+.near .what{grid-column:1/3}
 ul.near img{width:56px;height:56px;object-fit:cover;border-radius:6px;margin:0;flex:none}
 .models table,.many table,.models tr,.models th,.models td{border:0!important}
 .models table{width:100%;border-collapse:collapse}
@@ -179,6 +182,20 @@ def picture_of(
             self.pictures = dict(zip(train.prompt[::-1], image_paths(train, '')[::-1]))  # the first one
     return self.pictures.get(prompt)
 
+# %% ../nbs/08b_page_parts.ipynb #desk-phrases
+@patch
+def near_phrases(
+    self: Desk,
+    emb,  # (384,)
+    k: int = 3,  # of each list
+) -> list:  # of phrases; none for a run, whose nearest prompts have their own
+    "The nearest phrases of the lists for photographs"
+    found = []
+    for phrases in () if hasattr(self.predictor, 'run') else photo_phrases().values():
+        near = self.rows(phrases) @ emb  # (phrases, 384) @ (384,)
+        found += [phrases[i] for i in np.argsort(-near, kind='stable')[:k]]
+    return found
+
 # %% ../nbs/08b_page_parts.ipynb #trust
 def is_sure(
     desk: Desk,  # of the page
@@ -227,15 +244,21 @@ def trouble_of(
     return why or f'{name} cannot be read'
 
 # %% ../nbs/08b_page_parts.ipynb #phrases
+def _parts(text):  # at commas; a part of more than 8 words also before words such as `in`
+    parts = []
+    for part in (' '.join(o.split()) for o in text.split(',')):
+        parts += re.split(r' (?=(?:at|by|in|inside|on|under|with)\b)', part) if part.count(' ') > 7 else [part]
+    return [part for part in parts if part]
+
 def phrases_of(
     p,  # a `Prediction`
+    more=(),  # phrases to offer besides
     most: int = 24,  # phrases
 ) -> tuple:  # (offered, those that are ticked)
     "Parts of texts that may belong to a picture"
-    split = lambda text: [part for o in text.split(',') if (part := ' '.join(o.split()))]
-    ticked = list(dict.fromkeys(split(guess_of(p)[0])))
+    ticked = list(dict.fromkeys(_parts(guess_of(p)[0])))
     texts = [p.best, *(prompt for prompt, _ in p.near)]
-    offered = list(dict.fromkeys([*ticked, *(part for t in texts for part in split(t))]))
+    offered = list(dict.fromkeys([*ticked, *(part for t in texts for part in _parts(t)), *more]))
     return offered[:max(most, len(ticked))], ticked
 
 def joined(
@@ -286,7 +309,7 @@ def near_html(
 ) -> Html:
     "The nearest training prompts with bars and pictures"
     if not p.near:
-        return Html('<p class="soft">This model keeps no prompts that it could name.</p>')
+        return Html('')
     lines = []
     for prompt, cos in p.near:
         path = desk.picture_of(prompt)
@@ -436,7 +459,7 @@ def answer_one(
     p = desk.describe([Path(path)])[0]
     if why := trouble_of(p):
         return empty | dict(trust=trouble_html(why))
-    (guess, label), (offered, ticked) = guess_of(p), phrases_of(p)
+    (guess, label), (offered, ticked) = guess_of(p), phrases_of(p, desk.near_phrases(p.emb))
     best, truth = p.best if p.best != guess else '', read_prompt(path).text
     known = f'<p>{markup(truth)}</p>' + truth_html(desk, p.emb, guess, truth) if truth else ''
     near = headed('Nearest training prompts', near_html(desk, p))

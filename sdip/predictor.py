@@ -490,6 +490,10 @@ def predict_text(
     n, filled = len(found['ids']), found['filled']
     lines.append(f"{out}: embeddings of {n} picture{'s' if n != 1 else ''}, checked"
                  + (f'; {filled} of them the training mean' if filled else ''))
+    expected = np.asarray(getattr(p, 'expected', ()), float)  # of the last call, which may have been a part
+    if len(expected) == n > filled and np.isfinite(expected).any():
+        lo, mid, hi = np.nanquantile(expected, (0, .5, 1))
+        lines.append(f'expected cosine to the true prompts: median {mid:.2f}, from {lo:.2f} to {hi:.2f}')
     if truth:
         score, mean = _scores_of(out, truth, p.mean_vector())
         lines.append(f'mean cosine to the truth {score:.4f}; always the training mean scores {mean:.4f}')

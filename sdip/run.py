@@ -274,8 +274,8 @@ def _arguments(preset, changes, add, fields, kinds):
     if preset not in PRESETS:
         raise ValueError(f'preset {preset!r} is unknown: known are {", ".join(PRESETS)}')
     if unknown := sorted(changes.keys() - PRESETS[preset].keys()):
-        raise ValueError(f'{unknown} are no arguments of preset {preset!r}: '
-                         f'it has {", ".join(PRESETS[preset])}')
+        raise ValueError(f"preset {preset!r} does not read {', '.join(unknown)}, it reads "
+                         f'{", ".join(PRESETS[preset])}')
     args = dict(preset=preset) | PRESETS[preset] | changes
     if args['folds'] and args['start'] == 'scratch':
         raise ValueError(f"folds={args['folds']} with preset {preset!r}: its base CLIP trains on all "
@@ -283,7 +283,7 @@ def _arguments(preset, changes, add, fields, kinds):
                          'trained towers')
     _check_leave_out(args)
     if args['folds'] == 1 or args['folds'] < 0:
-        raise ValueError(f"folds={args['folds']}, expected 0 (none) or 2 and more")
+        raise ValueError(f"folds is {args['folds']}, expected 0 (none) or 2 and more")
     if os.path.isdir(place := args.get('classifier') or ''):
         timm_folder(place)  # refused before any work
         args['classifier'] = os.path.abspath(place)

@@ -13,6 +13,8 @@ import threading
 from functools import partial
 from types import SimpleNamespace
 
+from PIL import Image
+
 from .page import Html, markup, thumbnail
 from .page_parts import (answer_many, answer_one, batch_files, batch_table, compare_html, Desk, headed,
                              joined, LARGEST, MOST, PARTS_STYLE, table_html, text_html, trouble_html,
@@ -59,8 +61,6 @@ _MANY_STYLE = '''
 .many th[aria-sort=ascending] button::after{content:" \\2191"}
 .many th[aria-sort=descending] button::after{content:" \\2193"}
 @media(max-width:640px){
-.near .line{grid-template-columns:1fr 2.6rem;row-gap:.4rem}
-.near .what{grid-column:1/3}
 .trust{flex-direction:column;align-items:stretch;gap:.2rem}
 .trust .word{align-self:flex-start}}
 '''
@@ -147,7 +147,7 @@ def _shown(gr, desk, a, w, found):  # of `answer_one` -> {component: its new sta
 # %% ../nbs/08b_show.ipynb #wire-one
 def _wire_one(gr, desk, a, w):
     "What happens on the tab for one picture"
-    live = dict(show_progress='hidden', trigger_mode='always_last', api_visibility='private')
+    live = dict(show_progress='hidden', trigger_mode='multiple', api_visibility='private')
 
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
@@ -254,7 +254,9 @@ def serve(
         os.environ['GRADIO_TEMP_DIR'] = folder
         os.environ.pop('GRADIO_ALLOWED_PATHS', None)
         print('loading the models ..', flush=True)
-        demo = build_demo(load_predictor(run))
+        predictor = load_predictor(run)
+        demo = build_demo(predictor)
+        predictor.describe([Image.new('RGB', (64, 64))])  # what is made once is made before the first picture
         try:
             where = demo.launch(server_name='127.0.0.1', server_port=port, prevent_thread_lock=True,
                                 quiet=True)[1]
