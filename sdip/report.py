@@ -232,7 +232,7 @@ def _speaker_of(run):  # folder of the first interrogator that may speak; None: 
         if m['kind'] == 'interrogator' and (folder/'words.test.json').exists() and may_speak(run, name):
             return folder
 
-def _texts_for(run, emb, at, encodings):  # row numbers among the test pictures -> DataFrame of `Decoder.decode`
+def _texts_for(run, emb, at, encodings):  # at: test rows -> DataFrame of `Decoder.decode`
     "Guesses for test pictures, from the blend; where an interrogator may speak, its words come along"
     folder = _speaker_of(run)
     if folder is None:
@@ -264,7 +264,8 @@ def gallery(
 
     def one(i, near):
         cosines = {m: float(c[i]) for m, c in known.cosines.items() if m != 'mean_vector'}
-        return Prediction(paths[i], known.emb[i], found.words[i], near, float(known.expected[i]), found.best[i],
+        words, best = found.loc[i, ['words', 'best']]
+        return Prediction(paths[i], known.emb[i], words, near, float(known.expected[i]), best,
                           cosines=cosines, truth=known.table.prompt[i])
 
     def all_of(pick):
