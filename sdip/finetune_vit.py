@@ -226,7 +226,8 @@ def print_summary(
         return
     for r in reg.report[:5]:
         print(f"unreadable: {r['image']} ({r['error']})")
-    print(', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None) + f'; model in {out}')
+    said = ', '.join(f'{k} {v:.4f}' for k, v in scores.items() if v is not None)
+    print(f'mean cosine: {said}; model in {out}')
 
 # %% ../nbs/03_finetune_vit.ipynb #finetune-files
 def finetune_files(
