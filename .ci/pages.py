@@ -41,11 +41,12 @@ def faults_of(files):
     out = []
     with sync_playwright() as p:
         chrome = p.chromium.launch(executable_path=browser(), args=['--no-sandbox'])
-        for width in WIDTHS:
-            page = chrome.new_page(viewport=dict(width=width, height=900))
-            page.route('http*://**', lambda route: route.abort())  # nothing beyond the pages themselves
-            for f in files:
-                page.goto(Path(f).resolve().as_uri(), wait_until='load')
+        page = chrome.new_page()
+        page.route('http*://**', lambda route: route.abort())  # nothing beyond the pages themselves
+        for f in files:
+            page.goto(Path(f).resolve().as_uri(), wait_until='load')
+            for width in WIDTHS:
+                page.set_viewport_size(dict(width=width, height=900))
                 out += [f'{Path(f).name} at {width}: {line}' for line in page.evaluate(LOOK)]
         chrome.close()
     return out
