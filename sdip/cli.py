@@ -492,8 +492,7 @@ def sdip_predict(
     from sdip.data import find_images
     from sdip.predictor import load_predictor, predict_text, predict_to_csv
     from sdip.submit import time_text
-    files = find_images(images, stems=True)
-    p = load_predictor(run)
+    p, files = load_predictor(run), find_images(images, stems=True)
     if line := p.knows() if hasattr(p, 'knows') else '':
         print(line, flush=True)
     print(f"predicting for {len(files)} file{'s' if len(files) != 1 else ''} ..", flush=True)

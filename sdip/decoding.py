@@ -175,7 +175,7 @@ def count_words(
 
 # %% ../nbs/05c_decoding.ipynb #readable
 _AT_MOST = dict(subjects=2, plurals=2, colours=2, counts=2, modifiers=3, flavors=3, surroundings=2)
-_START, _END = '<', '>'
+_START, _END = ' start', ' end'  # no words
 
 class Readable:
     "Does a text read like the known ones, and does it name one scene?"
@@ -186,15 +186,23 @@ class Readable:
             lists: dict = None,  # kind -> phrases
     ):
         self.after, self.skips, self.kinds, self.units = {}, set(), {}, units
+        self.pairs, self.ends = Counter(), set()  # two words in a row; two words that end a phrase
         for text in texts:
             words = (_START, *split_words(text), _END)
             self.skips.update(zip(words, words[2:]))
+            self.pairs.update(zip(words, words[1:]))
+            self.ends.update(_phrase_ends(words))
             for a, b in zip(words, words[1:]):
                 self.after.setdefault(a, set()).add(b)
         for kind, phrases in (lists or {}).items():
             self.kinds.update({split_words(p): kind for p in phrases})
         self.longest = max(map(len, self.kinds), default=0)
         self._masks = {}
+
+def _phrase_ends(words):  # yields the two words before each mark, and before the end
+    for a, b, c in zip(words, words[1:], words[2:]):
+        if c == _END or c[0] != ' ' and not c[0].isalnum():
+            yield a, b
 
 # %% ../nbs/05c_decoding.ipynb #readable-passes
 @patch
@@ -208,6 +216,8 @@ def passes(
         return False
     if any(p not in self.skips for p in zip(words, row[3:]) if ',' not in p):
         return False
+    if any(e not in self.ends and self.pairs[e] > 2 for e in _phrase_ends(row)):
+        return False  # it breaks off: 'in the style'
     said = Counter(w for w in words if w not in _SMALL and w[0].isalnum())
     return max(said.values(), default=1) == 1 and self._one_scene(words)
 
@@ -326,6 +336,7 @@ def propose(
             out[frozenset(text)] = text
     return list(out.values())
 
+# %% ../nbs/05c_decoding.ipynb #text-search-climb-2
 @patch
 def climb(
         self: TextSearch,
@@ -376,23 +387,18 @@ class Decoder:
         self.lists, self.phrases = lists, phrases
 
 # %% ../nbs/05c_decoding.ipynb #decoder-parts
-@patch(as_prop=True)
-def _parts(self: Decoder):
-    width = self.rows.shape[1]
-    return (slice(0, EMB_DIM), ) + ((slice(EMB_DIM, width), ) if width > EMB_DIM else ())
-
 @patch
-def _learn(self: Decoder):  # at the first text, not before
+def _learn(self: Decoder):
     if hasattr(self, 'lexicon'):
         return
-    self.lexicon = Lexicon(self.prompts, self.rows, self._parts, self.phrases)
+    width = self.rows.shape[1]
+    parts = (slice(0, EMB_DIM), *([slice(EMB_DIM, width)] if width > EMB_DIM else []))
+    self.lexicon = Lexicon(self.prompts, self.rows, parts, self.phrases)
     self.readable = Readable(self.prompts, self.lexicon.units, self.lists)
     self.words = [split_words(p) for p in self.prompts]
     self.spelled = dict(zip(self.words, self.prompts))
-    self.usual = [max(1., np.mean([f(w) for w in self.words])) for f in (_count_phrases, count_words)]
-
-def _count_phrases(words):
-    return len(cut_phrases(words))
+    lengths = [(len(cut_phrases(w)), count_words(w)) for w in self.words]
+    self.usual = np.maximum(1, np.mean(lengths, axis=0))  # phrases, words
 
 @patch
 def text_rows(
@@ -405,14 +411,54 @@ def text_rows(
     parts = [self._encode(texts)] + ([self.clip.encode_texts(texts)] if self.clip is not None else [])
     return np.hstack(parts)
 
+# %% ../nbs/05c_decoding.ipynb #decode-search
+@patch
+def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):  # -> n `TextSearch`
+    goals = emb
+    if self.clip is not None:
+        beside = self.rows.shape[1] - EMB_DIM
+        goals = np.hstack([emb, np.zeros((len(emb), beside)) if looks is None else how['look']*looks])
+    prices = tuple(np.array([how['phrase'], how['word']])/self.usual)
+    searches = [TextSearch(self.lexicon, g, readable, prices) for g in goals]
+    for s, seen in zip(searches, first):
+        s.see(list(seen), list(seen.values()))
+    run_searches(self.text_rows, goals, [s.climb(b) for s, b in zip(searches, budgets)])
+    return searches
+
+@patch
+def _answer(self: Decoder, x, fine, rough, known):  # known: texts whose rows cost nothing
+    words, best = fine.top()[0], rough.top()[0]
+    cosines = [float(s.rows[w][:EMB_DIM] @ x) for s, w in ((rough, best), (fine, words))]
+    spelled = [self.spelled.get(w) or join_words(w) for w in (best, words)]
+    encoded = len((fine.rows.keys() | rough.rows.keys()) - known)
+    return dict(best=spelled[0], best_near=cosines[0], words=spelled[1], words_near=cosines[1],
+                encoded=encoded)
+
+# %% ../nbs/05c_decoding.ipynb #decode-some
+@patch
+def _decode_some(self: Decoder, emb, looks, starts, encodings):
+    self._learn()
+    near = np.argsort(-emb @ self.rows[:, :EMB_DIM].T, axis=1)[:, :30]  # (n, 384) @ (384, prompts)
+    starts = [list(dict.fromkeys(filter(None, map(split_words, s))))[:encodings] for s in starts]
+    flat = [w for s in starts for w in s]
+    kept = dict(zip(flat, self.text_rows([join_words(w) for w in flat]))) if flat else {}
+    free = [{self.words[j]: self.rows[j] for j in i} for i in near]
+    first = [{w: kept[w] for w in s} | f for s, f in zip(starts, free)]
+    budgets = [encodings - len(s) for s in starts]
+    half = [min(b - b//2, 100) for b in budgets]  # the readable search has nothing more to find then
+    fine = self._search(emb, looks, first, half, _WORDS, self.readable)
+    both = [f | {w: s.rows[w] for w in s.top(10)} for f, s in zip(first, fine)]
+    rough = self._search(emb, looks, both, [b - h for b, h in zip(budgets, half)], _BEST)
+    return [self._answer(*one) for one in zip(emb, fine, rough, map(dict.keys, free))]
+
 # %% ../nbs/05c_decoding.ipynb #decode
 @patch
 def decode(
         self: Decoder,
         emb,  # (n, 384) predicted rows; a row of NaN gets no text
-        looks=None,  # (n, d) rows of the pictures by the CLIP, less its reference; None: the prediction alone
+        looks=None,  # (n, d) rows of the pictures by the CLIP, less its reference; None: not used
         starts=None,  # n lists of texts to begin with, besides the nearest prompts
-        encodings: int = 100,  # new texts that MiniLM reads, at most, for each row
+        encodings: int = 100,  # new texts that MiniLM reads for each row, at most
 ) -> pd.DataFrame:  # best, best_near, words, words_near (cosines to the row), encoded (texts)
     "The nearest text for each row, and a readable one. ValueError: other numbers of rows."
     emb = np.asarray(emb, np.float32)
@@ -422,51 +468,8 @@ def decode(
     out = [dict(best='', best_near=np.nan, words='', words_near=np.nan, encoded=0) for _ in emb]
     good = np.flatnonzero(np.isfinite(emb).all(1))
     for part in (good[lo:lo + 64] for lo in range(0, len(good), 64)):
-        found = self._decode_some(unit(emb[part]), None if looks is None else looks[part],
-                                  [starts[i] for i in part] if starts is not None else [()]*len(part), encodings)
-        for i, row in zip(part, found):
+        seen = None if looks is None else np.asarray(looks)[part]
+        begin = [() if starts is None else starts[i] for i in part]
+        for i, row in zip(part, self._decode_some(unit(emb[part]), seen, begin, encodings)):
             out[i] = row
     return pd.DataFrame(out, columns=['best', 'best_near', 'words', 'words_near', 'encoded'])
-
-# %% ../nbs/05c_decoding.ipynb #decode-some
-@patch
-def _goals(self: Decoder, emb, looks, weight):  # -> (n, 384 or 384 + d)
-    if self.clip is None:
-        return emb
-    return np.hstack([emb, weight*looks if looks is not None else np.zeros((len(emb), self.rows.shape[1] - EMB_DIM))])
-
-@patch
-def _decode_some(self: Decoder, emb, looks, starts, encodings):
-    self._learn()
-    near = np.argsort(-emb @ self.rows[:, :EMB_DIM].T, axis=1)[:, :30]  # (n, 384) @ (384, prompts)
-    starts = [list(dict.fromkeys(map(split_words, s)))[:encodings] for s in starts]
-    flat = [w for s in starts for w in s]
-    kept = dict(zip(flat, self.text_rows([join_words(w) for w in flat]))) if flat else {}
-    first = []
-    for i, s in zip(near, starts):
-        first.append({self.words[j]: self.rows[j] for j in i} | {w: kept[w] for w in s})
-    budget = [encodings - len(s) for s in starts]
-    fine = self._search(emb, looks, first, [b - b//2 for b in budget], _WORDS, self.readable)
-    both = [f | {w: s.rows[w] for w in s.top(10)} for f, s in zip(first, fine)]
-    rough = self._search(emb, looks, both, [b//2 for b in budget], _BEST)
-    free = [{self.words[j] for j in i} for i in near]
-    return [self._answer(*one) for one in zip(emb, fine, rough, free)]
-
-# %% ../nbs/05c_decoding.ipynb #decode-some-2
-@patch
-def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):
-    goals = self._goals(emb, looks, how['look'])
-    prices = how['phrase']/self.usual[0], how['word']/self.usual[1]
-    searches = [TextSearch(self.lexicon, g, readable, prices) for g in goals]
-    for s, seen in zip(searches, first):
-        s.see(list(seen), list(seen.values()))
-    run_searches(self.text_rows, goals, [s.climb(b) for s, b in zip(searches, budgets)])
-    return searches
-
-@patch
-def _answer(self: Decoder, x, fine, rough, known):  # known: texts that were not encoded now
-    words, best = fine.top()[0], rough.top()[0]
-    cosines = [float(s.rows[w][:EMB_DIM] @ x) for s, w in ((rough, best), (fine, words))]
-    spelled = [self.spelled.get(w) or join_words(w) for w in (best, words)]
-    encoded = len((fine.rows.keys() | rough.rows.keys()) - known)
-    return dict(best=spelled[0], best_near=cosines[0], words=spelled[1], words_near=cosines[1], encoded=encoded)
