@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
 import numpy as np
@@ -338,7 +339,8 @@ def do(
 def _sign(self: Run, s, facts, seconds, cpu):
     "Write the receipt"
     files = self._left(s)
-    cost = dict(seconds=seconds, cpu=cpu, peak_gb=peak_gb(), python=platform.python_version())
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    cost = dict(seconds=seconds, cpu=cpu, peak_gb=peak_gb(), python=platform.python_version(), ended=now)
     left = dict(files=files, says={f: self._says(f, digest) for f, digest in files.items()},
                 logs={f: _text(self/f) for f in s.logs}, facts=facts)
     write_json(self._wanted(s) | left | cost, self/f'receipts/{s.name}.json')

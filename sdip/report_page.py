@@ -9,6 +9,7 @@ __all__ = ['write_report']
 import io
 import platform
 import re
+import shlex
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -119,8 +120,11 @@ def ensemble_figure(
 def similarity_figure(
     run: Run,  # finished
 ):  # a figure
-    "Similarity of picture and prompt in training rows, before and after weighting, and in held-out rows"
+    """Similarity of picture and prompt in training rows, before and after weighting, and in held-out rows.
+    ValueError: the run has no similarities"""
     fig, ax = _axes('cosine of picture and prompt', 'density')
+    if not (run/'emb/similarity.npy').exists():
+        raise ValueError(f'{run.folder} has no emb/similarity.npy: repeat the same sdip_run')
     sims, (table, _) = np.load(run/'emb/similarity.npy'), run.pairs()
     known = np.isfinite(sims)
     bins = np.linspace(*np.quantile(sims[known], [0.001, 0.999]), 40)
@@ -198,30 +202,35 @@ _ASKED = dict(seed=0, folds=0, rehearse=False, reference=None, leave_out=None, c
 
 def command_of(
     run: Run,  # to be made again
-) -> str:  # without paths of this machine
+) -> str:  # to paste into a shell; without paths of this machine
     "The command of a run, as far as its arguments tell"
-    given = [f"--preset {run.args.get('preset')}"] if run.args.get('preset') else []
+    given = ['--preset', run.args['preset']] if run.args.get('preset') else []
     if places := run.args.get('pairs'):
         places = [places] if isinstance(places, str) else places
-        given.append('--pairs ' + ' '.join(Path(str(p)).name for p in places))
+        given += ['--pairs', *(Path(str(p)).name for p in places)]
     for name, usual in _ASKED.items():
         value = run.args.get(name, usual)
         if value not in (usual, None):
             flag = name.replace('_', '-') if name != 'leave_out' else name
-            given.append(f'--{flag}' if value is True else f'--{flag} {Path(str(value)).name}')
-    return f"sdip_run --out {run.folder.name} {' '.join(given)}"
+            given += [f'--{flag}', *([] if value is True else [Path(str(value)).name])]
+    return shlex.join(['sdip_run', '--out', run.folder.name, *given])
 
 # %% ../nbs/08_report_page.ipynb #report-head
 _FILES = ('run.json', 'scores.json', 'ensemble.json', 'submission.csv', 'pairs.parquet', 'left_out.json')
 
 def _how_made(run):  # -> rows: what, how
-    when = datetime.fromtimestamp((run/'scores.json').stat().st_mtime, timezone.utc)
-    made_by = (run.receipt('scores') or {}).get('sdip', '?')
+    receipt = run.receipt('scores') or {}
+    when = receipt.get('ended') or (run/'scores.json').stat().st_mtime  # runs before 0.6 wrote no date
+    if isinstance(when, str):
+        when = datetime.fromisoformat(when)
+    else:
+        when = datetime.fromtimestamp(when, timezone.utc)
     files = ', '.join(f'<a href="{f}">{f}</a>' for f in _FILES if (run/f).exists())
-    name = run.folder.name
-    return [('Scored on', f'{when:%Y-%m-%d %H:%M} UTC, by sdip {made_by}'),
+    name = shlex.quote(run.folder.name)
+    return [('Scored on', f'{when:%Y-%m-%d %H:%M} UTC, by sdip {receipt.get("sdip", "?")}'),
             ('Preset', run.args.get('preset', 'none')), ('Seed', str(run.args.get('seed', 0))),
             ('Command', Html(f'<code>{markup(command_of(run))}</code>')),
+            ('Members', f"{', '.join(run.members)}; their recipes stand in run.json"),
             ('Use it', Html(f'<code>sdip_predict PICTURES --run {markup(name)}</code> for embeddings, '
                             f'<code>sdip_interrogate PICTURES --run {markup(name)}</code> for words')),
             ('Files', Html(files)), ('Page by', f'sdip {__version__}, Python {platform.python_version()}')]
