@@ -197,7 +197,7 @@ class Readable:
         for kind, phrases in (lists or {}).items():
             self.kinds.update({split_words(p): kind for p in phrases})
         self.longest = max(map(len, self.kinds), default=0)
-        self._masks = {}
+        self._masks, self.known = {}, {split_words(t) for t in texts}  # what people wrote can be read
 
 def _phrase_ends(words):  # yields the two words before each mark, and before the end
     for a, b, c in zip(words, words[1:], words[2:]):
@@ -212,6 +212,8 @@ def passes(
 ) -> bool:
     "Is the text readable?"
     row = (_START, *words, _END)
+    if words in self.known:
+        return True
     if any(b not in self.after.get(a, ()) for a, b in zip(row, row[1:])):
         return False
     if any(p not in self.skips for p in zip(words, row[3:]) if ',' not in p):
@@ -354,7 +356,7 @@ def climb(
         budget -= len(new)
 
 # %% ../nbs/05c_decoding.ipynb #decoder-class
-_WORDS = dict(look=2., phrase=.15, word=.2)  # weight of CLIP; price of as many phrases, words as is usual
+_WORDS = dict(look=2., phrase=.05, word=.067)  # weight of CLIP; price, in the weight of all, of a usual length
 _BEST = dict(look=.2, phrase=0., word=0.)
 
 def playground_lists() -> dict:  # kind -> phrases
@@ -414,11 +416,13 @@ def text_rows(
 # %% ../nbs/05c_decoding.ipynb #decode-search
 @patch
 def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):  # -> n `TextSearch`
-    goals = emb
+    goals, weight = emb, 1.
+    if looks is not None and self.clip is not None:
+        weight += how['look']
     if self.clip is not None:
         beside = self.rows.shape[1] - EMB_DIM
         goals = np.hstack([emb, np.zeros((len(emb), beside)) if looks is None else how['look']*looks])
-    prices = tuple(np.array([how['phrase'], how['word']])/self.usual)
+    prices = tuple(weight*np.array([how['phrase'], how['word']])/self.usual)
     searches = [TextSearch(self.lexicon, g, readable, prices) for g in goals]
     for s, seen in zip(searches, first):
         s.see(list(seen), list(seen.values()))
