@@ -356,7 +356,7 @@ def climb(
         budget -= len(new)
 
 # %% ../nbs/05c_decoding.ipynb #decoder-class
-_WORDS = dict(look=2., phrase=.05, word=.067)  # weight of CLIP; price, in the weight of all, of a usual length
+_WORDS = dict(look=2., phrase=.075, word=.1)  # weight of CLIP; prices of a usual length, in that weight
 _BEST = dict(look=.2, phrase=0., word=0.)
 
 def playground_lists() -> dict:  # kind -> phrases
@@ -416,9 +416,7 @@ def text_rows(
 # %% ../nbs/05c_decoding.ipynb #decode-search
 @patch
 def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):  # -> n `TextSearch`
-    goals, weight = emb, 1.
-    if looks is not None and self.clip is not None:
-        weight += how['look']
+    goals, weight = emb, 0. if looks is None or self.clip is None else how['look']
     if self.clip is not None:
         beside = self.rows.shape[1] - EMB_DIM
         goals = np.hstack([emb, np.zeros((len(emb), beside)) if looks is None else how['look']*looks])
