@@ -8,7 +8,6 @@ __all__ = ['Decoder']
 # %% ../nbs/05c_decoding.ipynb #imports
 import re
 from collections import Counter
-from functools import cached_property
 
 import numpy as np
 import pandas as pd

@@ -221,8 +221,8 @@ def run_decoder(
     if hasattr(clip, 'tokenizer') and said.get('weights') == clip.sha256:
         rows = clip_rows(run, 'texts')[once]
     lists = playground_lists() if run.args.get('pairs') is None else None
-    return Decoder(table.prompt[once].tolist(), targ[once], clip=None if rows is None else clip, clip_rows=rows,
-                   lists=lists)
+    clip = None if rows is None else clip
+    return Decoder(table.prompt[once].tolist(), targ[once], clip=clip, clip_rows=rows, lists=lists)
 
 # %% ../nbs/08_inputs.ipynb #similarity
 def _similarity(clip, table):

@@ -352,10 +352,12 @@ class RunWords:
         found, p = self.predictor.describe(images), self.predictor
         which = 'words' if mode == 'classic' else 'best'
         near, self.report = p.decoded[f'{which}_near'].to_numpy(), p.report
-        names = [path_text(im) if isinstance(im, (str, Path)) else f'picture {i}' for i, im in enumerate(images)]
+        names = [path_text(im) if isinstance(im, (str, Path)) else f'picture {i}'
+                 for i, im in enumerate(images)]
         return Words(dict(image=names, caption='', prompt=[getattr(f, which) for f in found], similarity=near,
                           phrases=[[] for _ in found], expected=near*p.expected))
 
+# %% ../nbs/08a_predictor.ipynb #run-words-2
 def run_words(
         folder,  # a finished run
 ):  # a function that makes a `RunWords`, for `interrogate_files`
