@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 from PIL import Image
@@ -248,7 +249,8 @@ def serve(
     port: int = None,  # None: the first free one from 7860
 ):
     "The page on 127.0.0.1, until it is stopped. ValueError: the port is taken; else as from `build_demo`"
-    import_gradio()
+    if find_spec('gradio') is None:
+        import_gradio()  # says how to get it, before anything is loaded
     _check_port(port)
     with tempfile.TemporaryDirectory(prefix='sdip-show-') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
