@@ -247,7 +247,8 @@ def trouble_of(
 def _parts(text):  # at commas; a part of more than 8 words also before words such as `in`
     parts = []
     for part in (' '.join(o.split()) for o in text.split(',')):
-        parts += re.split(r' (?=(?:at|by|in|inside|on|under|with)\b)', part) if part.count(' ') > 7 else [part]
+        long = part.count(' ') > 7
+        parts += re.split(r' (?=(?:at|by|in|inside|on|under|with)\b)', part) if long else [part]
     return [part for part in parts if part]
 
 def phrases_of(
