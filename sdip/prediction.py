@@ -49,6 +49,7 @@ class Prediction:
 
     @property
     def nearest(self):  # its name up to version 0.5
+        "The same as `near`"
         return self.near
 
     def __repr__(self):
