@@ -364,9 +364,9 @@ def check_stages(
 @patch
 def _rows(self: Run, weighted):
     "Table and targets as they lie in the folder; read again only where a file has changed"
-    file = self/'pairs.parquet'
-    if not weighted or not file.exists():
-        file = self/'emb/pairs.parquet'
+    file, early = self/'pairs.parquet', self/'emb/pairs.parquet'
+    if not file.exists() or not weighted and early.exists():  # version 0.2.0 wrote one table
+        file = early
     targets, apart = self/'emb/targets.npy', self/'emb/weights.npy'
     seen = [(f, s.st_mtime_ns, s.st_size) for f in (file, targets, apart) if f.exists() and (s := f.stat())]
     if self.__dict__.get('_seen') != (weighted, seen):
