@@ -18,6 +18,7 @@ import tempfile
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import pandas as pd
@@ -289,6 +290,12 @@ def text_path(
 ) -> Path:  # the file's own name
     "The path that `path_text` was given"
     return Path(text if text.isascii() else text.translate(_FROM_PRIVATE))
+
+def visible(
+    text,  # a file's name, or a message with one
+) -> str:
+    "Text to print: control characters are escaped"
+    return ''.join(repr(c)[1:-1] if category(c) == 'Cc' else c for c in str(text))
 
 # %% ../nbs/00_core.ipynb #first-few
 def first_few(

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from .core import atomic_path, hash_items, keep_memory, read_json, right_shape, write_json
+from .core import atomic_path, hash_items, keep_memory, read_json, right_shape, visible, write_json
 from .data import find_images
 from .lock import folder_lock, read_fields
 from .encoders import ClipEncoder, shipped
@@ -164,7 +164,7 @@ def tell_words(
     "Print or write the words, and unreadable pictures to stderr. ValueError: none could be read."
     unread = table.attrs['report']
     for line in unread:
-        print(line['error'], file=sys.stderr)
+        print(visible(line['error']), file=sys.stderr)
     if len(unread) == len(table):
         raise ValueError(f'none of {len(table)} pictures could be read: there are no words to write')
     if csv:
@@ -172,7 +172,7 @@ def tell_words(
         return print(f'{csv}: words for {len(table) - len(unread)} of {len(table)} pictures')
     alone = len({f.name for f in files}) == len(files)  # else the path tells pictures apart
     for file, row in zip(files, table.itertuples()):
-        name = str(file.name if alone else file).replace('\t', '\\t')
+        name = visible(file.name if alone else file)
         print(name, row.prompt, *([trust_text(row)] if row.prompt and trust_text(row) else []), sep='\t')
 
 # %% ../nbs/05b_folder.ipynb #interrogate-files

@@ -8,7 +8,9 @@ __all__ = []
 # %% ../nbs/08b_page_parts.ipynb #imports
 import os
 import re
+import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,27 +348,37 @@ def truth_html(
 
 # %% ../nbs/08b_page_parts.ipynb #gather
 MOST, LARGEST = 500, '30mb'  # pictures at a time; of one file
+_TABLES = '.csv', '.tsv', '.jsonl', '.parquet'
 
+def _link(f, folder):  # -> where it lies now, under a name of its own
+    to, i = Path(folder)/f.name, 2
+    while to.exists():
+        to, i = Path(folder)/f'{f.stem}-{i}{f.suffix}', i + 1
+    to.parent.mkdir(exist_ok=True)
+    os.link(f, to)
+    return to
+
+# %% ../nbs/08b_page_parts.ipynb #gather-2
 def gathered(
     files,  # paths of uploads
     folder,  # an empty one
     most: int = MOST,  # pictures
 ) -> tuple:  # (n paths of pictures, in their order; {path: prompt} of those whose prompt is known)
-    "Uploaded files under their own names. ValueError: no picture, or too many"
-    pictures, tables = [], []
-    for f in map(Path, files):
-        to, i = Path(folder)/f.name, 2
-        while to.exists():
-            to, i = Path(folder)/f'{f.stem}-{i}{f.suffix}', i + 1
-        os.link(f, to)
-        if f.suffix.lower() in ('.csv', '.tsv', '.jsonl', '.parquet'):
-            tables.append(to)
-        elif f.suffix.lower() != '.txt':
-            pictures.append(to)
+    """Uploaded files under their own names. A browser does not say in which folder a file lay, so pictures
+    of one name get no prompt from beside them. ValueError: no picture, or too many"""
+    files = list(map(Path, files))
+    kinds = ['table' if o in _TABLES else 'text' if o == '.txt' else 'picture'
+             for o in (f.suffix.lower() for f in files)]
+    pictures, tables = ([f for f, k in zip(files, kinds) if k == kind] for kind in ('picture', 'table'))
     if not 0 < len(pictures) <= most:
         raise ValueError(f'{len(pictures)} pictures were given, expected 1 to {most}: '
                          'sdip_predict and sdip_interrogate take any number')
-    return pictures, prompts_of(pictures, tables)
+    count = Counter((f.stem, k) for f, k in zip(files, kinds))
+    twice = {stem for (stem, k), n in count.items() if n > 1 and k != 'table'}
+    for f in (f for f, k in zip(files, kinds) if k == 'text' and f.stem not in twice):
+        _link(f, folder)
+    known = [_link(f, Path(folder)/'apart' if f.stem in twice else folder) for f in pictures]
+    return known, prompts_of(known, [_link(f, folder) for f in tables])
 
 # %% ../nbs/08b_page_parts.ipynb #prompts-of
 def prompts_of(
@@ -376,8 +388,8 @@ def prompts_of(
     "Prompts in pictures, beside them, and in tables, which come first. ValueError as from `load_pairs`"
     found = {p: prompt for p in pictures if (prompt := read_prompt(p).text)}
     for table in tables:
-        pairs = load_pairs(table)
-        found |= {p: prompt for p, prompt in zip(image_paths(pairs), pairs.prompt) if p in set(pictures)}
+        pairs, given = load_pairs(table), {p for p in pictures if p.parent == table.parent}
+        found |= {p: prompt for p, prompt in zip(image_paths(pairs), pairs.prompt) if p in given}
     return found
 
 # %% ../nbs/08b_page_parts.ipynb #batch-table
@@ -424,10 +436,11 @@ def batch_files(
     desk: Desk,  # of the page
     said,  # n `Prediction`
     prompts: dict,  # {path: prompt}
-    folder,  # to write into
+    folder,  # to make a folder in: uploads of the same names may lie in it
 ) -> tuple:  # paths of words.csv and submission.csv
     "Write what can be downloaded"
-    words, submission = Path(folder)/'words.csv', Path(folder)/'submission.csv'
+    out = Path(tempfile.mkdtemp(dir=folder))
+    words, submission = out/'words.csv', out/'submission.csv'
     batch_table(desk, said, prompts).to_csv(words, index=False)
     emb = fill_missing(np.stack([p.emb for p in said]), desk.mean)[0]
     write_submission([path_text(Path(p.image).stem) for p in said], emb, submission)

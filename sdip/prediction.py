@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import path_text, row_cosine
+from .core import path_text, row_cosine, visible
 from .page import Html, markup, thumbnail
 
 # %% ../nbs/06_prediction.ipynb #picture-name
@@ -20,7 +20,7 @@ def picture_name(
 ) -> str:  # name of the file, or what it is: 'picture of 64x64'
     "What to call a picture"
     if isinstance(image, (str, Path)):
-        return Path(path_text(image)).name
+        return visible(Path(path_text(image)).name or path_text(image))
     if isinstance(image, bytes):
         return f'file of {len(image):,} bytes'
     size = getattr(image, 'size', None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, sha256
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, visible, sha256
 from .data import ImageError, read_image
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
@@ -488,7 +488,7 @@ def predict_text(
         truth=None,  # CSV of the same form with the true embeddings
 ) -> str:  # lines for a terminal
     "What a prediction came to; with the truth at hand, its score. ValueError: truth of other pictures"
-    lines = [f"{r['error']}: filled with the training mean" for r in found['report']]
+    lines = [f"{visible(r['error'])}: filled with the training mean" for r in found['report']]
     n, filled = len(found['ids']), found['filled']
     lines.append(f"{out}: embeddings of {n} picture{'s' if n != 1 else ''}, checked"
                  + (f'; {filled} of them the training mean' if filled else ''))

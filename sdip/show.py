@@ -12,6 +12,7 @@ import tempfile
 import threading
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 from PIL import Image
@@ -84,6 +85,17 @@ def _copy_button(gr, box, label):
     button.click(None, box, button, js=copy, api_visibility='private')
     box.change(None, None, button, js=f"() => '{label}'", api_visibility='private')
 
+# %% ../nbs/08b_show.ipynb #uploaded
+def _uploaded(file):  # Gradio's FileData, or None -> its path
+    "The file of an upload. ValueError: a request names another file of this machine"
+    from gradio.utils import get_upload_folder
+    if file is None:
+        return None
+    path = Path(file.path).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ValueError(f'{path.name} was not uploaded: drop it on the page')
+    return str(path)
+
 # %% ../nbs/08b_show.ipynb #one-tab
 def _one_tab(gr):
     "Components of the tab for one picture, by name"
@@ -104,7 +116,7 @@ def _one_tab(gr):
                                   interactive=False)
                 _copy_button(gr, best, 'Copy this text')
             known, near, models = gr.HTML(), gr.HTML(), gr.HTML()
-    picture.preprocess = lambda file: file and file.path
+    picture.preprocess = _uploaded
     emb, offered = gr.State(), gr.State([])
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
 
