@@ -22,12 +22,18 @@ from .climb import run_searches
 
 # %% ../nbs/05c_decoding.ipynb #split-words
 _WORD = re.compile(r"[\w'’-]+|[^\w\s]")
+_MOST_WORDS = 77  # of a text: Stable Diffusion reads no more, and a search takes time for each
 
 def split_words(
         text: str,
 ) -> tuple:  # of str: words and marks
-    "A text as MiniLM reads it: in lower case, marks apart."
-    return tuple(_WORD.findall(text.lower()))
+    "A text as MiniLM reads it: in lower case, marks apart; a long one up to a comma."
+    words = tuple(_WORD.findall(text.lower()))
+    return words if len(words) <= _MOST_WORDS else words[:_end_of(words)]
+
+def _end_of(words):
+    commas = [i for i in range(_MOST_WORDS//2, _MOST_WORDS + 1) if words[i] == ',']
+    return commas[-1] if commas else _MOST_WORDS
 
 def join_words(
         words,  # of `split_words`
@@ -301,11 +307,11 @@ def guesses(
     value = near - self._cost(words, spans)
     if self.readable is not None:
         value[~self.readable.mask(words, spans)] = -np.inf
-    out, k = {}, min(k, value.size - 1)
+    out, k, most = {}, min(k, value.size - 1), max(len(words), _MOST_WORDS)
     for at in np.argpartition(-value.ravel(), k)[:k]:
         s, u = divmod(int(at), near.shape[1])
         text = put_unit(words, spans[s], self.lexicon.units[u])
-        if text and text not in self.rows and np.isfinite(value[s, u]):
+        if 0 < len(text) <= most and text not in self.rows and np.isfinite(value[s, u]):
             out[text] = max(out.get(text, -np.inf), float(near[s, u]) - self.price(text))
     return out
 
@@ -397,7 +403,7 @@ def _learn(self: Decoder):
     self.lexicon = Lexicon(self.prompts, self.rows, parts, self.phrases)
     self.readable = Readable(self.prompts, self.lexicon.units, self.lists)
     self.words = [split_words(p) for p in self.prompts]
-    self.spelled = dict(zip(self.words, self.prompts))
+    self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(_WORD.findall(p.lower())) == len(w)}
     lengths = [(len(cut_phrases(w)), count_words(w)) for w in self.words]
     self.usual = np.maximum(1, np.mean(lengths, axis=0))  # phrases, words
 
@@ -427,11 +433,11 @@ def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):  # -
     return searches
 
 @patch
-def _answer(self: Decoder, x, fine, rough, known):  # known: texts whose rows cost nothing
+def _answer(self: Decoder, x, fine, rough, known):  # known: texts that cost nothing -> as spelled
     words, best = fine.top()[0], rough.top()[0]
     cosines = [float(s.rows[w][:EMB_DIM] @ x) for s, w in ((rough, best), (fine, words))]
-    spelled = [self.spelled.get(w) or join_words(w) for w in (best, words)]
-    encoded = len((fine.rows.keys() | rough.rows.keys()) - known)
+    spelled = [known.get(w) or self.spelled.get(w) or join_words(w) for w in (best, words)]
+    encoded = len((fine.rows.keys() | rough.rows.keys()) - known.keys())
     return dict(best=spelled[0], best_near=cosines[0], words=spelled[1], words_near=cosines[1],
                 encoded=encoded)
 
@@ -443,14 +449,15 @@ def _decode_some(self: Decoder, emb, looks, starts, encodings):
     starts = [list(dict.fromkeys(filter(None, map(split_words, s))))[:encodings] for s in starts]
     flat = [w for s in starts for w in s]
     kept = dict(zip(flat, self.text_rows([join_words(w) for w in flat]))) if flat else {}
-    free = [{self.words[j]: self.rows[j] for j in i} for i in near]
-    first = [{w: kept[w] for w in s} | f for s, f in zip(starts, free)]
+    free = [{self.words[j]: j for j in i[::-1]} for i in near]  # the nearest of those that begin alike
+    first = [{w: kept[w] for w in s} | {w: self.rows[j] for w, j in f.items()} for s, f in zip(starts, free)]
     budgets = [encodings - len(s) for s in starts]
     half = [min(b - b//2, 100) for b in budgets]  # the readable search has nothing more to find then
     fine = self._search(emb, looks, first, half, _WORDS, self.readable)
     both = [f | {w: s.rows[w] for w in s.top(10)} for f, s in zip(first, fine)]
     rough = self._search(emb, looks, both, [b - h for b, h in zip(budgets, half)], _BEST)
-    return [self._answer(*one) for one in zip(emb, fine, rough, map(dict.keys, free))]
+    known = [{w: self.prompts[j] for w, j in f.items()} for f in free]
+    return [self._answer(*one) for one in zip(emb, fine, rough, known)]
 
 # %% ../nbs/05c_decoding.ipynb #decode
 @patch
