@@ -21,14 +21,20 @@ from .candidates import named_people, SITES, UNSAFE
 from .climb import run_searches
 
 # %% ../nbs/05c_decoding.ipynb #split-words
-_WORD = re.compile(r"[\w'’-]+|[^\w\s]")
+_WORD = re.compile(r"""
+    (?P<word> [\w'’-]+ (?: (?<=\d) \.\d [\w'’-]* )* (?: \+\+ )? )  # cat, 1.8, c++
+    | (?P<inner> (?<=\w) [^\w\s,;!?]+ (?=\w) )  # a mark with no space around it: f/1.8
+    | [^\w\s]""", re.X)
 _MOST_WORDS = 77  # of a text: Stable Diffusion reads no more, and a search takes time for each
+
+def _all_words(text):
+    return tuple(f' {m[0]} ' if m['inner'] else m[0] for m in _WORD.finditer(text.lower()))
 
 def split_words(
         text: str,
 ) -> tuple:  # of str: words and marks
     "A text as MiniLM reads it: in lower case, marks apart; a long one up to a comma."
-    words = tuple(_WORD.findall(text.lower()))
+    words = _all_words(text)
     return words if len(words) <= _MOST_WORDS else words[:_end_of(words)]
 
 def _end_of(words):
@@ -39,7 +45,8 @@ def join_words(
         words,  # of `split_words`
 ) -> str:
     "The text of words and marks; MiniLM reads it like the one they came from."
-    return re.sub(r' ([,.:;!?)\]])', r'\1', ' '.join(words))
+    text = re.sub(' {2,}', '', ' '.join(words)).strip()
+    return re.sub(r'([(\[{<]) ', r'\1', re.sub(r' ([,.:;!?)\]}>])', r'\1', text))
 
 # %% ../nbs/05c_decoding.ipynb #word-rows
 class WordRows:
@@ -131,10 +138,10 @@ def put_unit(words, span, unit) -> tuple:
     start, end, before, after = span
     out = []
     for w in words[:start] + (before + unit + after if unit else ()) + words[end:]:
-        if w == ',' and not out or out and w == out[-1]:
+        if w[0] in ', ' and (not out or out[-1][0] in ', ') or out and w == out[-1]:
             continue
         out.append(w)
-    while out and out[-1] in ',:;':
+    while out and out[-1].strip() in (',', ':', ';', '/'):
         out.pop()
     return tuple(out)
 
@@ -403,7 +410,7 @@ def _learn(self: Decoder):
     self.lexicon = Lexicon(self.prompts, self.rows, parts, self.phrases)
     self.readable = Readable(self.prompts, self.lexicon.units, self.lists)
     self.words = [split_words(p) for p in self.prompts]
-    self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(_WORD.findall(p.lower())) == len(w)}
+    self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(_all_words(p)) == len(w)}
     lengths = [(len(cut_phrases(w)), count_words(w)) for w in self.words]
     self.usual = np.maximum(1, np.mean(lengths, axis=0))  # phrases, words
 
