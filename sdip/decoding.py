@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import EMB_DIM, unit
+from .core import EMB_DIM, check_emb, unit
 from .grammar import grammar_phrases
 from .media import MEDIA
 from .encoders import TargetEncoder
@@ -141,7 +141,7 @@ def put_unit(words, span, unit) -> tuple:
         if w[0] in ', ' and (not out or out[-1][0] in ', ') or out and w == out[-1]:
             continue
         out.append(w)
-    while out and out[-1].strip() in (',', ':', ';', '/'):
+    while out and (out[-1] in ',:;' or out[-1][0] == ' '):
         out.pop()
     return tuple(out)
 
@@ -466,6 +466,18 @@ def _decode_some(self: Decoder, emb, looks, starts, encodings):
     known = [{w: self.prompts[j] for w, j in f.items()} for f in free]
     return [self._answer(*one) for one in zip(emb, fine, rough, known)]
 
+# %% ../nbs/05c_decoding.ipynb #check-rows
+def check_rows(
+        emb,  # (n, 384) predicted rows
+        **others,  # name -> n things, one for each row; None: not there
+) -> np.ndarray:  # (n, 384)
+    "Predicted rows as a table. ValueError: another shape, another number of things."
+    emb = check_emb(emb, finite=False)
+    for name, other in others.items():
+        if other is not None and len(other) != len(emb):
+            raise ValueError(f"{len(other)} {name} for {len(emb)} rows: give one each")
+    return emb
+
 # %% ../nbs/05c_decoding.ipynb #decode
 @patch
 def decode(
@@ -475,11 +487,8 @@ def decode(
         starts=None,  # n lists of texts to begin with, besides the nearest prompts
         encodings: int = 100,  # new texts that MiniLM reads for each row, at most
 ) -> pd.DataFrame:  # best, best_near, words, words_near (cosines to the row), encoded (texts)
-    "The nearest text for each row, and a readable one. ValueError: other numbers of rows."
-    emb = np.asarray(emb, np.float32)
-    for name, other in dict(looks=looks, starts=starts).items():
-        if other is not None and len(other) != len(emb):
-            raise ValueError(f"{len(other)} {name} for {len(emb)} rows: give one each")
+    "The nearest text for each row, and a readable one. ValueError: another shape, other numbers of rows."
+    emb = check_rows(emb, looks=looks, starts=starts)
     out = [dict(best='', best_near=np.nan, words='', words_near=np.nan, encoded=0) for _ in emb]
     good = np.flatnonzero(np.isfinite(emb).all(1))
     for part in (good[lo:lo + 64] for lo in range(0, len(good), 64)):
