@@ -20,7 +20,7 @@ from .lock import read_fields
 from .encoders import shipped
 from .frozen import FrozenRegressor
 from .interrogator import Interrogator
-from .decoding import Decoder
+from .decoding import check_rows, Decoder
 from .ensemble import Ensemble, fit_ensemble
 from .prediction import members_of, Prediction, Predictions
 
@@ -225,7 +225,8 @@ def decode(
     encodings: int = 100,  # texts that MiniLM reads for each row, at most
 ):  # DataFrame of n rows: words (as of `PhotoInterrogator`), best (the nearest text): see `Decoder.decode`
     "Texts for predicted rows"
-    asked = self._speaker().interrogate([None]*len(emb), emb=np.asarray(emb, np.float32))
+    emb = check_rows(emb, images=images)
+    asked = self._speaker().interrogate([None]*len(emb), emb=emb)
     starts = [[p] if p else [] for p in asked.prompt]
     return self._decoder().decode(emb, None, starts, encodings).assign(
         words=asked.prompt, words_near=asked.similarity)

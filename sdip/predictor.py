@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, visible, sha256
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, sha256, visible
 from .data import ImageError, read_image
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
@@ -27,6 +27,7 @@ from .members import mean_rows
 from .prediction import members_of, Prediction, Predictions
 from .photo import PhotoPredictor
 from .report import expected_cosines, may_speak, nearest_prompts
+from .decoding import check_rows
 
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
@@ -309,6 +310,7 @@ def decode(
     "Texts for predicted rows"
     if images is None:
         return self._decoder().decode(emb, None, None, encodings)
+    check_rows(emb, images=images)
     self.predict(images)
     return self._decoder().decode(emb, self._looks, self._starts, encodings)
 
