@@ -906,6 +906,7 @@ def test_full_rehearsal():
     out = sh('sdip_run', '--preset', 'full', '--pairs', 'world', '--out', 'run', '--rehearse', '--phrases',
              'lists')
     assert 'A rehearsal: small networks with random weights' in out
+    assert out.rstrip().endswith('sdip_predict PICTURES --run run'), out[-300:]
     assert json.loads(Path('run/ensemble.json').read_text())['method'] == 'greedy'
     words = json.loads(Path('run/interrogator/words.test.json').read_text())
     assert len(words) == 8 and all(words), words

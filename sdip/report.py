@@ -252,7 +252,7 @@ def gallery(
         n: int = 12,  # pictures drawn at random
         n_worst: int = 10,  # pictures with the lowest cosine, and as many with the highest
         seed: int = 0,  # of the draw
-        encodings: int = 50,  # texts that are tried for each picture, at most
+        encodings: int = 30,  # texts that are tried for each picture, at most
 ) -> tuple:  # (`Predictions` at random, of the best, of the worst)
     "Test pictures with their truth, what was said, and how near each model came"
     known = reached(run)

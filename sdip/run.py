@@ -407,7 +407,7 @@ def run_command(
     run = walk(out, preset, pairs, **weights, **given)
     return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
             f"{run/'submission.csv'}: predictions for the test pictures\n"
-            f'For your own pictures: sdip_predict PICTURES --run {run}')
+            f'For your own pictures: sdip_predict PICTURES --run {run.folder}')
 
 # %% ../nbs/08_run.ipynb #plan-by-names
 def _plan_by_names(args, n_prompts):
