@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,52 @@ from .core import encodes, first_few
 from .data import IMAGE_EXTS, PAIR_COLUMNS, check_pairs, find_images
 
 # %% ../nbs/00a_locate.ipynb #picture-folder-beside
-def _only_picture_folder(root):
-    "[the folder below `root` that holds pictures], if there is one only"
-    found = []
-    for name in sorted(os.listdir(root))[:1000]:
-        try:
-            inside = os.listdir(Path(root)/name) if name[0] != '.' else ()
-        except OSError:
-            continue  # no folder, or none that we may read
-        if any(Path(f).suffix.lower() in IMAGE_EXTS for f in inside):
-            found.append(Path(root)/name)
-    return found if len(found) == 1 else []
+def folders_in(
+    folder,  # to look into
+) -> tuple:  # (sorted names of folders, sorted names of files); hidden ones are left out
+    "What a folder holds, by one call to the disk; OSError where it cannot be read"
+    inside, files = [], []
+    with os.scandir(folder) as entries:
+        for e in entries:
+            if e.name[0] == '.':
+                continue
+            try:
+                (inside if e.is_dir() else files).append(e.name)
+            except OSError:
+                files.append(e.name)  # a link that leads to itself
+    return sorted(inside), sorted(files)
+
+def is_picture(
+    name: str,  # of a file
+) -> bool:
+    "Has a file the ending of a picture?"
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTS
+
+# %% ../nbs/00a_locate.ipynb #only-folder
+def only_picture_folder(
+    root,  # folder to look below
+    depth: int = 3,  # levels
+) -> Path:  # None where there is none, or where several are equally near
+    "The one folder nearest below `root` that holds pictures"
+    level = [Path(root)]
+    for _ in range(depth):
+        below = []
+        for at in level:
+            try:
+                below += [at/n for n in folders_in(at)[0]][:1000]
+            except OSError:
+                continue  # none that we may read
+        with_pictures = [at for at in below if _holds_picture(at)]
+        if with_pictures:
+            return with_pictures[0] if len(with_pictures) == 1 else None
+        level = below
+    return None
+
+def _holds_picture(at):
+    try:
+        return any(map(is_picture, folders_in(at)[1]))
+    except OSError:
+        return False
 
 # %% ../nbs/00a_locate.ipynb #finder
 class Finder:
@@ -42,8 +78,12 @@ class Finder:
     ):
         self.given = images is not None
         self.bases = [Path(images)] if self.given else [Path(root), Path(root)/'images']
-        self.only = [] if self.given else _only_picture_folder(Path(root))
-        self.listed, self.reached, self.deep = {}, {}, None
+        self.listed, self.reached, self.homes, self.deep = {}, {}, {}, None
+
+    @cached_property
+    def only(self):  # [the folder of pictures nearest to the table], if there is one only
+        found = None if self.given else only_picture_folder(self.bases[0])
+        return [found] if found else []
 
 # %% ../nbs/00a_locate.ipynb #finder-spelling
 def _same_name(name):
@@ -96,6 +136,41 @@ def _anywhere(self: Finder, name):
     found = self.deep.get(_same_name(name), [])
     return found[0] if len(found) == 1 else None
 
+# %% ../nbs/00a_locate.ipynb #mounted-parts
+def _in_data_set(parts):  # yields (slug, parts inside, is the slug certain?) for a path of another mount
+    "Which data set a path may be of"
+    if 'input' in parts[:-2]:
+        inside = parts[parts.index('input') + 1:]
+        owned = inside[0] in ('datasets', 'notebooks', 'competitions') and len(inside) > 3
+        inside = inside[1 + (inside[0] != 'competitions'):] if owned else inside
+        yield inside[0], inside[1:], True
+    elif '..' in parts:
+        inside = [p for p in parts if p != '..']
+        for k in range(len(inside) - 1):
+            yield inside[k], inside[k + 1:], False
+
+# %% ../nbs/00a_locate.ipynb #mounted
+@patch
+def _data_sets(self: Finder, slug, certain):
+    "Folders that may be a data set's, from the table's folder up"
+    if (slug, certain) not in self.homes:
+        places = []
+        for up in [*Path(os.path.abspath(self.bases[0])).parents][:6]:
+            if certain or up.name == 'input' or (up/'datasets').is_dir():
+                owners = [p for kind in ('datasets', 'notebooks') for p in sorted(up.glob(f'{kind}/*'))]
+                places += [up, up/'competitions', *owners]
+        found = [place/name for place in places for name in dict.fromkeys((slug, slug.lower()))]
+        self.homes[slug, certain] = [p for p in found if p.is_dir()]
+    return self.homes[slug, certain]
+
+@patch
+def _mounted(self: Finder, parts):
+    "The file in its data set, where that is mounted now"
+    for slug, inside, certain in _in_data_set(parts):
+        homes = self._data_sets(slug, certain)
+        if p := self._first(homes, [inside, inside[:-1] + inside[-2:]]):
+            return p
+
 # %% ../nbs/00a_locate.ipynb #finder-guess
 @patch
 def _guess(self: Finder, name):
@@ -104,14 +179,18 @@ def _guess(self: Finder, name):
     parts = [p for p in name.split('/') if p not in ('', '.')]
     absolute = name.startswith('/') or bool(re.match(r'[A-Za-z]:', name))
     bases = self.bases + (self.only if len(parts) == 1 else [])
-    if not absolute and (p := self._literal(name, bases) or self._first(bases, [parts])):
+    ways = [parts, parts[:-1] + parts[-2:]] if len(parts) > 1 else [parts]
+    if not absolute and (p := self._literal(name, bases) or self._first(bases, ways)):
         return p
     ends = [parts[k:] for k in range(1, len(parts))] if self.given or absolute else []
     if not self.given:
         ends = [e for e in ends if len(e) > 1]  # a bare name alone says too little
-    if p := self._first(self.bases[:1], ends):
+    ways = [way for e in ends for way in (e, e[:-1] + e[-2:])]
+    if p := self._first(self.bases[:1], ways):
         return p
-    return self._anywhere(parts[-1]) if self.given and parts else None
+    if not self.given:
+        return self._mounted(parts)
+    return self._anywhere(parts[-1]) if parts else None
 
 # %% ../nbs/00a_locate.ipynb #plain-path
 def _plain_path(name):

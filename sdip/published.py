@@ -17,7 +17,7 @@ import pandas as pd
 from .core import path_text
 from .data import relative_paths
 from .delimited import decode_text
-from .locate import assemble_pairs, Finder
+from .locate import assemble_pairs, Finder, folders_in, is_picture
 
 # %% ../nbs/00a_published.ipynb #diffusiondb
 DIFFUSIONDB_METADATA = ('metadata.parquet', 'metadata-large.parquet')
@@ -99,6 +99,58 @@ def diffusiondb_pairs(
             prompt.append(text)
             image.append(f'{at}/{name}'.removeprefix('./') if name in there else None)
     return assemble_pairs(folder, dict(id=ids, image=image, prompt=prompt, source='diffusiondb'))
+
+# %% ../nbs/00a_published.ipynb #is-metadata
+def is_metadata(
+    file,  # any path
+) -> bool:
+    "Is a file DiffusionDB's metadata, by its name and its columns?"
+    import pyarrow.parquet as pq
+    file = Path(file)
+    if file.name not in DIFFUSIONDB_METADATA:
+        return False
+    try:
+        with open(file, 'rb') as f:
+            return {'image_name', 'prompt', 'part_id'} <= set(pq.read_schema(f).names)
+    except Exception:
+        return False  # none that can be read
+
+# %% ../nbs/00a_published.ipynb #metadata-of
+def metadata_prompts(
+    file,  # DiffusionDB's metadata
+    names,  # names of pictures
+) -> dict:  # name -> prompt, of the pictures that the metadata knows
+    "Prompts of some pictures of DiffusionDB; a warning counts the other rows"
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    with open(file, 'rb') as f:
+        meta = pq.read_table(f, columns=['image_name', 'prompt'])
+    column = meta['image_name'].cast(pa.large_string())
+    mine = meta.filter(pc.is_in(column, pa.array(names, pa.large_string())))
+    if len(mine) < len(meta):
+        warnings.warn(f'{file}: {len(meta) - len(mine):,} of {len(meta):,} rows are of pictures that are '
+                      'not here, and are passed over', stacklevel=4)
+    return dict(zip(mine['image_name'].to_pylist(), mine['prompt'].to_pylist()))
+
+# %% ../nbs/00a_published.ipynb #heap-pairs
+def heap_pairs(
+    files,  # DiffusionDB's metadata, see `is_metadata`; where two know a picture, the first counts
+    heaps,  # folders of its pictures, in any number and without order
+) -> dict:  # heap -> a pairs table, `image` relative to the heap; heaps that are none of it are left out
+    "Pairs of heaps of pictures, their prompts out of the metadata"
+    names, seen, prompts, out = {}, set(), {}, {}
+    for heap in heaps:
+        names[heap] = [n for n in filter(is_picture, folders_in(heap)[1]) if n not in seen]
+        seen.update(names[heap])
+    for file in files:
+        prompts = metadata_prompts(file, list(seen)) | prompts
+    for heap, mine in names.items():
+        texts = [prompts.get(n) for n in mine]
+        if any(texts):
+            ids = [Path(n).stem for n in mine]
+            out[heap] = assemble_pairs(heap, dict(id=ids, image=mine, prompt=texts, source='diffusiondb'))
+    return out
 
 # %% ../nbs/00a_published.ipynb #coco
 def _has_list(obj, key):

@@ -19,162 +19,16 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .core import atomic_path, first_few, hash_items, path_text, sha256, text_path
-from .data import IMAGE_EXTS, PAIR_COLUMNS, check_pairs, find_images, image_paths, relative_paths
+from .core import atomic_path, first_few, hash_items, path_text, sha256
+from .data import check_pairs, find_images, image_paths, relative_paths, with_warnings
 from .delimited import COLUMN_NAMES
-from .tables import TABLE_EXTS, find_column, read_table, table_suffix, text_cells, to_numbers
-from .locate import assemble_pairs, Finder, ids_from_paths, number_captions
+from .tables import TABLE_EXTS, read_table, table_suffix
+from .locate import assemble_pairs, folders_in, ids_from_paths, is_picture
 from .metadata import prompts_report, read_prompt
-from .published import DIFFUSIONDB_METADATA, coco_pairs, diffusiondb_pairs, diffusiondb_parts
+from .published import (DIFFUSIONDB_METADATA, coco_pairs, diffusiondb_pairs, diffusiondb_parts,
+                            heap_pairs, is_metadata, metadata_prompts)
+from .rows import SPLIT_NAMES, has_numbered, sample_pictures, table_pairs
 from .shards import TAR_EXTS, tar_rows
-
-# %% ../nbs/00a_sources.ipynb #split-column
-_SPLIT_NAMES = {'': '', 'train': 'train', 'training': 'train', 'valid': 'valid', 'validation': 'valid',
-                'val': 'valid', 'dev': 'valid', 'eval': 'valid', 'test': 'test', 'testing': 'test'}
-
-def _text_or_none(value):
-    "A table's cell as text, None where it is empty"
-    if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value):
-        return None
-    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
-    if whole:
-        return str(int(value))  # ids that met a NaN
-    return str(value) or None
-
-def _split_column(table, column):
-    out = [_SPLIT_NAMES.get((_text_or_none(v) or '').strip().lower()) for v in table.rows[column]]
-    if None in out:
-        i = out.index(None)
-        raise ValueError(f"{table.where(i)}: split is {table.rows[column].iloc[i]!r}, "
-                         "expected train, valid (validation, val, dev), test, or nothing")
-    return out
-
-# %% ../nbs/00a_sources.ipynb #said-columns
-def _group_column(table, column):
-    "Whole numbers as they are, other names numbered; -1 where empty"
-    cells = [_text_or_none(v) for v in table.rows[column]]
-    if all(c is None or re.fullmatch(r'-?\d{1,18}', c) for c in cells):
-        groups = [-1 if c is None else int(c) for c in cells]
-        if min(groups, default=0) >= -1:
-            return groups
-        raise ValueError(f"{table.where(int(np.argmin(groups)))}: group is {min(groups)}, "
-                         "expected 0 or more, or -1 (or nothing) where a row belongs to none")
-    codes = pd.factorize(np.array([c or '' for c in cells], object))[0]
-    return [-1 if c is None else int(k) for c, k in zip(cells, codes)]
-
-def _optional_columns(table):
-    "What a table says of split, group, weight and source"
-    at = {k: find_column(table, k, needed=False) for k in ('split', 'group', 'weight', 'source')}
-    out = {}
-    if at['split']:
-        out['split'] = _split_column(table, at['split'])
-    if at['group']:
-        out['group'] = _group_column(table, at['group'])
-    if at['weight']:
-        out['weight'] = to_numbers(table, at['weight'], empty=1.)
-    if at['source']:
-        out['source'] = [_text_or_none(v) or path_text(table.path.stem) for v in table.rows[at['source']]]
-    return out
-
-# %% ../nbs/00a_sources.ipynb #by-id
-def _by_id(ids, folder):
-    "The picture in a folder whose stem is the id; None where there is none"
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder, but the table names pictures by id only: "
-                         "put the pictures there, or say --images FOLDER, "
-                         "or --image-col NAME for a column of paths")
-    files = {}
-    for f in find_images(folder):
-        files.setdefault(path_text(f.stem), []).append(f)
-    twice = [i for i in dict.fromkeys(ids) if len(files.get(i, ())) > 1]
-    if twice:
-        a, b = files[twice[0]][:2]
-        raise ValueError(f"{len(twice)} ids fit two pictures, such as {twice[0]!r}: {a} and {b}: "
-                         "name the pictures by their paths, in a column image")
-    return [files[i][0] if i in files else None for i in ids]
-
-# %% ../nbs/00a_sources.ipynb #by-row-number
-def _by_row_number(table, folder):
-    "Pictures named by the number of their row, from 0 or from 1"
-    rows = table.rows.index  # a row of several captions is there several times
-    n, path, numbered = rows.max() + 1, table.path, {}
-    for f in find_images(folder) if folder.is_dir() else []:
-        if f.stem.isdecimal():
-            numbered.setdefault(int(f.stem), []).append(f)
-    if not numbered or any(len(f) > 1 for f in numbered.values()):
-        return None
-    first = 0 if 0 in numbered else 1 if n in numbered else None
-    if first is None or max(numbered) >= n + first:
-        return None
-    if table.blank:
-        raise ValueError(f"{path} names no pictures, and {table.blank} blank lines are between its rows: "
-                         "whether these count for the pictures' numbers cannot be known; "
-                         "remove them, or add a column image")
-    warnings.warn(f"{path} names no pictures: the row's number was taken for the picture's name, "
-                  f"counted from {first} (row 1 is {numbered[min(numbered)][0].name})", stacklevel=4)
-    return [numbered[i + first][0] if i + first in numbered else None for i in rows]
-
-# %% ../nbs/00a_sources.ipynb #table-pairs
-def _table_pictures(table, images, image, ids):  # -> n paths, None where there is none
-    "Files of the pictures, by path, by id, or by the row's number"
-    root, names = table.path.parent, table.rows[image] if image else ()
-    if any(isinstance(v, (dict, bytes)) for v in names):
-        raise ValueError(f"{table.path} holds the pictures themselves in its column {image!r}, "
-                         "expected paths: write them to files first")
-    folder = Path(images or root/'images')
-    if image:
-        find = Finder(root, images or None)
-        texts = [_text_or_none(name) for name in names]
-        return [find(os.fspath(text_path(t)) if t else None) for t in texts]
-    if ids is not None:
-        return _by_id(ids, folder)
-    found = _by_row_number(table, folder)
-    if found is None:
-        find_column(table, 'image')  # says what is missing
-    return found
-
-# %% ../nbs/00a_sources.ipynb #several-captions
-def _several_captions(rows, prompt):
-    "A cell may be a list of captions, in parquet and JSON"
-    texts = lambda v: isinstance(v, (list, np.ndarray)) and all(isinstance(o, str) for o in v)
-    return rows.explode(prompt) if rows[prompt].map(texts).any() else rows
-
-def _own_table(table):
-    "A pairs table as this library writes it, taken at its word: its pictures are met when they are read"
-    rows = table.rows[list(PAIR_COLUMNS)].copy()
-    rows['split'] = _split_column(table, 'split')
-    return check_pairs(rows)
-
-def _split_by_folder(where):  # n paths -> n splits, None where one is in no such folder
-    first = [_SPLIT_NAMES.get(w.split('/')[0].lower(), '') if w and '/' in w else '' for w in where]
-    return first if all(f or not w for f, w in zip(first, where)) else None
-
-# %% ../nbs/00a_sources.ipynb #table-pairs-door
-def _table_pairs(path, image_col=None, prompt_col=None, images=None):
-    "Pairs out of somebody else's table"
-    table, root = read_table(path), path.parent
-    if not len(table.rows):
-        raise ValueError(f"{path} has 0 rows, expected at least one pair: the first line names the columns")
-    ours = table.kind == 'parquet' and set(PAIR_COLUMNS) <= set(table.rows)
-    if ours and not (image_col or prompt_col or images):
-        return _own_table(table)
-    prompt = find_column(table, 'prompt', prompt_col)
-    table.rows = _several_captions(table.rows, prompt)
-    table.line = table.line[table.rows.index]
-    image = find_column(table, 'image', image_col, needed=image_col is not None)
-    id_col = find_column(table, 'id', needed=False)
-    ids = [_text_or_none(v) for v in table.rows[id_col]] if id_col else None
-    where = relative_paths(_table_pictures(table, images, image, ids), root)
-    optional = _optional_columns(table)
-    if path.stem == 'metadata' and 'split' not in optional and (split := _split_by_folder(where)):
-        optional['split'] = split
-    if ids is None:
-        names = [_text_or_none(v) for v in table.rows[image]] if image else where
-        ids = ids_from_paths([w or name for w, name in zip(where, names)])
-    ids, groups = number_captions(ids, where)
-    rows = dict(id=ids, image=where, prompt=text_cells(table, prompt), source=path_text(path.stem),
-                group=groups)
-    return assemble_pairs(path, rows | optional, table.line)
 
 # %% ../nbs/00a_sources.ipynb #picture-folder
 def _picture_folder(folder):
@@ -233,44 +87,45 @@ def _names_both(file):
     usual = file.name in _TABLE_NAMES
     prompts = set(COLUMN_NAMES['prompt']) - (set() if usual else _WEAK_PROMPTS)
     ids = set(COLUMN_NAMES['id']) if usual else set()
-    if file.name == 'prompts.csv' and names & prompts and (file.parent/'images').is_dir():
+    if len(names) == 1 and names & prompts and has_numbered(file):
         return True  # by row number
+    if file.name == 'prompts.csv' and names & prompts and (file.parent/'images').is_dir():
+        return True  # likewise
     return bool(names & {*COLUMN_NAMES['image'], *ids}) and bool(names & prompts)
 
 # %% ../nbs/00a_sources.ipynb #folder-table
-def _folder_table(folder):
-    "The table of a folder, or None"
-    if (folder/'pairs.parquet').is_file():
-        return folder/'pairs.parquet'
-    known = [folder/n for n in _TABLE_NAMES if (folder/n).is_file()]
-    other = []
-    for f in sorted(folder.iterdir()):
-        if not f.is_file() or f.name[0] == '.' or f in known or f.name in DIFFUSIONDB_METADATA:
-            continue
-        if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt':
-            other.append(f)
+def _folder_tables(folder):
+    "The tables of a folder that name pictures and prompts: [] or one, or one for each split"
+    files = [folder/n for n in folders_in(folder)[1]]
+    if folder/'pairs.parquet' in files:
+        return [folder/'pairs.parquet']
+    known = [folder/n for n in _TABLE_NAMES if folder/n in files]
+    other = [f for f in files if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt']
+    other = [f for f in other if f not in known and f.name not in DIFFUSIONDB_METADATA]
     good = [f for f in known if _names_both(f)]
     off = [f.name for f in known if f not in good]
     if off:
         warnings.warn(f'{folder}: {first_few(off)} names no pictures with prompts and is passed over',
                       stacklevel=4)
     good = good or [f for f in other if _names_both(f)]
-    if len(good) > 1:
+    if len(good) > 1 and not all(f.stem.lower() in SPLIT_NAMES for f in good):
         raise ValueError(f"{folder} holds {len(good)} tables of pictures and prompts "
                          f"({first_few(f.name for f in good)}): name one of them")
-    return good[0] if good else None
+    return good
 
 # %% ../nbs/00a_sources.ipynb #kinds
 def _tars_in(path):
     return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
 
-def _holds_pictures(path):
-    "Are there pictures, however deep, but for what came out of tars?"
+def _picture_folders(path):  # yields Path
+    "Folders that hold pictures, itself first, but for what came out of tars"
     for at, below, names in os.walk(path):
-        below[:] = [d for d in below if d[0] != '.' and not d.endswith('.unpacked')]
-        if any(Path(n).suffix.lower() in IMAGE_EXTS and n[0] != '.' for n in names):
-            return True
-    return False
+        below[:] = sorted(d for d in below if d[0] != '.' and not d.endswith('.unpacked'))
+        if any(is_picture(n) and n[0] != '.' for n in names):
+            yield Path(at)
+
+def _holds_pictures(path):
+    return any(True for _ in _picture_folders(path))
 
 def _has_metadata(path):
     return any((path/n).is_file() for n in ('metadata.csv', 'metadata.jsonl', 'metadata.parquet'))
@@ -278,17 +133,18 @@ def _has_metadata(path):
 # %% ../nbs/00a_sources.ipynb #split-folders
 def _split_folders(path):
     "{folder: split} of train/, test/, .., where at least one of them has a table"
-    subs = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != '.']
+    inside, files = folders_in(path)
+    subs = [path/n for n in inside]
     tables = [f for f in subs if _has_metadata(f)]
     named = {}
     for f in subs:
-        split = _SPLIT_NAMES.get(f.name.lower())
+        split = SPLIT_NAMES.get(f.name.lower())
         if split and (f in tables or _holds_pictures(f)):
             named[f] = split
     if not any(f in tables for f in named):
         return {}
     lost = [f.name for f in subs if f not in named and (f in tables or _holds_pictures(f))]
-    lost += [f.name for f in path.iterdir() if f.suffix.lower() in IMAGE_EXTS][:3]
+    lost += [n for n in files if is_picture(n)][:3]
     if lost:
         warnings.warn(f'{path}: {first_few(lost)} hold pictures, but are no splits by their names '
                       '(train, valid, test), and are left out', stacklevel=4)
@@ -300,9 +156,12 @@ def _kind_of_folder(path):
     meta = next((path/n for n in DIFFUSIONDB_METADATA if (path/n).is_file()), None)
     if diffusiondb_parts(path) and not (path/'pairs.parquet').is_file():
         return meta or path, 'diffusiondb'
-    if table := _folder_table(path):
-        return table, 'table'
-    if _split_folders(path):
+    if meta and is_metadata(meta) and not (path/'pairs.parquet').is_file():
+        return path, 'heaps'
+    tables = _folder_tables(path)
+    if len(tables) == 1:
+        return tables[0], 'table'
+    if tables or _split_folders(path):
         return path, 'splits'
     if not _tars_in(path):
         return path, 'pictures'
@@ -310,8 +169,9 @@ def _kind_of_folder(path):
         raise ValueError(f"{path} holds tars and pictures: name the tars, or move one of the two")
     return path, 'tars'
 
+# %% ../nbs/00a_sources.ipynb #kind-of-2
 def _kind_of_source(path):
-    "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'coco' | 'tars' | 'pictures')"
+    "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'heaps' | 'coco' | 'tars' | 'pictures')"
     if path.is_dir():
         return _kind_of_folder(path)
     if path.name.lower().endswith(TAR_EXTS):
@@ -320,7 +180,7 @@ def _kind_of_source(path):
         return path, 'coco'
     if path.name in DIFFUSIONDB_METADATA and diffusiondb_parts(path.parent):
         return path, 'diffusiondb'
-    return path, 'table'
+    return path, 'heaps' if is_metadata(path) else 'table'
 
 # %% ../nbs/00a_sources.ipynb #join
 def _join_pairs(parts, sources=None):
@@ -353,8 +213,10 @@ def _load_kind(path, kind, options):  # -> pairs; options of `load_pairs`
     root = path if path.is_dir() else path.parent
     if kind == 'splits':
         return _load_splits(path, options)
-    if kind == 'table' or kind == 'diffusiondb' and options['images']:
-        pairs = _table_pairs(path, *columns)
+    if kind == 'heaps' or kind == 'diffusiondb' and options['images']:
+        return _load_heaps([path], [Path(options['images'] or root)]).popitem()[1]
+    if kind == 'table':
+        pairs = table_pairs(path, *columns)
     elif kind == 'diffusiondb':
         pairs = diffusiondb_pairs(root, None if path.is_dir() else path)
     elif kind == 'coco':
@@ -382,23 +244,55 @@ def _naming(path):
 
 def _load_one(source, options):
     "Pairs of one source"
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
-                         "DiffusionDB's parts, tars, or pictures with their prompts")
-    path, kind = _kind_of_source(path)
+    path, kind = _kind_of_source(Path(source))
     with _naming(path):
         return _load_kind(path, kind, options)
 
 def _load_splits(path, options):
-    parts = []
-    for folder, split in _split_folders(path).items():
-        part = _load_one(folder, options | dict(unpack=None, spare=None))
+    parts, splits = [], {f: SPLIT_NAMES[f.stem.lower()] for f in _folder_tables(path)} or _split_folders(path)
+    for place, split in splits.items():
+        part = _load_one(place, options | dict(unpack=None, spare=None))
         if not any(part['split']):
             part['split'] = split
         part['source'] = path_text(path.name)
         parts.append(part)
-    return _join_pairs(parts)
+    return _join_pairs(parts, list(splits))
+
+# %% ../nbs/00a_sources.ipynb #load-heaps
+def _metadata_files(path):
+    "DiffusionDB's metadata at a place"
+    files = [path/n for n in DIFFUSIONDB_METADATA] if path.is_dir() else [path]
+    return [f for f in files if is_metadata(f)]
+
+def _load_heaps(metas, places):  # -> {place: pairs}, of places that hold pictures of DiffusionDB
+    "Pairs of heaps of pictures, with the prompts of DiffusionDB's metadata"
+    files = [f for m in metas for f in _metadata_files(m)]
+    heaps = {p: list(_picture_folders(p)) for p in places}
+    found = heap_pairs(files, [h for at in heaps.values() for h in at])
+    if not found:
+        raise ValueError(f"{files[0]} knows the prompts of DiffusionDB, but none of its pictures is there: "
+                         "name the folders of its pictures too, or leave it out")
+    for heap, pairs in found.items():
+        pairs.attrs['root'] = str(heap)
+    mine = {p: [found[h] for h in at if h in found] for p, at in heaps.items()}
+    return {p: _join_pairs(parts) for p, parts in mine.items() if parts}
+
+# %% ../nbs/00a_sources.ipynb #load-all
+def _load_all(sources, options):
+    "Every source, heaps of DiffusionDB with the metadata that is among the sources"
+    for path in sources:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
+                             "DiffusionDB's parts, tars, or pictures with their prompts")
+    if len(sources) == 1 or not any(map(_metadata_files, sources)):
+        return _join_pairs([_load_one(s, options) for s in sources], sources)
+    kinds = {p: with_warnings(_kind_of_source, p)[0][1] for p in sources}
+    metas = [p for p in sources if kinds[p] == 'heaps']
+    if not metas:
+        return _join_pairs([_load_one(s, options) for s in sources], sources)
+    found = _load_heaps(metas, [p for p in sources if kinds[p] in ('pictures', 'heaps') and p.is_dir()])
+    rest = [p for p in sources if p in found or p not in metas]
+    return _join_pairs([found[p] if p in found else _load_one(p, options) for p in rest], rest)
 
 # %% ../nbs/00a_sources.ipynb #load-pairs
 def load_pairs(
@@ -420,7 +314,130 @@ def load_pairs(
     if twice:
         raise ValueError(f"{first_few(twice)} is given twice: name each source once")
     options = dict(image_col=image_col, prompt_col=prompt_col, images=images, unpack=unpack, spare=spare)
-    return _join_pairs([_load_one(s, options) for s in sources], sources)
+    return _load_all([Path(s) for s in sources], options)
+
+# %% ../nbs/00a_sources.ipynb #is-foreign
+_FOREIGN = {'run.json', 'ensemble.json', 'open_clip_config.json', 'sample_submission.csv'}
+_WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth')
+
+def _is_foreign(files):
+    "Do files say that a folder is a run, a model, the assets of sdip, or the competition's?"
+    wheel = any(f.startswith('sdip-') and f.endswith('.whl') for f in files)
+    model = 'config.json' in files and any(f.endswith(_WEIGHTS) for f in files)
+    return wheel or model or bool(_FOREIGN & set(files))
+
+def _may_hold_tables(files):
+    return any(table_suffix(f) in TABLE_EXTS or f.lower().endswith(TAR_EXTS) for f in files)
+
+# %% ../nbs/00a_sources.ipynb #heap-has-prompts
+def _has_prompts(folder, pictures):
+    "Has one of the first or last pictures of a folder its prompt beside or inside it?"
+    some = dict.fromkeys([*pictures[:8], *pictures[-2:]])
+    return any(with_warnings(read_prompt, folder/n, True)[0].text for n in some)
+
+def _good_tables(tables, passed):
+    "Those of which some picture is there, with these pictures"
+    good = {}
+    for table in tables:
+        try:
+            good[table] = with_warnings(sample_pictures, table)[0]
+        except ValueError as e:
+            passed.append(str(e))
+            continue
+        if not good[table]:
+            passed.append(f'{table} (none of its pictures is there)')
+    return {t: some for t, some in good.items() if some}
+
+# %% ../nbs/00a_sources.ipynb #sources-at
+def _sources_at(at, inside, files, passed):  # -> ({source: its known pictures}, kind, go on below?)
+    "What a folder itself holds"
+    captions = {at/f: [] for f in files if f.startswith('captions_') and f.endswith('.json')}
+    kind = 'pictures'
+    try:
+        if inside or _may_hold_tables(files):
+            (what, kind), _ = with_warnings(_kind_of_folder, at)
+    except ValueError as e:
+        passed.append(str(e))
+        return captions, 'none', False
+    if kind in ('table', 'splits'):
+        tables = [what] if kind == 'table' else with_warnings(_folder_tables, at)[0]
+        good = _good_tables(tables, passed)
+        whole = kind == 'splits' and len(good) == len(tables)
+        return captions | ({at: sum(good.values(), [])} if whole else good), kind, not (good or whole)
+    if kind == 'pictures':
+        return captions, kind, True
+    return captions | {at: []}, kind, False
+
+# %% ../nbs/00a_sources.ipynb #walk-sources
+def _walk_sources(root, passed):  # -> (sources, heaps): {path: its known pictures}, {folder: picture names}
+    "All that may be pairs below a folder; what cannot be read is added to passed"
+    todo, seen, sources, heaps = [Path(root)], set(), {}, {}
+    while todo:
+        at = todo.pop()
+        try:
+            found, (inside, files) = at.stat(), folders_in(at)
+        except OSError as e:
+            passed.append(f'{at} ({e.strerror})')
+            continue
+        if (found.st_dev, found.st_ino) in seen or _is_foreign(files):
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        here, kind, below = _sources_at(at, inside, files, passed)
+        sources |= here
+        pictures = [f for f in files if is_picture(f)]
+        if pictures and kind == 'pictures':
+            heaps[at] = pictures
+            below = not _has_prompts(at, pictures)
+            sources |= {} if below else {at: []}
+        if below:
+            todo += [at/n for n in reversed(inside) if not n.startswith('__') and not n.endswith('.unpacked')]
+    return sources, heaps
+
+# %% ../nbs/00a_sources.ipynb #of-diffusiondb
+def _of_diffusiondb(metas, heaps):  # -> the heaps whose pictures the metadata knows
+    "Heaps of DiffusionDB, by some of their names"
+    some = {h: [*names[:100], *names[-100:]] for h, names in heaps.items()}
+    names, known = [n for mine in some.values() for n in mine], set()
+    for file in [f for m in metas for f in _metadata_files(m)]:
+        known |= set(with_warnings(metadata_prompts, file, names)[0])
+    return [h for h, mine in some.items() if known & set(mine)]
+
+def _without_twice(sources, passed):
+    "Without sources below another, and without those whose pictures a table elsewhere names"
+    kept = []
+    for source in sources:
+        home = source if source.is_dir() else source.parent
+        by = [t for t, some in sources.items() if t != source and t.parent != home
+              and any(p.resolve().is_relative_to(home.resolve()) for p in some)]
+        if by:
+            passed.append(f'{source} (its pictures are named by {by[0]})')
+        elif not any(home != s and home.is_relative_to(s) for s in sources if s.is_dir()):
+            kept.append(source)
+    return kept
+
+# %% ../nbs/00a_sources.ipynb #find-sources
+def find_sources(
+    root='/kaggle/input',  # folder that holds what is attached, in folders of any depth
+) -> list:  # of `Path`, for `load_pairs`: sorted, each once
+    "What below a mount can be read as pairs. ValueError: nothing, and what to attach"
+    passed, root = [], Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder, expected the one that holds what is attached")
+    sources, heaps = _walk_sources(root, passed)
+    metas = [s for s in sources if s.is_dir() and _metadata_files(s) and not diffusiondb_parts(s)]
+    mine = _of_diffusiondb(metas, heaps | {m: folders_in(m)[1] for m in metas}) if metas else []
+    sources = {s: some for s, some in sources.items() if s not in metas} | {h: [] for h in mine}
+    passed += [f'{h} (pictures without prompts)' for h in heaps if h not in sources]
+    found = _without_twice(sources, passed)
+    found = sorted({*found, *(metas if {*found} & {*mine} else ())})
+    said = f': {first_few(passed)}' if passed else ''
+    if not found:
+        raise ValueError(f"nothing below {root} can be read as pairs of picture and prompt{said}; attach a "
+                         "data set that holds both: pairs.parquet of save_pairs with its pictures, a CSV of "
+                         "paths and prompts, or DiffusionDB's pictures and its metadata")
+    if passed:
+        warnings.warn(f'{root}: passed over{said}', stacklevel=2)
+    return found
 
 # %% ../nbs/00a_sources.ipynb #picture-digests
 _NOTE = ['place', 'size', 'mtime', 'ctime', 'noted', 'sha256']
