@@ -148,7 +148,7 @@ def heap_pairs(
     for heap, mine in names.items():
         texts = [prompts.get(n) for n in mine]
         if any(texts):
-            ids = [Path(n).stem for n in mine]
+            ids = [os.path.splitext(n)[0] for n in mine]
             out[heap] = assemble_pairs(heap, dict(id=ids, image=mine, prompt=texts, source='diffusiondb'))
     return out
 

@@ -96,12 +96,12 @@ def _names_both(file):
 # %% ../nbs/00a_sources.ipynb #folder-table
 def _folder_tables(folder):
     "The tables of a folder that name pictures and prompts: [] or one, or one for each split"
-    files = [folder/n for n in folders_in(folder)[1]]
-    if folder/'pairs.parquet' in files:
+    names = [n for n in folders_in(folder)[1] if not is_picture(n)]  # there may be 100,000 of these
+    if (folder/'pairs.parquet').is_file():
         return [folder/'pairs.parquet']
-    known = [folder/n for n in _TABLE_NAMES if folder/n in files]
-    other = [f for f in files if table_suffix(f) in TABLE_EXTS and table_suffix(f) != '.txt']
-    other = [f for f in other if f not in known and f.name not in DIFFUSIONDB_METADATA]
+    known = [folder/n for n in _TABLE_NAMES if n in names and (folder/n).is_file()]
+    other = [folder/n for n in names if table_suffix(n) in TABLE_EXTS and table_suffix(n) != '.txt']
+    other = [f for f in other if f not in known and f.name not in DIFFUSIONDB_METADATA and f.is_file()]
     good = [f for f in known if _names_both(f)]
     off = [f.name for f in known if f not in good]
     if off:
@@ -115,7 +115,7 @@ def _folder_tables(folder):
 
 # %% ../nbs/00a_sources.ipynb #kinds
 def _tars_in(path):
-    return sorted(f for f in path.iterdir() if f.name.lower().endswith(TAR_EXTS) and f.name[0] != '.')
+    return [path/n for n in folders_in(path)[1] if n.lower().endswith(TAR_EXTS)]
 
 def _picture_folders(path):  # yields Path
     "Folders that hold pictures, itself first, but for what came out of tars"
@@ -327,7 +327,8 @@ def _is_foreign(files):
     return wheel or model or bool(_FOREIGN & set(files))
 
 def _may_hold_tables(files):
-    return any(table_suffix(f) in TABLE_EXTS or f.lower().endswith(TAR_EXTS) for f in files)
+    names = (f for f in files if not is_picture(f))
+    return any(table_suffix(f) in TABLE_EXTS or f.lower().endswith(TAR_EXTS) for f in names)
 
 # %% ../nbs/00a_sources.ipynb #heap-has-prompts
 def _has_prompts(folder, pictures):
@@ -335,13 +336,19 @@ def _has_prompts(folder, pictures):
     some = dict.fromkeys([*pictures[:8], *pictures[-2:]])
     return any(with_warnings(read_prompt, folder/n, True)[0].text for n in some)
 
+def _some_pictures(file):
+    "Some pictures that a table or COCO's captions name"
+    if file.suffix == '.json':
+        return [file.parent/i for i in coco_pairs(file)['image'][:1]]
+    return sample_pictures(file)
+
 def _good_tables(tables, passed):
     "Those of which some picture is there, with these pictures"
     good = {}
     for table in tables:
         try:
-            good[table] = with_warnings(sample_pictures, table)[0]
-        except ValueError as e:
+            good[table] = with_warnings(_some_pictures, table)[0]
+        except (ValueError, OSError) as e:
             passed.append(str(e))
             continue
         if not good[table]:
@@ -351,12 +358,13 @@ def _good_tables(tables, passed):
 # %% ../nbs/00a_sources.ipynb #sources-at
 def _sources_at(at, inside, files, passed):  # -> ({source: its known pictures}, kind, go on below?)
     "What a folder itself holds"
-    captions = {at/f: [] for f in files if f.startswith('captions_') and f.endswith('.json')}
+    captions = [at/f for f in files if f.startswith('captions_') and f.endswith('.json')]
+    captions = _good_tables(captions, passed)
     kind = 'pictures'
     try:
         if inside or _may_hold_tables(files):
             (what, kind), _ = with_warnings(_kind_of_folder, at)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         passed.append(str(e))
         return captions, 'none', False
     if kind in ('table', 'splits'):
