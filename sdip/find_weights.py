@@ -6,21 +6,19 @@
 __all__ = ['survey', 'load_outside', 'random_stand_ins']
 
 # %% ../nbs/08_find_weights.ipynb #imports
-import json
 import shutil
-import struct
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .core import SAVE_AGAIN, right_shape, write_json
+from .core import SAVE_AGAIN, first_few, right_shape, sha256, write_json
 from .lock import read_fields
 from .sources import load_pairs
-from .pretrained import MODEL_PLACES, check_timm_args, model_folders
+from .pretrained import MODEL_PLACES, check_timm_args
 from .artifacts import Run
+from .find_networks import WEIGHT_FILES, distinct_networks, networks_in, weights_in
 
 # %% ../nbs/08_find_weights.ipynb #outside
 @dataclass
@@ -50,83 +48,6 @@ OUTSIDE = (
 )
 ROLES = {o.role: o for o in OUTSIDE}
 
-# %% ../nbs/08_find_weights.ipynb #config-sign
-def _clip_sign(sizes, quick):
-    return ' '.join(['clip', *map(str, sizes), 'quick_gelu' if quick else 'gelu'])
-
-# %% ../nbs/08_find_weights.ipynb #config-sign-2
-def _sign(cfg):
-    if 'model_cfg' in cfg:  # open_clip
-        v = cfg['model_cfg'].get('vision_cfg', {})
-        sizes = [v.get(k) for k in ('width', 'layers', 'patch_size', 'image_size')]
-        return _clip_sign(sizes, cfg['model_cfg'].get('quick_gelu'))
-    v = cfg.get('vision_config') or {}
-    if cfg.get('model_type') == 'clip':
-        usual = dict(hidden_size=768, num_hidden_layers=12, patch_size=32, image_size=224)
-        sizes = [v.get(k, default) for k, default in usual.items()]
-        return _clip_sign(sizes, v.get('hidden_act', 'quick_gelu') == 'quick_gelu')
-    if cfg.get('model_type') == 'blip':
-        return f"blip {v.get('hidden_size', 768)}"
-    return f"timm {cfg['architecture']}" if 'architecture' in cfg else ''
-
-# %% ../nbs/08_find_weights.ipynb #config-sign-file
-_CLIP_JSON = 'open_clip_config.json'
-
-def config_sign(
-    folder,  # that may hold a model
-) -> str:  # such as 'clip 1024 24 14 224 quick_gelu', 'timm NAME', 'blip WIDTH'; '' for none of these
-    "What model a folder's config describes"
-    folder = Path(folder)
-    file = folder/(_CLIP_JSON if (folder/_CLIP_JSON).is_file() else 'config.json')
-    try:
-        with right_shape(file):
-            return _sign(read_fields(file, ''))
-    except ValueError:
-        return ''
-
-# %% ../nbs/08_find_weights.ipynb #whole
-def broken(
-    file,  # of weights: safetensors, or a zip as torch writes it
-) -> str:  # '' if the file is as long as it should be
-    "Why a file of weights cannot be whole"
-    file = Path(file)
-    if file.suffix != '.safetensors':
-        return '' if zipfile.is_zipfile(file) else f'{file} is no zip of torch: cut off, or of another kind'
-    try:
-        want, size = _said_size(file), file.stat().st_size
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return f'{file} has no readable header: cut off, or no safetensors'
-    return '' if size == want else f'{file} has {size:,} bytes, its header says {want:,}: fetch it again'
-
-# %% ../nbs/08_find_weights.ipynb #whole-2
-def _said_size(file):  # bytes of a safetensors file, as its header says
-    with open(file, 'rb') as f:
-        head = struct.unpack('<Q', f.read(8).ljust(8, b'\0'))[0]
-        tensors = json.loads(f.read(min(head, 100_000_000)))
-    ends = [t['data_offsets'][1] for k, t in tensors.items() if k != '__metadata__']
-    return 8 + head + max(ends, default=0)
-
-# %% ../nbs/08_find_weights.ipynb #find-outside
-_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'model.safetensors',
-          'open_clip_pytorch_model.bin', 'pytorch_model.bin')
-
-# %% ../nbs/08_find_weights.ipynb #find-outside-2
-def weights_in(
-        path,  # a folder or a file
-) -> tuple:  # (file of weights, what is wrong); the file is None where there is none
-    "The weights at a place, and what is wrong with them"
-    path = Path(path)
-    if path.is_file():
-        return path, broken(path)
-    if not path.is_dir():
-        return None, f'{path} does not exist'
-    folders = path, *sorted((path/'snapshots').glob('*'))  # the latter in a copy of the hub's cache
-    files = [next((p/f for f in _FILES if (p/f).is_file()), None) for p in folders]
-    files = [f for f in files if f]
-    if not files:
-        return None, f"{path} has none of {', '.join(_FILES)}"
-    return files[-1], broken(files[-1])
-
 # %% ../nbs/08_find_weights.ipynb #find-outside-3
 def _taken(path):
     file, fault = weights_in(path)
@@ -138,15 +59,27 @@ def _taken(path):
 def _in_cache(repo):
     "The repository's folder in the Hugging Face cache, or None"
     from huggingface_hub import try_to_load_from_cache
-    for name in _FILES:
+    for name in WEIGHT_FILES:
         file = try_to_load_from_cache(repo, name)
         if isinstance(file, str):
             return Path(file).parent
 
 # %% ../nbs/08_find_weights.ipynb #by-sign
-def _by_sign(sign, models):
-    folders = [p for place in models if Path(place).is_dir() for p in model_folders(place)]
-    return [p for p in folders if config_sign(p) == sign]
+def _fitting(role, there, digest):
+    "Those of the networks found that may be meant by a role, or that have a SHA-256"
+    o = ROLES[role]
+    if digest:
+        alike = [n for n in there if n.file and not n.fault and n.sign.split(' ')[0] == o.sign.split(' ')[0]]
+        return [n for n in alike if sha256(n.file) == digest][:1]
+    found = [n for n in there if n.sign == o.sign]
+    found = found or [n for n in there if n.sign and n.sign == o.sign.rsplit(' ', 1)[0] != o.sign]
+    whole = [n for n in found if not n.fault]
+    return distinct_networks(whole) if len(whole) > 1 else whole or found
+
+def _beside(there):
+    "Texts about other networks and damaged files, for a message"
+    texts = [f'{n.path} ({n.fault})' if n.fault else f'{n.path} ({n.sign})' for n in there]
+    return f"there are other networks: {first_few(texts, 6)}" if texts else ''
 
 # %% ../nbs/08_find_weights.ipynb #find-outside-one
 def find_outside(
@@ -154,23 +87,38 @@ def find_outside(
     given=None,  # path, or another repository on the hub; None: the usual one
     models=MODEL_PLACES,  # folders to look in
     download: bool = False,  # may the hub be asked?
+    digest: str = None,  # SHA-256 of the weights that are meant, of any size; None: the usual network
+    there=None,  # of `networks_in(models)`; None: it is asked now
 ) -> dict:  # role, title, path (None: missing), file, gb, looked (list of places), fault
     "Look for one network, without opening it"
     o, repo = ROLES[role], str(given or ROLES[role].repo).removeprefix('hf-hub:')
     out = dict(role=role, title=o.title, path=None, file=None, gb=o.gb, looked=[], fault='')
     if given and (Path(given).exists() or str(given).count('/') != 1):
         return out | _taken(given)  # a path, not an address
-    found = _by_sign(o.sign, models) if repo == o.repo else []
+    looked = [*map(str, models)]
+    there = [] if repo != o.repo else networks_in(models) if there is None else there
+    found = _fitting(role, there, digest)
     if len(found) > 1:
-        some = ', '.join(map(str, found[:4]))
-        return out | dict(fault=f'{len(found)} folders hold a {o.sign!r}: {some}; say which, with --{role}')
+        some = ', '.join(f'{n.path} ({n.file.stat().st_size:,} bytes)' for n in found[:4])
+        fault = f'{len(found)} different networks are a {o.sign!r}: {some}; say which, with --{role} PATH'
+        return out | dict(looked=looked, fault=fault)
     if found:
-        return out | _taken(found[0])
-    looked = [*map(str, models), f'the Hugging Face cache, for {repo}']
-    if cached := _in_cache(repo):
+        return out | _taken(found[0].path)
+    looked.append(f'the Hugging Face cache, for {repo}')
+    cached = _in_cache(repo)
+    if cached and (not digest or sha256(weights_in(cached)[0]) == digest):
         taken = _taken(cached)
         return out | taken | dict(looked=looked + taken['looked'])
-    return out | dict(looked=looked, path=f'hf-hub:{repo}' if download else None)
+    return out | dict(looked=looked, path=f'hf-hub:{repo}' if download else None, fault=_beside(there))
+
+# %% ../nbs/08_find_weights.ipynb #outside-error
+def outside_fault(
+    found: dict,  # of `find_outside`, without a path
+) -> str:  # one sentence
+    "Where a network was looked for, and what is wrong"
+    looked = ', '.join(found['looked'])
+    wrong = f"; {found['fault']}" if found['fault'] else ''
+    return f"{found['title']} was looked for in {looked}, in vain{wrong}"
 
 # %% ../nbs/08_find_weights.ipynb #needed-roles
 def needed_roles(
@@ -191,7 +139,9 @@ def survey(
         download: bool = False,  # may the hub be asked?
 ) -> list:  # of dicts, see `find_outside`
     "Look for everything that a run with these arguments needs from outside"
-    return [find_outside(role, args[f'{role}_from'], models, download) for role in needed_roles(args)]
+    there = networks_in(models)
+    roles = needed_roles(args)
+    return [find_outside(role, args[f'{role}_from'], models, download, there=there) for role in roles]
 
 # %% ../nbs/08_find_weights.ipynb #survey-costs
 _TOWER_GB = 1.2  # either tower: 304 million numbers in single precision

@@ -22,7 +22,7 @@ from .preprocess import pick_device
 from .artifacts import Run
 from .interrogator import Words
 from .inputs import run_decoder
-from .find_weights import find_outside, load_outside
+from .find_weights import find_outside, load_outside, outside_fault
 from .members import mean_rows
 from .prediction import members_of, Prediction, Predictions
 from .photo import PhotoPredictor
@@ -458,10 +458,10 @@ def _outside_interrogator(folder, device):
 
 # %% ../nbs/08a_predictor.ipynb #outside-interrogator-2
 def _captioner_elsewhere(folder, path, digest):
-    found = find_outside('captioner')
+    found = find_outside('captioner', digest=digest)
     if not found['path']:
-        raise ValueError(f'{folder} captions with {path} (SHA-256 {digest}), which is gone, and there is '
-                         f"none in {', '.join(found['looked'])}: put it into one of them")
+        raise ValueError(f'{folder} captions with {path} (SHA-256 {digest}), which is gone: '
+                         f'{outside_fault(found)}: put it there')
     return found['path']
 
 # %% ../nbs/08a_predictor.ipynb #predict-to-csv

@@ -8,6 +8,7 @@ __all__ = ['save_clip', 'read_tensors', 'hub_folder']
 # %% ../nbs/00d_pretrained.ipynb #imports
 import os
 import re
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -88,14 +89,20 @@ def check_fits(
 # %% ../nbs/00d_pretrained.ipynb #read-tensors
 def read_tensors(
     file,  # .safetensors, or what `torch.save` wrote
+    meta: bool = False,  # names and shapes only: torch's tensors on its 'meta' device, which have no numbers
 ) -> dict:  # name -> tensor, or whatever plain values the file holds
     "What a file of weights holds, without running anything of it; ValueError where it is no such file"
     file = Path(file)
     try:
-        if file.suffix == '.safetensors':
+        if file.suffix == '.safetensors' and not meta:
             from safetensors.torch import load_file
             return load_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True)
+        if file.suffix == '.safetensors':
+            from safetensors import safe_open
+            with safe_open(file, 'pt') as f:
+                return {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
+        lazy = meta and zipfile.is_zipfile(file)
+        return torch.load(file, map_location='meta' if meta else 'cpu', weights_only=True, mmap=lazy)
     except (MemoryError, OSError):
         raise
     except Exception as e:  # torch's own words would tell how to run it all the same
@@ -199,19 +206,35 @@ def weights_file(
                          "Name the file: ClipEncoder(architecture, file)")
     return found[0]
 
-# %% ../nbs/00d_pretrained.ipynb #model-folders
+# %% ../nbs/00d_pretrained.ipynb #walk-models
 MODEL_PLACES = ('models', '/kaggle/input')  # where networks are looked for when nobody says where
 
+def walk_models(
+    place,  # folder to look below
+    depth: int = 8,  # levels; Kaggle mounts a model at the sixth
+    but=(),  # names of files: a folder that holds one is not entered
+):  # yields (Path, names of its files)
+    "Folders that may hold models; hidden ones, and those with more than a thousand files, are not entered"
+    seen = set()
+    for at, inside, names in os.walk(place, followlinks=True):
+        found = os.stat(at)
+        known = (found.st_dev, found.st_ino) in seen  # a link that leads back
+        seen.add((found.st_dev, found.st_ino))
+        shut = known or len(names) >= 1000 or any(n in names for n in but)
+        deep = len(Path(at).relative_to(place).parts) >= depth
+        inside[:] = [] if shut or deep else sorted(d for d in inside if d[0] != '.')
+        if not shut:
+            yield Path(at), names
+
+# %% ../nbs/00d_pretrained.ipynb #model-folders
 def model_folders(
     place,  # folder to look below
-    depth: int = 6,  # levels
+    depth: int = 8,  # levels
 ):  # yields Path
-    "Folders that hold a config; hidden ones and those with more than a thousand files are not entered"
-    for at, inside, names in os.walk(place, followlinks=True):
-        deep = len(Path(at).relative_to(place).parts) >= depth or len(names) >= 1000
-        inside[:] = [] if deep else sorted(d for d in inside if d[0] != '.')
+    "Folders that hold a config, see `walk_models`"
+    for at, names in walk_models(place, depth):
         if {CLIP_CONFIG, 'config.json'} & set(names):
-            yield Path(at)
+            yield at
 
 # %% ../nbs/00d_pretrained.ipynb #clip-data
 _TOP = ('embed_dim', 'quick_gelu', 'custom_text', 'init_logit_scale', 'init_logit_bias',

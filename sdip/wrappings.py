@@ -27,17 +27,20 @@ def openai_archives() -> dict:  # SHA-256 -> model name
     names = list_openai_models()  # the -quickgelu names come last
     return {get_pretrained_url(m, 'openai').split('/')[-2]: m for m in names}
 
-# %% ../nbs/00d_wrappings.ipynb #read-weights
-def _is_archive(file):
+# %% ../nbs/00d_wrappings.ipynb #is-archive
+def is_archive(
+    file,  # of weights
+) -> bool:
     "Is it TorchScript (code beside numbers, in a zip)?"
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as z:
         return any(n.endswith('/constants.pkl') for n in z.namelist())
 
+# %% ../nbs/00d_wrappings.ipynb #read-weights
 def _read_weights(file, digest, vouched=None):
     "What a file holds, OpenAI's archives included"
-    if file.suffix == '.safetensors' or not _is_archive(file):
+    if file.suffix == '.safetensors' or not is_archive(file):
         return read_tensors(file)
     if digest not in openai_archives() and digest != vouched:
         raise ValueError(f"{file} is a TorchScript archive, code beside numbers, and its SHA-256 {digest} is "
@@ -96,7 +99,9 @@ def _open_clip_state(state):
 # %% ../nbs/00d_wrappings.ipynb #unwrapped
 OPENAI_KEYS = {'input_resolution', 'context_length', 'vocab_size'}  # only OpenAI's own archives carry these
 
-def _unwrapped(state):
+def unwrapped(
+    state: dict,  # what a file of weights holds
+) -> dict:  # name -> tensor
     "The tensors inside a checkpoint, without what a trainer put before their names"
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state.get(key), dict):
@@ -119,7 +124,7 @@ def clip_state(
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds a {type(state).__name__}, expected tensors by name: "
                          "give a state dict")
-    state = _unwrapped(state)
+    state = unwrapped(state)
     if 'vision_model.embeddings.class_embedding' in state:
         state = _open_clip_state(state)
     odd = [k for k, v in state.items() if not torch.is_tensor(v)]
