@@ -7,6 +7,7 @@ __all__ = ['setup_notebook']
 
 # %% ../nbs/00_kaggle.ipynb #imports
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,37 @@ def setup_notebook(
                            f'{done.stderr.strip()[-500:]}')
     shell = shell or get_ipython()  # noqa: F821
     shell.input_transformers_cleanup.append(skip_marked)
+
+# %% ../nbs/00_kaggle.ipynb #unfinished
+def _unfinished(inputs, name):
+    "Folders of that name below `inputs` that hold unfinished work"
+    found = []
+    for at, inside, names in os.walk(inputs, followlinks=True):
+        deep = len(Path(at).relative_to(inputs).parts) >= 6 or len(names) >= 1000
+        inside[:] = [] if deep else sorted(d for d in inside if d[0] != '.')
+        begun = 'run.json' in names and 'ensemble.json' not in names
+        if Path(at).name == name and (begun or 'checkpoint.pt' in names):
+            found.append(Path(at))
+            inside[:] = []
+    return found
+
+# %% ../nbs/00_kaggle.ipynb #take-up
+def take_up(
+    inputs,  # folder of what is attached, such as /kaggle/input
+    out,  # folder that this session works in
+) -> bool:  # was there such work?
+    "Copy unfinished work of an earlier session to `out`, unless `out` is there. ValueError: several of them"
+    out, partial = Path(out), Path(out).with_name(f'.tmp-{Path(out).name}')
+    found = [] if out.exists() else _unfinished(inputs, out.name)
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} attached folders hold unfinished work for {out.name}: "
+                         f"{', '.join(map(str, found))}; attach one of them")
+    if not found:
+        return False
+    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was killed
+    shutil.copytree(found[0], partial, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns('.*'))
+    for folder in (partial, *(p for p in partial.rglob('*') if p.is_dir())):
+        folder.chmod(0o755)  # the mount's folders cannot be written
+    partial.rename(out)
+    print(f'{out} goes on with {found[0]}')
+    return True
