@@ -33,7 +33,7 @@ from .training_hours import TimeBudget
 # %% ../nbs/02_base_regressor.ipynb #regressor
 class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
-    kind, history, precision, workers = None, None, 'auto', None
+    kind, history, precision, workers, mean = None, None, 'auto', None, None
 
     def __init__(
             self,
@@ -237,6 +237,7 @@ def learner(
     self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
     splits = [_split_rows(pairs, targets, root, self.prep, split, **feed) for split in ('train', 'valid')]
     start_alike(self.net)  # a new head is random
+    self.mean = targets[splits[0].at].mean(0)
     self.recipe, self.precision, self.net = recipe, recipe.precision, self.net.requires_grad_(True)
     key = self._key(pairs, targets)
     begun = checkpoint and Checkpoint(checkpoint, key, recipe.minutes)  # another run's is refused here
@@ -315,11 +316,12 @@ def save(
         self: Regressor,
         folder,  # gets config.json and model.safetensors
 ):
-    "Everything that `load` needs: architecture, preprocessing, weights, and how they came about"
+    "Everything that prediction needs: architecture, preprocessing, weights, mean; and how they came about"
     config = dict(kind=self.kind, sdip=__version__, tower=self.tower, width=self.net.width,
                   head=self.net.kind, preprocess=self.prep.to_dict(),
                   recipe=self.recipe.outcome() if self.history else None, probe_scores=self.probe_scores,
-                  history=self.history)
+                  history=self.history,
+                  mean=None if self.mean is None else np.round(self.mean.astype(float), 7).tolist())
     save_weights(self.net, config, folder)
 
 # %% ../nbs/02_base_regressor.ipynb #restore
@@ -339,4 +341,15 @@ def load(
         Regressor.__init__(self, load_weights(net, folder), prep, device)
         self.history, self.probe_scores = config['history'], config['probe_scores']
         self.precision = (config['recipe'] or {}).get('precision', 'auto')
+        mean = config.get('mean')  # version 0.2.0 did not save it
+        self.mean = None if mean is None else check_emb([mean], 'mean')[0]
     return self
+
+# %% ../nbs/02_base_regressor.ipynb #mean-vector
+@patch
+def mean_vector(self: Regressor) -> np.ndarray:  # (384,)
+    "The mean of the training targets: what to answer where a picture cannot be read. ValueError: not known"
+    if self.mean is None:
+        raise ValueError(f'this {type(self).__name__} knows no mean of its training targets: it was not trained, '
+                         'or saved by version 0.2.0; train it again, or give a run folder')
+    return self.mean
