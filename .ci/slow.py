@@ -121,7 +121,7 @@ def test_predict():
     Path('empty').mkdir()
     for command, reason in ((('empty', '--run', 'run'), 'empty'),
                             (('in', '--run', 'nowhere'), 'holds neither run.json nor config.json'),
-                            (('in', '--run', 'run/vit'), 'VitRegressor is one model'),
+                            (('in', '--run', 'run/knn'), 'KNNRegressor is one model'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, *(() if '--out' in command else ('--out', 'other.csv')),
                             status=1)
@@ -945,7 +945,7 @@ def test_finetune_killed_in_mid_epoch():
         'epoch', '0', '1', '2'
     ] and np.abs(np.array(logs[0][1:], float) - np.array(logs[1][1:], float)).max() < 1e-4, logs
     assert sorted(p.name for p in Path('killed').iterdir()) == [
-        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets'
+        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets', 'valid.npz'
     ]
     assert 'holds a finished model' in sh(*command('killed'), status=1)
 
@@ -1046,7 +1046,7 @@ def test_two_processes():
     assert status == [0, 0], status
     same_end('one', 'nodes')
     assert sorted(p.name for p in Path('nodes').iterdir()) == [
-        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets'
+        'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets', 'valid.npz'
     ]
 
 ALONE = '''

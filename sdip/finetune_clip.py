@@ -6,7 +6,10 @@
 __all__ = ['ClipRegressor', 'finetune']
 
 # %% ../nbs/02_finetune_clip.ipynb #imports
+import hashlib
 import math
+import zipfile
+import zlib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import check_emb, mean_cosine, write_json
+from .core import atomic_path, check_emb, mean_cosine, write_json
 from .data import image_paths
 from .lock import folder_lock
 from .encoders import ClipEncoder
@@ -109,7 +112,7 @@ def start_from_texts(
 def finetune(
     reg: Regressor,  # to train
     pairs: pd.DataFrame,  # as `load_pairs` gives it; attrs['root'] is the folder of its pictures
-    out,  # gets config.json, model.safetensors, history.csv, scores.json; a killed run goes on there
+    out,  # gets config.json, model.safetensors, valid.npz, history.csv, scores.json; a killed run goes on there
     recipe: Recipe = Recipe(),  # how to train
     cbs=(),  # further callbacks
     quiet: bool = False,  # neither bar nor lines
@@ -123,28 +126,68 @@ def finetune(
         table, targets, _ = prepare_pairs(pairs, out/'targets', need=('train', 'valid'), device=reg.device)
         says = [] if quiet or rank else [Say()]
         reg.fit(table, targets, root, recipe, out/'checkpoint.pt', [*cbs, *says], quiet)
-        scores = _scores(reg, table, targets, root)
+        scores, emb = _scores(reg, table, targets, root)
         if rank == 0:
+            valid = table.split == 'valid'
+            save_held_out(out, table[valid], emb, targets[valid])
             reg.save(out)
             write_json(scores, out/'scores.json')
     return scores
 
 # %% ../nbs/02_finetune_clip.ipynb #finetune-scores
 def _scores(reg, table, targets, root):
-    "Mean cosine of the mean vector, the probe, and the model on validation and test rows"
+    "Mean cosine of the mean vector, the probe, the model on validation and test rows; its validation rows"
     train = (table.split == 'train').to_numpy()
     mean = np.broadcast_to(targets[train].mean(0), targets[~train].shape)
-    scores = dict(mean_vector=mean_cosine(mean, targets[~train]),
-                  probe=max(reg.probe_scores.values(), default=None))
+    scores, preds = dict(mean_vector=mean_cosine(mean, targets[~train]),
+                         probe=max(reg.probe_scores.values(), default=None)), {}
     for split in ('valid', 'test'):
         rows = (table.split == split).to_numpy()
         if not rows.any():
             continue
-        pred = reg.predict(image_paths(table[rows], root), shared=True)
+        pred = preds[split] = reg.predict(image_paths(table[rows], root), shared=True)
         ok = np.isfinite(pred).all(1)
         if ok.any():
             scores[split] = mean_cosine(pred[ok], targets[rows][ok])
-    return scores
+    return scores, preds['valid']
+
+# %% ../nbs/02_finetune_clip.ipynb #held-out
+_HELD_OUT, _MOST = 'valid.npz', 20_000
+
+def save_held_out(
+        folder,  # of a saved model
+        table: pd.DataFrame,  # n validation rows: columns id, group
+        emb: np.ndarray,  # (n, 384), the model's raw rows, NaN where a picture could not be read
+        targets: np.ndarray,  # (n, 384)
+        most: int = _MOST,  # rows to keep
+):
+    "Write what a model says of its validation rows"
+    ids = table.id.astype(str).to_numpy(str)
+    keys = [hashlib.sha256(i.encode()).digest() for i in ids] if len(ids) > most else ids
+    at = np.sort(np.argsort(keys, kind='stable')[:most])
+    with atomic_path(Path(folder)/_HELD_OUT) as tmp:
+        np.savez(tmp, ids=ids[at], group=table.group.to_numpy(int)[at], emb=emb[at].astype(np.float16),
+                 targets=np.asarray(targets)[at].astype(np.float16))
+
+# %% ../nbs/02_finetune_clip.ipynb #read-held-out
+def read_held_out(
+        folder,  # of a saved model
+) -> dict | None:  # ids (n,) str, group (n,) int, emb (n, 384), targets (n, 384); None where it has none
+    "What `save_held_out` has written; ValueError for a damaged file"
+    file = Path(folder)/_HELD_OUT
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as z:
+            rows = {k: z[k] for k in ('ids', 'group', 'emb', 'targets')}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f'{file} cannot be read ({type(e).__name__}): copy the folder again, '
+                         'or delete the file, which only a search of ratios needs') from e
+    for k in ('emb', 'targets'):
+        rows[k] = check_emb(rows[k], f'{file}: {k}', finite=False)
+        if len(rows[k]) != len(rows['ids']):
+            raise ValueError(f"{file} has {len(rows[k])} rows of {k} for {len(rows['ids'])} ids: copy it again")
+    return rows
 
 # %% ../nbs/02_finetune_clip.ipynb #attached
 def finetune_attached(
