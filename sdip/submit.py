@@ -6,7 +6,11 @@
 __all__ = ['fill_missing', 'score_submission', 'predict_in_time', 'submit_in_time', 'time_text']
 
 # %% ../nbs/07_submit.ipynb #imports
+import gc
+import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,40 +60,84 @@ class _Progress:
     seconds: float = 0.
     pace: float = np.inf  # s an image, of the last call
     report: dict = field(default_factory=dict)  # row -> what could not be read
+    failed: str = ''  # the error after which it was not asked again
 
     def go(self, images, size, clock):
         "Predict the next `size` images"
-        lo, start = self.done, clock()
-        self.done = min(lo + size, len(images))
-        self.rows[lo:self.done] = getattr(self.predict, 'predict', self.predict)(images[lo:self.done])
-        for r in getattr(self.predict, 'report', []):
-            self.report[lo + r['row']] = r | dict(row=lo + r['row'])
+        lo, hi, start = self.done, min(self.done + size, len(images)), clock()
+        try:
+            self.rows[lo:hi] = getattr(self.predict, 'predict', self.predict)(images[lo:hi])
+            self.done = hi
+        except Exception as e:  # whatever it is, the others go on
+            self.failed = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
         took = clock() - start
         self.seconds += took
-        self.pace = max(took/max(self.done - lo, 1), 1e-6)
+        if self.failed:
+            return _free_memory()
+        self.pace = max(took/max(hi - lo, 1), 1e-6)
+        for r in getattr(self.predict, 'report', []):
+            self.report[lo + r['row']] = r | dict(row=lo + r['row'])
+
+    def has_more(self):
+        return not self.failed and self.done < len(self.rows)
+
+# %% ../nbs/07_submit.ipynb #free-memory
+def _free_memory():
+    "Give back what a failed call has held on the GPU; outside of `except`, which keeps its frames alive"
+    gc.collect()
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 # %% ../nbs/07_submit.ipynb #predict-in-time
+def _work(runs, images, until, most, clock):
+    "Models of one GPU, one after the other, the cheapest first"
+    left = lambda: np.inf if until is None else until - clock()
+    for run in runs:
+        for size in [len(images)] if until is None else [1, 4]:  # the first call loads, the second shows the pace
+            if run.has_more() and left() > 0:
+                run.go(images, size, clock)
+    for run in sorted(runs, key=lambda run: run.pace):
+        while run.done and run.has_more() and left() > 1.5*run.pace:
+            run.go(images, max(1, min(most, int(left()/10/run.pace))), clock)
+
+# %% ../nbs/07_submit.ipynb #predict-in-time-2
 def predict_in_time(
     models: dict,  # name -> function of a list of images giving (n, 384), or object with such a `.predict`
     images: list,  # n images, whatever the models take
     until=None,  # on the clock, when to stop: `time.monotonic() + seconds`; None: take your time
     most: int = 256,  # images a call
     clock=time.monotonic,  # tells the time (s)
-) -> dict:  # rows {name: (n, 384)}, done {name: images}, seconds {name: s}, report: what could not be read
-    "Predict with every model, the cheapest first, until the time is up; rows not reached are NaN"
-    n = len(images)
+) -> dict:  # rows {name: (n, 384)}, done {name: images}, seconds {name: s}, failed {name: why}, report of images
+    "Predict with all models, the cheapest first, until the time is up; not reached: NaN; one that raises: left out"
+    n, cards = len(images), {}
     runs = {m: _Progress(f, np.full((n, EMB_DIM), np.nan, np.float32)) for m, f in models.items()}
-    left = lambda: np.inf if until is None else until - clock()
-    for run in runs.values():
-        for size in [n] if until is None else [1, 4]:  # the first call loads, the second shows the pace
-            if run.done < n and left() > 0:
-                run.go(images, size, clock)
-    for run in sorted(runs.values(), key=lambda run: run.pace):
-        while 0 < run.done < n and left() > 1.5*run.pace:
-            run.go(images, max(1, min(most, int(left()/10/run.pace))), clock)
+    for m, run in runs.items():
+        cards.setdefault(getattr(models[m], 'card', None), []).append(run)
+    with ThreadPoolExecutor(len(cards) or 1) as pool:
+        list(pool.map(lambda card: _work(card, images, until, most, clock), cards.values()))
     report = {row: said for run in runs.values() for row, said in run.report.items()}
     found = {what: {m: getattr(run, what) for m, run in runs.items()} for what in ('rows', 'done', 'seconds')}
-    return found | dict(report=[report[row] for row in sorted(report)])
+    failed = {m: run.failed for m, run in runs.items() if run.failed}
+    return found | dict(failed=failed, report=[report[row] for row in sorted(report)])
+
+# %% ../nbs/07_submit.ipynb #write-checked
+def _write_checked(rows, ids, mean, blend, path):
+    "Blend, fill, write and check a submission -> rows filled"
+    emb, filled = fill_missing(blend(rows) if blend else next(iter(rows.values())), mean)
+    write_submission(ids, emb, path)
+    faults = check_submission(path, ids)
+    assert not faults, faults
+    return filled
+
+def _writing_time(names, ids, mean, blend, path, clock):
+    "Seconds to keep for the file: three times what a few random rows take"
+    few = min(len(ids), 100)
+    rows = {m: np.random.default_rng(i).normal(size=(few, EMB_DIM)) for i, m in enumerate(names)}
+    for n in (1, few):  # the first call loads
+        start = clock()
+        _write_checked({m: r[:n].astype(np.float32) for m, r in rows.items()}, ids[:n], mean, blend, path)
+    return 3*(clock() - start)*len(ids)/few
 
 # %% ../nbs/07_submit.ipynb #submit-in-time
 def submit_in_time(
@@ -100,7 +148,7 @@ def submit_in_time(
     blend=None,  # {name: (n, 384) with NaN rows} -> (n, 384), as `Ensemble.predict`; not needed for one model
     until=None,  # on the clock, when the file must be there: `time.monotonic() + seconds`; None: any time
     clock=time.monotonic,  # tells the time (s)
-) -> dict:  # ids, filled: images given the mean, done and seconds by model, report of what was unreadable
+) -> dict:  # ids, filled: images given the mean; done, seconds, failed by model; report of what was unreadable
     "A complete, checked submission in time. ValueError: several models and no blend, or no readable picture"
     if not models or (blend is None and len(models) > 1):
         raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function "
@@ -108,26 +156,27 @@ def submit_in_time(
     files = find_images(images, stems=True)
     ids = [path_text(f.stem) for f in files]
     with atomic_path(path) as tmp:  # a place that cannot be written is said before the work
-        stop = None if until is None else until - .003*len(files)
-        got = predict_in_time(models, files, stop, clock=clock)
+        kept = _writing_time(models, ids, mean, blend, tmp, clock)
+        got = predict_in_time(models, files, None if until is None else until - kept, clock=clock)
         rows, unread = got.pop('rows'), got['report']
         if len(unread) == len(files):
             raise ValueError(f"none of {len(files)} pictures could be read, so there is nothing to submit; "
                              f"the first: {unread[0]['error']}")
-        emb, filled = fill_missing(blend(rows) if blend else next(iter(rows.values())), mean)
-        write_submission(ids, emb, tmp)
-        faults = check_submission(tmp, ids)
-        assert not faults, faults
+        filled = _write_checked(rows, ids, mean, blend, tmp)
+    if len(got['failed']) == len(models):
+        warnings.warn(f'every model failed: {path} is complete, and scores no more than the training mean')
     return dict(ids=ids, filled=filled) | got
 
 # %% ../nbs/07_submit.ipynb #time-text
 def time_text(
     found: dict,  # by `submit_in_time`
 ) -> str:  # one line a model that did not get through
-    "Which models the deadline cut short"
+    "Which models the deadline cut short, and which have failed"
     n, lines = len(found['ids']), []
     for m, done in found['done'].items():
-        if done < n:
+        if m in found['failed']:
+            lines.append(f"{m} FAILED after {done} of {n} pictures and is left out: {found['failed'][m]}")
+        elif done < n:
             seconds = found['seconds'][m]
             lines.append(f"time was up: {m} answered {done} of {n} pictures in {seconds:.1f} s")
     return '\n'.join(lines)
