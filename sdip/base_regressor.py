@@ -350,6 +350,6 @@ def load(
 def mean_vector(self: Regressor) -> np.ndarray:  # (384,)
     "The mean of the training targets: what to answer where a picture cannot be read. ValueError: not known"
     if self.mean is None:
-        raise ValueError(f'this {type(self).__name__} knows no mean of its training targets: it was not trained, '
-                         'or saved by version 0.2.0; train it again, or give a run folder')
+        raise ValueError(f'this {type(self).__name__} knows no mean of its training targets: it was not '
+                         'trained, or saved by version 0.2.0; train it again, or give a run folder')
     return self.mean

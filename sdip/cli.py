@@ -479,7 +479,7 @@ def sdip_run(
 @_command()
 def sdip_predict(
         images: _several('+'),  # pictures, or folders of pictures
-        run: str = None,  # a finished run folder; default: a small model for photographs and paintings
+        run: Param(type=str, action='append') = None,  # runs or saved models; default: one for photographs
         out: str = 'submission.csv',  # submission to write: imgId_eId,val
         truth: str = None,  # CSV of the same form with the true embeddings, to score against
         deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean

@@ -112,7 +112,7 @@ def start_from_texts(
 def finetune(
     reg: Regressor,  # to train
     pairs: pd.DataFrame,  # as `load_pairs` gives it; attrs['root'] is the folder of its pictures
-    out,  # gets config.json, model.safetensors, valid.npz, history.csv, scores.json; a killed run goes on there
+    out,  # gets config.json, model.safetensors, valid.npz and more; a killed run goes on there
     recipe: Recipe = Recipe(),  # how to train
     cbs=(),  # further callbacks
     quiet: bool = False,  # neither bar nor lines
@@ -186,7 +186,7 @@ def read_held_out(
     for k in ('emb', 'targets'):
         rows[k] = check_emb(rows[k], f'{file}: {k}', finite=False)
         if len(rows[k]) != len(rows['ids']):
-            raise ValueError(f"{file} has {len(rows[k])} rows of {k} for {len(rows['ids'])} ids: copy it again")
+            raise ValueError(f"{file} has {len(rows['ids'])} ids for {len(rows[k])} {k}: copy it again")
     return rows
 
 # %% ../nbs/02_finetune_clip.ipynb #attached

@@ -18,7 +18,7 @@ from .ensemble import Ensemble, fit_ensemble
 
 # %% ../nbs/06c_several.ipynb #common-rows
 def common_rows(
-        rows: dict,  # model -> ids (n,), group (n,), emb (n, 384), targets (n, 384), as `read_held_out` gives them
+        rows: dict,  # model -> ids (n,), group (n,), emb (n, 384), targets (n, 384), of `read_held_out`
 ) -> tuple:  # ({model: (k, 384)}, targets (k, 384), group (k,))
     "Validation rows that all models have held out, matched by id and target"
     first, *others = rows.values()
@@ -65,7 +65,7 @@ def find_blend(
         return _of_ratios(dict.fromkeys(rows, 1.)), 'one model, nothing to blend'
     equal, none = _of_ratios(dict.fromkeys(rows, 1.)), [m for m, r in rows.items() if r is None]
     if none:
-        return equal, f"equal ratios: {', '.join(none)} brings no validation rows to search them on"
+        return equal, f"equal ratios: no validation rows in {', '.join(none)} to search them on"
     preds, targ, group = common_rows(rows)
     groups, enough = len(np.unique(group)), _ENOUGH*len(rows)
     if groups < enough:

@@ -94,7 +94,7 @@ def _work(runs, images, until, most, clock):
     "Models of one GPU, one after the other, the cheapest first"
     left = lambda: np.inf if until is None else until - clock()
     for run in runs:
-        for size in [len(images)] if until is None else [1, 4]:  # the first call loads, the second shows the pace
+        for size in [len(images)] if until is None else [1, 4]:  # one loads, four show the pace
             if run.has_more() and left() > 0:
                 run.go(images, size, clock)
     for run in sorted(runs, key=lambda run: run.pace):
@@ -108,8 +108,8 @@ def predict_in_time(
     until=None,  # on the clock, when to stop: `time.monotonic() + seconds`; None: take your time
     most: int = 256,  # images a call
     clock=time.monotonic,  # tells the time (s)
-) -> dict:  # rows {name: (n, 384)}, done {name: images}, seconds {name: s}, failed {name: why}, report of images
-    "Predict with all models, the cheapest first, until the time is up; not reached: NaN; one that raises: left out"
+) -> dict:  # by model: rows (n, 384), done images, seconds, failed: why; and report: what could not be read
+    "Predict with all models, the cheapest first, until the time is up or one raises; not reached: NaN"
     n, cards = len(images), {}
     runs = {m: _Progress(f, np.full((n, EMB_DIM), np.nan, np.float32)) for m, f in models.items()}
     for m, run in runs.items():
@@ -148,7 +148,7 @@ def submit_in_time(
     blend=None,  # {name: (n, 384) with NaN rows} -> (n, 384), as `Ensemble.predict`; not needed for one model
     until=None,  # on the clock, when the file must be there: `time.monotonic() + seconds`; None: any time
     clock=time.monotonic,  # tells the time (s)
-) -> dict:  # ids, filled: images given the mean; done, seconds, failed by model; report of what was unreadable
+) -> dict:  # ids, filled: images given the mean; done, seconds, failed by model; report of the unreadable
     "A complete, checked submission in time. ValueError: several models and no blend, or no readable picture"
     if not models or (blend is None and len(models) > 1):
         raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function "
