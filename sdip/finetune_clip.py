@@ -188,18 +188,3 @@ def read_held_out(
         if len(rows[k]) != len(rows['ids']):
             raise ValueError(f"{file} has {len(rows['ids'])} ids for {len(rows[k])} {k}: copy it again")
     return rows
-
-# %% ../nbs/02_finetune_clip.ipynb #attached
-def finetune_attached(
-        reg: Regressor,  # to train
-        inputs,  # folder of attached data sets, one of which has a pairs.parquet
-        out,  # as in `finetune`
-        recipe: Recipe = Recipe(),  # how to train
-) -> dict:  # scores
-    "`finetune` on an attached data set, the same call in every process; ValueError where there is none"
-    from sdip.sources import load_pairs
-    patterns = ('*/pairs.parquet', 'datasets/*/*/pairs.parquet')  # Kaggle mounts in one of two places
-    found = [file for pattern in patterns for file in sorted(Path(inputs).glob(pattern))]
-    if not found:
-        raise ValueError(f'no data set in {inputs} has a pairs.parquet: attach one that save_pairs wrote')
-    return finetune(reg, load_pairs(found[0]), out, recipe)

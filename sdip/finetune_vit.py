@@ -41,7 +41,7 @@ def _timm_source(name, weights):
         raise ValueError(f"{weights} holds a {arch!r}, asked for was {name!r}: give the one or the other")
     return args, settings, file, []
 
-# %% ../nbs/03_finetune_vit.ipynb #timm-state
+# %% ../nbs/03_finetune_vit.ipynb #timm-backbone
 def _without_classifier(state, known):
     "The tensors but for the classifier's, by timm's own name of it"
     names = (known and known.classifier) or ()
@@ -49,7 +49,6 @@ def _without_classifier(state, known):
     return {k: v for k, v in state.items() if not (heads and k.startswith(heads))}
 
 
-# %% ../nbs/03_finetune_vit.ipynb #timm-backbone
 def _timm_backbone(name, weights, img_size, kw):
     "The network of `build_backbone`, its classifier still on, and its preprocessing"
     import timm
