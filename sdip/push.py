@@ -99,8 +99,8 @@ def sources_of(
         kind, name = find_source(api, ref)
         found[kind].append(name)
     if chapter := _chapter(notebook):
-        models = _models(api, user, found) if chapter == '07_submit' else []
-        found['datasets'] = _library(api, user) + models + found['datasets']
+        ours = _library(api, user) + (_models(api, user, found) if chapter == '07_submit' else [])
+        found['datasets'] = ours + found['datasets']
         found['competitions'].append(find_source(api, f'competitions/{COMPETITION}')[1])
     return {kind: list(dict.fromkeys(names)) for kind, names in found.items()}
 
@@ -263,6 +263,7 @@ def _follow(notebook, doing, given):
     "Push a version or take the newest; then wait, fetch, submit"
     sent = {k: given[k] for k in ('attach', 'gpu', 'internet') if k in given}
     sent['sets'] = given.get('set', ())
+    _read_notebook(notebook)  # before anybody signs in
     if doing == 'push':
         version = push(notebook, **sent)
         print(f'{version} has begun: {version.url}', flush=True)
@@ -271,7 +272,6 @@ def _follow(notebook, doing, given):
         meta = write_kernel(given['to'], api, user, notebook, **sent)
         return print(f"{given['to']}: kaggle kernels push -p {given['to']} pushes it as {meta['id']}")
     if doing == 'look':
-        _read_notebook(notebook)
         version = last_version(api, kernel_metadata(notebook, user)['id'])
     if 'wait' in given:
         wait_for(api, version)
