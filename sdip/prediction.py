@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .core import path_text, row_cosine, visible
 from .page import Html, markup, thumbnail
@@ -28,6 +29,23 @@ def picture_name(
         size = getattr(image, 'shape', ())[1::-1]  # (h, w[, channels]) of an array
     return f"picture of {'x'.join(map(str, size))}" if len(size) == 2 else type(image).__name__
 
+# %% ../nbs/06_prediction.ipynb #text-expected
+def text_expected(
+    near,  # cosine of a text to a predicted embedding
+    expected,  # cosine of that embedding to the truth that is expected
+):  # cosine of the text to the truth that is expected
+    "How near a text is expected to come to the truth"
+    return near*expected
+
+def expected_text(
+    text: float,  # expected cosine of a text; NaN: not known
+    emb: float = np.nan,  # of the embedding; NaN: not said
+) -> str:  # '' where neither is known
+    "Expected cosines in words, each with what it belongs to"
+    said = [f'{what} about {cos:.2f}' for what, cos in (('this text', text), ('the embedding', emb))
+            if np.isfinite(cos)]
+    return f"expected cosine: {', '.join(said)}" if said else ''
+
 # %% ../nbs/06_prediction.ipynb #prediction
 @dataclass(repr=False, eq=False)
 class Prediction:
@@ -42,6 +60,8 @@ class Prediction:
     error: str = ''  # why the picture cannot be read
     cosines: dict | None = None  # model -> cosine to the true row, where the truth is known
     truth: str = ''  # the true prompt, where it is known
+    words_near: float = np.nan  # cosine of the guess to emb
+    best_near: float = np.nan  # likewise of `best`
 
     def __post_init__(self):
         if isinstance(self.image, (str, Path)):  # errors name the whole path, a card its last part
@@ -52,25 +72,44 @@ class Prediction:
         "The same as `near`"
         return self.near
 
-    def __repr__(self):
-        if self.error or not np.isfinite(self.emb).all():
-            return f'{picture_name(self.image)}: cannot be read{_reason(self)}'
-        known = f', expected cosine {self.expected:.2f}' if np.isfinite(self.expected) else ''
-        return f"{picture_name(self.image)}: {self.words or self.best or 'no words'}{known}"
-
     def _repr_html_(self):
         return _card(self)
 
+# %% ../nbs/06_prediction.ipynb #prediction-expected
+@patch(as_prop=True)
+def words_expected(self: Prediction):
+    "The cosine to the truth to expect of the guess; NaN: not known"
+    return text_expected(self.words_near, self.expected)
+
+@patch(as_prop=True)
+def best_expected(self: Prediction):
+    "Likewise of `best`"
+    return text_expected(self.best_near, self.expected)
+
+@patch
+def __repr__(self: Prediction):
+    if self.error or not np.isfinite(self.emb).all():
+        return f'{picture_name(self.image)}: cannot be read{_reason(self)}'
+    text = self.words_expected if self.words else self.best_expected
+    known = expected_text(text, self.expected)
+    said = f"{picture_name(self.image)}: {self.words or self.best or 'no words'}"
+    return f'{said}; {known}' if known else said
+
 # %% ../nbs/06_prediction.ipynb #card-lines
+def _with_cosine(text, expected):  # a text and its own expected cosine
+    known = expected_text(expected)
+    return Html(f'{markup(text)} <small>{known}</small>') if text and known else text
+
 def _said(p):  # -> {label: text or markup} of what a card lists
     near = Html(''.join(f'<div>{markup(text)} <small>{cos:.2f}</small></div>' for text, cos in p.near))
     models = ', '.join(f'{m} {cos:.2f} (ratio {ratio:.2g})' for m, (ratio, cos) in p.members.items())
+    best, reached = p.best if p.best != p.words else '', p.cosines or {}
     return {
         'true prompt': p.truth,
-        'guess': p.words,
-        'text with the best expected cosine': p.best if p.best != p.words else '',
-        'expected cosine': f'{p.expected:.2f}' if np.isfinite(p.expected) else '',
-        'cosine to the truth': ', '.join(f'{m} {c:.2f}' for m, c in (p.cosines or {}).items()),
+        'guess': _with_cosine(p.words, p.words_expected),
+        'text with the best expected cosine': _with_cosine(best, p.best_expected),
+        'expected cosine of the embedding': f'about {p.expected:.2f}' if np.isfinite(p.expected) else '',
+        'cosine to the truth': ', '.join(f'{m} {c:.2f}' for m, c in reached.items()),
         'nearest training prompts': near,
         'models, cosine to the blend': models,
     }
@@ -85,6 +124,11 @@ def _reason(p):  # why a picture cannot be read, without its name
     reason = p.error.removeprefix(f'{picture_name(p.image)}: ')
     return f': {reason}' if reason else ''
 
+def _no_picture(p):  # why a card has none
+    if not p.error and isinstance(p.image, (str, Path)) and not Path(p.image).exists():
+        return f'{path_text(p.image)} is gone: it was moved or deleted'
+    return _reason(p)[2:] or 'it was changed since it was read'
+
 def _card(p):  # one `Prediction` as markup
     name, lines = picture_name(p.image), []
     for label, text in _said(p).items():
@@ -94,7 +138,7 @@ def _card(p):  # one `Prediction` as markup
     picture = '' if p.error else thumbnail(p.image, 128, p.truth or p.words or name)
     if not picture:
         lines.append(f'<dt style="{_LOOKS["dt"]}">cannot be read</dt>'
-                     f'<dd style="{_LOOKS["dd"]}">{markup(_reason(p)[2:])}</dd>')
+                     f'<dd style="{_LOOKS["dd"]}">{markup(_no_picture(p))}</dd>')
     return (f'<div class="prediction" style="{_LOOKS["card"]}">{picture}<dl style="{_LOOKS["dl"]}">'
             f'<dt style="{_LOOKS["dt"]}">{markup(name)}</dt><dd></dd>{"".join(lines)}</dl></div>')
 
