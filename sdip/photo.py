@@ -22,7 +22,7 @@ from .frozen import FrozenRegressor
 from .interrogator import Interrogator
 from .decoding import check_rows, Decoder
 from .ensemble import Ensemble, fit_ensemble
-from .prediction import members_of, Prediction, Predictions
+from .prediction import members_of, Prediction, Predictions, text_expected
 
 # %% ../nbs/06b_photo.ipynb #answers
 def both_answers(
@@ -179,11 +179,12 @@ class PhotoInterrogator(Interrogator):
             mode: str = 'classic',  # as in `Interrogator.interrogate`
             captions=None,  # likewise
             emb=None,  # likewise
-    ):  # `Words` with two more columns: expected, the cosine to expect of the prediction; sure, is it much?
+    ):  # `Words` with two more columns: expected, the cosine to expect of the text; sure, is the answer?
         "A guess for each picture. ValueError as from `Interrogator.interrogate`"
         words = super().interrogate(images, mode, captions, emb)
         expected = self.clip.expected if emb is None else np.full(len(words), np.nan)
-        return words.assign(expected=expected, sure=expected >= self.clip.facts['sure_from'])
+        return words.assign(expected=text_expected(words.similarity, expected),
+                            sure=expected >= self.clip.facts['sure_from'])
 
 # %% ../nbs/06b_photo.ipynb #photo-words
 def photo_words(
@@ -245,7 +246,7 @@ def describe(
     errors = {r['row']: r['error'] for r in report}
     return Predictions(
         Prediction(image, emb[i], found.words[i], (), float(self.expected[i]), found.best[i], said[i],
-                   errors.get(i, ''))
+                   errors.get(i, ''), words_near=found.words_near[i], best_near=found.best_near[i])
         for i, image in enumerate(images))
 
 # %% ../nbs/06b_photo.ipynb #sources-apart
@@ -316,8 +317,8 @@ def _blend_left_out(answers, targ, table, apart):  # -> the ensemble, (n, 384) r
 # %% ../nbs/06b_photo.ipynb #by-trust
 _SURE = .1  # skill to expect of an answer that is called sure
 
-def _by_trust(ensemble, answers, ahead, mean, targ, rows):  # -> part of photo.json
-    "Where an answer is called sure, and what sure and unsure ones came to"
+def _by_trust(ensemble, answers, ahead, mean, targ, rows):  # -> part of photo.json, percentiles
+    "Where an answer is called sure, what sure and unsure ones came to, and which cosines are expected"
     from sdip.confidence import rank_correlation
     cos, base = row_cosine(ahead[rows], targ[rows]), mean_cosine(mean[rows], targ[rows])
     expected = ensemble.confidence({k: v[rows] for k, v in answers.items()})
@@ -325,7 +326,8 @@ def _by_trust(ensemble, answers, ahead, mean, targ, rows):  # -> part of photo.j
     each = {name: float(cos[mine].mean()) if mine.any() else None
             for name, mine in (('sure', sure), ('unsure', ~sure))}
     rank = rank_correlation(expected, cos)
-    return each | dict(sure_from=sure_from, share_sure=float(sure.mean()), rank=rank)
+    levels = np.quantile(expected, np.linspace(0, 1, 101)).round(4).tolist()
+    return each | dict(sure_from=sure_from, share_sure=float(sure.mean()), rank=rank), levels
 
 # %% ../nbs/06b_photo.ipynb #pretrain-scores
 def _family_parts(table, rows):  # -> five [(rows to learn from, rows to answer)], families whole
@@ -361,14 +363,16 @@ def pretrain_photo(
     for name, (_, new) in apart.items():
         new = np.intersect1d(new, rows)
         scores[f'without {name}'] = _scored(ahead[new], mean[new], targ[new], group[new])
-    scores['left_out'] |= _by_trust(ensemble, answers, ahead, mean, targ, rows)
+    trust, levels = _by_trust(ensemble, answers, ahead, mean, targ, rows)
+    scores['left_out'] |= trust
     own, test = (np.flatnonzero(o) for o in (table.split != 'test', table.split == 'test'))
     shared = model, features, table, targ, ensemble
     scores['families'] = _family_scores(*shared, _family_parts(table, own))
     if len(test):
         scores['test'] = _family_scores(*shared, [(own, test)])
     _learn(model, features, table, targ, own)
-    return _save_photo(model, ensemble, out, _facts(table, targ, scores, model, own))
+    facts = _facts(table, targ, scores, model, own) | dict(expected=levels)
+    return _save_photo(model, ensemble, out, facts)
 
 # %% ../nbs/06b_photo.ipynb #pretrain-photo-files
 def _with_origins(table, file):  # table: of `load_pairs`
