@@ -28,6 +28,7 @@ from .blending import load_preds
 from .photo import photo_phrases
 from .csv_file import write_submission
 from .submit import fill_missing
+from .prediction import expected_text, text_expected
 from .report import expected_cosines
 
 # %% ../nbs/08b_page_parts.ipynb #bar
@@ -85,7 +86,7 @@ ul.near img{width:56px;height:56px;object-fit:cover;border-radius:6px;margin:0;f
 # %% ../nbs/08b_page_parts.ipynb #usual
 def usual_of(
     predictor,  # of a run, or the one for photographs
-):  # with expected (n,), sorted, may be empty; sure_from; about: a sentence
+):  # with expected, sorted; pictures: which and how many; sure_from; about: a sentence
     "What a predictor expects of pictures that it has not learned from. ValueError: no whole predictor"
     if not hasattr(predictor, 'describe'):
         raise ValueError(f'{type(predictor).__name__} is one model, and one model tells no guess and no '
@@ -93,10 +94,11 @@ def usual_of(
     return _usual_of_run(predictor) if hasattr(predictor, 'run') else _usual_of_photo(predictor.facts)
 
 def _usual_of_photo(facts):
-    share = facts['scores']['left_out']['share_sure']
-    about = (f"{share:.0%} of generated pictures of unseen sources are expected to reach "
+    said, expected = facts['scores']['left_out'], facts.get('expected', ())  # none before version 0.7
+    about = (f"{said['share_sure']:.0%} of generated pictures of unseen sources are expected to reach "
              f"{facts['sure_from']:.2f}, from where a guess is called sure")
-    return SimpleNamespace(expected=np.empty(0), sure_from=facts['sure_from'], about=about)
+    return SimpleNamespace(expected=np.array(expected), sure_from=facts['sure_from'], about=about,
+                           pictures=f"{said['pictures']:,} generated pictures of unseen sources")
 
 # %% ../nbs/08b_page_parts.ipynb #usual-run
 def _usual_of_run(predictor):
@@ -108,7 +110,7 @@ def _usual_of_run(predictor):
     about = (f'{path_text(run.folder.name)}: score {scores["ensemble"]:.2f}, skill '
              f'{skill(scores["ensemble"], mean):+.2f} on {len(test):,} held-out pictures')
     return SimpleNamespace(expected=np.sort(expected[np.isfinite(expected)]), about=about,
-                           sure_from=mean + .1*(1 - mean))
+                           sure_from=mean + .1*(1 - mean), pictures=f'{len(test):,} held-out pictures')
 
 # %% ../nbs/08b_page_parts.ipynb #first-line
 def first_line(
@@ -216,24 +218,25 @@ def trust_html(
     word = 'sure' if is_sure(desk, expected) else 'unsure'
     usual, text = desk.usual, desk.usual.about
     if len(usual.expected):
-        share, n = (usual.expected < expected).mean(), len(usual.expected)
-        text = f'higher than for {share:.0%} of {n:,} held-out pictures'
-    bar = cosine_bar('expected cosine', expected, usual.sure_from)
+        share = (usual.expected < expected).mean()
+        text = f'higher than for {share:.0%} of {usual.pictures}'
+    bar = cosine_bar('expected cosine of the embedding', expected, usual.sure_from)
     return Html(f'<div class="trust"><span class="word {word}">{word}</span>{bar}</div>'
                 f'<p class="soft">{markup(text)}; the tick is where "sure" begins.</p>')
 
 # %% ../nbs/08b_page_parts.ipynb #guess
 def guess_of(
     p,  # a `Prediction`
-) -> tuple:  # (text, what it is)
+) -> tuple:  # (text, what it is, its expected cosine)
     "What is shown in large type"
     if p.words:
-        return p.words, 'Guess'
+        return p.words, 'Guess', p.words_expected
     if p.best:
-        return p.best, 'Guess: the text with the highest expected cosine'
+        return p.best, 'Guess: the text with the highest expected cosine', p.best_expected
     if p.near:
-        return p.near[0][0], 'No words: the nearest training prompt'
-    return '', 'No words'
+        prompt, cos = p.near[0]
+        return prompt, 'No words: the nearest training prompt', text_expected(cos, p.expected)
+    return '', 'No words', np.nan
 
 def trouble_of(
     p,  # a `Prediction`
@@ -277,13 +280,15 @@ def text_html(
     text: str,  # somebody's, may be empty
     emb,  # (384,) of the picture, or None
     guess: str = '',  # to compare with
+    expected: float = np.nan,  # cosine of the answer to the truth
 ) -> Html:
-    "How near a text is to the answer, and how much nearer than the guess"
+    "How near a text is to the answer, how much nearer than the guess, and what to expect of it"
     cos, before = desk.cosine(text, emb), desk.cosine(guess, emb)
     if not np.isfinite(cos):
         return Html('<p class="soft">Tick phrases or type a text, and its cosine appears here.</p>')
-    more = f'{cos - before:+.2f} against the guess' if np.isfinite(before) else ''
-    return Html(cosine_bar('this text and the picture', cos) + f'<p class="soft">{more}</p>')
+    more = [f'{cos - before:+.2f} against the guess'] if np.isfinite(before) else []
+    more += [said] if (said := expected_text(text_expected(cos, expected))) else []
+    return Html(cosine_bar('this text and the picture', cos) + f'<p class="soft">{"; ".join(more)}</p>')
 
 # %% ../nbs/08b_page_parts.ipynb #compare
 def compare_html(
@@ -393,6 +398,12 @@ def prompts_of(
     return found
 
 # %% ../nbs/08b_page_parts.ipynb #batch-table
+_WORDS_CSV = ['picture', 'guess', 'guess_expected', 'embedding_expected', 'sure', 'best', 'best_expected',
+              'nearest', 'truth', 'embedding_score', 'problem']
+
+def _rounded(cos):
+    return round(float(cos), 3) if np.isfinite(cos) else None
+
 def batch_table(
     desk: Desk,  # of the page
     said,  # n `Prediction`
@@ -401,16 +412,15 @@ def batch_table(
     "What is said of many pictures"
     rows = []
     for p in said:
-        truth, fine = (prompts or {}).get(p.image, ''), not trouble_of(p)
-        cos = desk.cosine(truth, p.emb) if fine else np.nan
-        expected = round(float(p.expected), 3) if np.isfinite(p.expected) else None
-        sure = ('sure' if is_sure(desk, p.expected) else 'unsure') if expected is not None else ''
-        row = dict(picture=path_text(Path(p.image).name), guess=guess_of(p)[0], expected=expected, sure=sure,
-                   best=p.best, nearest=p.near[0][0] if p.near else '', truth=truth,
-                   score=round(cos, 3) if np.isfinite(cos) else None, problem=trouble_of(p))
+        truth, fine, (guess, _, expected) = (prompts or {}).get(p.image, ''), not trouble_of(p), guess_of(p)
+        sure = ('sure' if is_sure(desk, p.expected) else 'unsure') if np.isfinite(p.expected) else ''
+        row = dict(picture=path_text(Path(p.image).name), guess=guess, guess_expected=_rounded(expected),
+                   embedding_expected=_rounded(p.expected), sure=sure, best=p.best,
+                   best_expected=_rounded(p.best_expected), nearest=p.near[0][0] if p.near else '',
+                   truth=truth, embedding_score=_rounded(desk.cosine(truth, p.emb) if fine else np.nan),
+                   problem=trouble_of(p))
         rows.append(row)
-    return pd.DataFrame(rows, columns=['picture', 'guess', 'expected', 'sure', 'best', 'nearest', 'truth',
-                                       'score', 'problem'])
+    return pd.DataFrame(rows, columns=_WORDS_CSV)
 
 # %% ../nbs/08b_page_parts.ipynb #batch-line
 def batch_line(
@@ -467,20 +477,23 @@ def answer_one(
 ) -> dict:  # what the page shows, by name; `emb` is None where there is no answer
     "All that is said of one picture"
     empty = dict(emb=None, guess='', label='Guess', best='', trust='', near='', models='', known='',
-                 offered=[], ticked=[], truth='', other='')
+                 offered=[], ticked=[], truth='', other='', expected=np.nan, guess_near='', best_near='')
     if path is None:
         return empty
     p = desk.describe([Path(path)])[0]
     if why := trouble_of(p):
         return empty | dict(trust=trouble_html(why))
-    (guess, label), (offered, ticked) = guess_of(p), phrases_of(p, desk.near_phrases(p.emb))
+    guess, label, expected = guess_of(p)
+    soft, (offered, ticked) = '<p class="soft">{}</p>'.format, phrases_of(p, desk.near_phrases(p.emb))
     best, truth = p.best if p.best != guess else '', read_prompt(path).text
     known = f'<p>{markup(truth)}</p>' + truth_html(desk, p.emb, guess, truth) if truth else ''
     near = headed('Nearest training prompts', near_html(desk, p))
     return dict(emb=np.asarray(p.emb), guess=guess, label=label, best=best, near=near,
                 trust=trust_html(desk, p.expected), models=headed('What each model says', models_html(p)),
                 offered=offered, ticked=ticked, truth=truth, known=headed('The prompt in the file', known),
-                other=p.near[0][0] if p.near else '')
+                other=p.near[0][0] if p.near else '', expected=float(p.expected),
+                guess_near=soft(expected_text(expected, p.expected)),
+                best_near=soft(expected_text(p.best_expected)))
 
 # %% ../nbs/08b_page_parts.ipynb #many-steps
 def answer_many(
@@ -497,7 +510,7 @@ def answer_many(
         yield len(said)/len(pictures), batch_line(desk, said, prompts, len(pictures)), said, prompts
 
 # %% ../nbs/08b_page_parts.ipynb #table-html
-_COLUMNS = ['picture', 'guess', 'expected', 'sure', 'score', 'problem']
+_COLUMNS = ['picture', 'guess', 'guess_expected', 'embedding_expected', 'sure', 'embedding_score', 'problem']
 
 def table_html(
     table,  # of `batch_table`
@@ -505,7 +518,8 @@ def table_html(
 ) -> Html:
     "What is said of many pictures, to be sorted"
     known = [c for c in _COLUMNS if (table[c].notna() & (table[c] != '')).any()]
+    names = [c.replace('_', ' ') for c in known]
     text = lambda v: '' if v is None or v != v else f'{v:.2f}' if isinstance(v, float) else v
     rows = [[picture, *map(text, row)] for picture, row in zip(pictures, table[known].to_numpy(object))]
-    head = [Html(f'<button aria-label="sort by {c}">{c}</button>') for c in known]
+    head = [Html(f'<button aria-label="sort by {c}">{c}</button>') for c in names]
     return html_table(['', *head], rows, 'many')

@@ -246,6 +246,14 @@ def _texts_for(run, emb, at, encodings):  # at: test rows -> DataFrame of `Decod
         looks = clip_rows(run, 'images')[seen] - (np.load(shift) if shift.exists() else 0)
     return decoder.decode(emb[at], looks, [[words[i]] if words[i] else [] for i in at], encodings)
 
+# %% ../nbs/08_report.ipynb #reached-by-text
+def _reached_by(run, texts, at):  # of n test rows -> (n,) cosines of the texts to the truth; NaN: no text
+    from sdip.encoders import TargetEncoder
+    out, said = np.full(len(at), np.nan), [i for i, text in enumerate(texts) if text]
+    rows = TargetEncoder(rough=True)([texts[i] for i in said])
+    out[said] = row_cosine(rows, run.pairs('test')[1][at][said])
+    return out
+
 # %% ../nbs/08_report.ipynb #gallery
 def gallery(
         run: Run,  # finished
@@ -261,12 +269,14 @@ def gallery(
     draw = np.random.default_rng(seed).permutation(len(order))[:n]
     at = np.unique(np.concatenate([draw, order[:few], order[::-1][:few]]))
     found, paths = _texts_for(run, known.emb, at, encodings).set_index(at), image_paths(known.table, '')
+    found['reached'] = _reached_by(run, found.words.tolist(), at)
 
     def one(i, near):
-        cosines = {m: float(c[i]) for m, c in known.cosines.items() if m != 'mean_vector'}
-        words, best = found.loc[i, ['words', 'best']]
-        return Prediction(paths[i], known.emb[i], words, near, float(known.expected[i]), best,
-                          cosines=cosines, truth=known.table.prompt[i])
+        cosines = {'guess as a text': float(found.reached[i])} if found.words[i] else {}
+        cosines |= {m: float(c[i]) for m, c in known.cosines.items() if m != 'mean_vector'}
+        texts = found.loc[i, ['words', 'best', 'words_near', 'best_near']].to_dict()
+        return Prediction(paths[i], known.emb[i], near=near, expected=float(known.expected[i]),
+                          cosines=cosines, truth=known.table.prompt[i], **texts)
 
     def all_of(pick):
         return Predictions(one(i, near) for i, near in zip(pick, nearest_prompts(run, known.emb[pick])))

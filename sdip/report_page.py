@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .core import atomic_path, bootstrap_interval, read_json
+from .core import atomic_path, bootstrap_interval, path_text, read_json
 from .page import Html, html_page, html_table, markup
 from .media import MEDIA
 from .objects import SUBJECTS
@@ -294,8 +294,11 @@ def _picture_section(run):
     shown = {'Pictures at random': some, 'The best': best, 'The worst': worst}
     if len(some) == len(reached(run).emb):
         shown = {'All test pictures': some}
-    return ''.join(f'<h2>{title}</h2><div class="grid">{"".join(p._repr_html_() for p in pictures)}</div>'
+    return ''.join(f'<h2>{title}</h2><div class="grid">{"".join(map(_shared_card, pictures))}</div>'
                    for title, pictures in shown.items())
+
+def _shared_card(p):  # of a picture that is gone a card names the whole path
+    return p._repr_html_().replace(f'{markup(path_text(Path(p.image).parent))}/', '')
 
 # %% ../nbs/08_report_page.ipynb #report-how
 _TRUST = (
@@ -369,7 +372,8 @@ _GLOSSARY = dict([
     ('Mean vector', 'the mean of the training prompts\' embeddings: an answer that looks at no picture.'),
     ('Ensemble', 'the models\' answers added up, each with its ratio; ratios are searched on validation '
      'pictures.'),
-    ('Expected cosine', 'how near an answer is expected to be, estimated from how far the models agree.'),
+    ('Expected cosine', 'how near an embedding is expected to be, estimated from how far the models agree; '
+     'that of a text is this times the cosine of the text to the embedding.'),
     ('95 % interval', 'where the score would lie in 95 of 100 draws of as many test prompts; it says nothing '
      'of other kinds of pictures.'),
 ])

@@ -110,14 +110,16 @@ def _one_tab(gr):
             with gr.Column(visible=False, min_width=0) as guess_part:
                 guess = gr.Textbox('', label='Guess', lines=2, max_lines=8, interactive=False,
                                    elem_classes='guess')
+                guess_near = gr.HTML()
                 _copy_button(gr, guess, 'Copy the guess')
             with gr.Column(visible=False, min_width=0) as best_part:
                 best = gr.Textbox('', label='The text with the highest expected cosine', max_lines=8,
                                   interactive=False)
+                best_near = gr.HTML()
                 _copy_button(gr, best, 'Copy this text')
             known, near, models = gr.HTML(), gr.HTML(), gr.HTML()
     picture.preprocess = _uploaded
-    emb, offered = gr.State(), gr.State([])
+    emb, expected, offered = gr.State(), gr.State(float('nan')), gr.State([])
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != 'gr'})
 
 _HINT = '<p class="soft">The guess appears here, with how far to trust it.</p>'
@@ -147,14 +149,15 @@ def _words_part(gr):
 def _shown(gr, desk, a, w, found):  # of `answer_one` -> {component: its new state}
     fine, guess = found['emb'] is not None, found['guess']
     return {
-        a.emb: found['emb'], a.offered: found['offered'], a.trust: found['trust'] or _HINT,
+        a.emb: found['emb'], a.expected: found['expected'], a.offered: found['offered'],
+        a.trust: found['trust'] or _HINT, a.guess_near: found['guess_near'], a.best_near: found['best_near'],
         a.guess: gr.update(value=guess, label=found['label']), a.guess_part: gr.update(visible=fine),
         a.best: found['best'], a.best_part: gr.update(visible=bool(found['best'])),
         a.near: found['near'], a.models: found['models'], a.known: found['known'],
         w.truth: found['truth'], w.truth_said: truth_html(desk, found['emb'], guess, found['truth']),
         w.row: gr.update(visible=fine), w.text: guess, w.first: guess, w.second: found['other'],
         w.boxes: gr.update(choices=found['offered'], value=found['ticked']),
-        w.text_said: text_html(desk, guess, found['emb'], guess),
+        w.text_said: text_html(desk, guess, found['emb'], guess, found['expected']),
         w.compared: compare_html(desk, guess, found['other'], found['emb'])}
 
 # %% ../nbs/08b_show.ipynb #wire-one
@@ -165,12 +168,14 @@ def _wire_one(gr, desk, a, w):
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
 
-    outs = [a.emb, a.offered, a.trust, a.guess, a.guess_part, a.best, a.best_part, a.near, a.models, a.known,
-            w.row, w.text, w.truth, w.truth_said, w.first, w.second, w.boxes, w.text_said, w.compared]
+    outs = [a.emb, a.expected, a.offered, a.trust, a.guess, a.guess_near, a.guess_part, a.best, a.best_near,
+            a.best_part, a.near, a.models, a.known, w.row, w.text, w.truth, w.truth_said, w.first, w.second,
+            w.boxes, w.text_said, w.compared]
     a.picture.change(answer, a.picture, outs, show_progress_on=[a.trust], api_visibility='private')
     w.truth.change(lambda *o: truth_html(desk, *o), [a.emb, a.guess, w.truth], w.truth_said, **live)
     w.boxes.input(joined, [a.offered, w.boxes], w.text, **live)
-    w.text.change(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess], w.text_said, **live)
+    w.text.change(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess, a.expected], w.text_said,
+                  **live)
     gr.on([w.first.change, w.second.change], lambda *o: compare_html(desk, *o), [w.first, w.second, a.emb],
           w.compared, **live)
 
