@@ -17,6 +17,8 @@ from .data import image_paths, read_parquet, relative_paths, save_pairs
 from .sources import fingerprint, load_pairs, note_pictures
 from .split import prepare_pairs
 from .artifacts import Run, stage
+from .bank_of_prompts import BANK_ARGS, bank_changed, bank_files, bank_texts, known_prompts, make_bank
+from .bank_of_prompts import BANK_ARGS, bank_changed, bank_files, bank_texts, known_prompts, make_bank
 from .find_weights import load_source
 from .folds import fold_judges, fold_similarity, group_folds
 from .prompts import clean_prompts
@@ -117,10 +119,16 @@ def _lost_pictures(pairs, table):  # pairs: as read; table: what is left of them
     return pd.Series(why[gone]).value_counts().to_dict()
 
 # %% ../nbs/08_inputs.ipynb #stage-pairs
-@stage('Clean prompts, MiniLM targets, splits', needs=['data'], args=['threshold', 'seed', 'pairs', 'images'],
-       files=['emb/pairs.parquet', 'emb/targets.npy'], halves=['emb/prompts'])
+def _lists_changed(run):  # '' for a run with pictures: there the stage of the bank looks
+    return '' if run.pictured else bank_changed(run)
+
+@stage('Clean prompts, MiniLM targets, splits', needs=['data'],
+       args=['pairs', 'images', *BANK_ARGS], files=['emb/pairs.parquet', 'emb/targets.npy', 'emb/lists.json*'],
+       halves=['emb/prompts'], changed=_lists_changed, pictured=False)
 def stage_pairs(run):
     "Clean and embed the prompts, drop near-duplicates, split what has no split"
+    if not run.pictured:
+        return make_bank(run)
     threshold, seed = run.args['threshold'], run.args['seed']
     pairs = read_parquet(run/'data/pairs.parquet')
     pairs['image'] = [path_text(p) for p in image_paths(pairs, run/'data')]
@@ -159,7 +167,7 @@ def _train_clip(run, table, valid, folder, epochs, desc):
 @stage('Base CLIP', needs=['data', 'pairs'],
        args=['start', 'classifier', 'clip_from', 'base_epochs', 'base_lr', 'seed'],
        files=['base_clip/*.safetensors', 'base_clip/*.json'],
-       halves=['base_clip/checkpoint.pt', 'base_clip/texts'])
+       halves=['base_clip/checkpoint.pt', 'base_clip/texts'], pictured=False)
 def stage_base_clip(run):
     "The shipped CLIP, the real one, one trained on all training prompts, or class names in its place"
     from sdip.encoders import shipped
@@ -184,10 +192,12 @@ _SHARD = 1024  # pictures or prompts that a killed run loses at most
 
 # %% ../nbs/08_inputs.ipynb #stage-clip-emb-2
 @stage('CLIP embeddings of pictures and prompts', needs=['data', 'pairs', 'base_clip'],
-       files=[f'emb/clip_{kind}/{f}' for kind in ('images', 'texts') for f in ('emb.npy', 'manifest.json')],
-       halves=['emb/clip_images', 'emb/clip_texts'])
+       files=[*bank_files('emb')['texts'], 'emb/clip_images/emb.npy*', 'emb/clip_images/manifest.json*'],
+       halves=['emb/clip_images', 'emb/clip_texts'], pictured=False)
 def stage_clip_emb(run):
     "Embed each picture and each distinct prompt with the base CLIP"
+    if not run.pictured:
+        return bank_texts(run)
     from sdip.encode import encode
     from sdip.bank import open_space
     clip, (table, _) = open_space(run/'base_clip'), run.pairs(weighted=False)
@@ -213,16 +223,14 @@ def run_decoder(
     run: Run,  # with prompts, targets, and CLIP's rows
     clip=None,  # the CLIP that will look at pictures; not used unless it is the base CLIP of the run
 ) -> Decoder:
-    "What finds texts for predicted rows, of the words of the training prompts"
-    table, targ = run.pairs()  # of version 0.2.0 too
-    once = table[table.split == 'train'].drop_duplicates('prompt').index.to_numpy()
-    manifest, rows = run/'emb/clip_texts/manifest.json', None
+    "What finds texts for predicted rows, of the words of the prompts that it knows"
+    manifest = run/'emb/clip_texts/manifest.json'
     said = read_fields(manifest, 'repeat the same sdip_run') if manifest.exists() else {}
-    if hasattr(clip, 'tokenizer') and said.get('weights') == clip.sha256:
-        rows = clip_rows(run, 'texts')[once]
-    lists = playground_lists() if run.args.get('pairs') is None else None
-    clip = None if rows is None else clip
-    return Decoder(table.prompt[once].tolist(), targ[once], clip=clip, clip_rows=rows, lists=lists)
+    if not (hasattr(clip, 'tokenizer') and said.get('weights') == clip.sha256):
+        clip = None
+    prompts, targ, rows = known_prompts(run, texts=clip is not None)
+    lists = playground_lists() if run.pictured and run.args.get('pairs') is None else None
+    return Decoder(prompts, targ, clip=clip, clip_rows=rows, lists=lists)
 
 # %% ../nbs/08_inputs.ipynb #similarity
 def _similarity(clip, table):
