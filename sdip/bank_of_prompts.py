@@ -36,6 +36,7 @@ def bank_changed(run) -> str:
     return f"the lists of prompts have changed ({', '.join(other)})" if other else ''
 
 # %% ../nbs/08_bank_of_prompts.ipynb #make-bank
+_MOST = 100_000  # prompts of a bank, where nobody says how many
 _FAMILY = .7  # cosine from which two prompts belong to one family, as in `group_split`
 
 def _kept(run, emb, prompts):  # (n,) bool
@@ -59,7 +60,7 @@ def make_bank(
     from sdip.encode import encode
     from sdip.encoders import TargetEncoder
     at, a = run/_place(run), run.args
-    prompts = read_prompts(_lists(run), a['bank_size'], a['seed'])
+    prompts = read_prompts(_lists(run), a.get('bank_size') or _MOST, a['seed'])
     emb = unit(np.array(encode(prompts, TargetEncoder(), at/'prompts', shard_size=1024), np.float32))
     keep, lost = _kept(run, emb, prompts)
     if not keep.any():

@@ -17,6 +17,7 @@ from .core import EMB_DIM, hash_items, mean_cosine, write_json
 from .data import image_paths, relative_paths
 from .tables import read_texts
 from .artifacts import Stage, stage_list
+from .bank_of_prompts import known_prompts, run_bank
 from .find_weights import load_source, read_sources
 from .inputs import clip_rows, families
 from .kinds import left_out_split, member_recipe, Part, part_split, sources_to_leave
@@ -24,8 +25,8 @@ from .kinds import left_out_split, member_recipe, Part, part_split, sources_to_l
 # %% ../nbs/08_members.ipynb #held-out
 HELD_OUT = 'valid', 'test'
 
-def _pred_files(name):
-    return [f'preds/{name}.{s}.npz' for s in HELD_OUT]
+def _pred_files(run, name):  # none where there is no picture to predict for
+    return [f'preds/{name}.{s}.npz' for s in HELD_OUT if run.pictured]
 
 def _split(run, part):  # -> (n,) the split that this part trains on
     table = run.pairs()[0]
@@ -156,6 +157,8 @@ def plan_members(
 # %% ../nbs/08_members.ipynb #stage-knn
 def _fit_knn(run, m, part):
     "A bank of the training prompts' texts and of their pictures, tuned on validation pictures"
+    if not run.pictured:
+        return _fit_knn_to_texts(run, part)
     (table, targ), images, split = run.pairs(), clip_rows(run, 'images'), _split(run, part)
     mine = {s: np.flatnonzero(split == s) for s in ('train', *HELD_OUT)}
     model = _bank(run, table.iloc[mine['train']], targ, images, m['options'].get('bank', 'best'))
@@ -178,7 +181,19 @@ def _bank(run, train, targ, images, which):  # train: pairs, with their row numb
         model.learn_query_mean(images[good.index])
     if which != 'texts':
         model.add(images[good.index], targ[good.index], good.prompt.tolist(), 'image')
+    if found := run_bank(run):
+        prompts, rows, keys = found
+        model.add(keys, rows, prompts, 'text', 'bank')
     return model
+
+def _fit_knn_to_texts(run, part):
+    "The bank alone, with the settings that kNN has by itself: there is no picture to tune them on"
+    from sdip.bank import open_space
+    from sdip.knn import KNNRegressor
+    prompts, targ, keys = known_prompts(run, texts=True)
+    model = KNNRegressor(open_space(run/'base_clip')).fit(keys, targ, prompts, 'text')
+    model.save(run/part.folder)
+    return dict(prompts=len(prompts), k=model.k, weights=model.weights)
 
 # %% ../nbs/08_members.ipynb #fit-classes
 def _fit_classes(run, m, part):
@@ -264,6 +279,9 @@ def _drawn_interrogator(run, m, part, prompts, images):  # images (500, d): rows
 # %% ../nbs/08_members.ipynb #interrogator-real
 _PHRASES = dict(mediums=1, movements=1, flavors=3)  # lists, and how many of each the write-up takes
 
+def _ranks_by_base(m):  # does the base CLIP rank phrases, too?
+    return m['options'].get('ranker') == 'base'
+
 def _real_interrogator(run, m, part, prompts, images):  # images: (500, d) by the ranker, or None
     "BLIP's caption and phrases ranked by the larger CLIP; what is needed to load it is written beside"
     from sdip.encoders import ClipEncoder
@@ -274,7 +292,8 @@ def _real_interrogator(run, m, part, prompts, images):  # images: (500, d) by th
     said = dict(words=words, counts=numbers, captioner=read_sources(run)['captioner'])
     write_json(said, run/part.folder/'outside.json')
     counts = numbers if words == 'writeup' else None
-    return Interrogator(ClipEncoder(run/'ranker'), captioner, lists, reference=images, mode=words,
+    ranker = ClipEncoder(run/('base_clip' if _ranks_by_base(m) else 'ranker'))
+    return Interrogator(ranker, captioner, lists, reference=images, mode=words,
                         counts=counts, n_fills=None if counts else 1, cache=run/_cache(part))  # long lists
 
 # %% ../nbs/08_members.ipynb #ranker-rows
@@ -304,7 +323,7 @@ def _picture_rows(run, m, part):
     table, split = run.pairs()[0], _split(run, part)
     some = np.flatnonzero(split == 'train')
     some = some[_some_rows(len(some), 500)]
-    if run.args['start'] != 'real':
+    if run.args['start'] != 'real' or _ranks_by_base(m):
         return clip_rows(run, 'images'), some
     if m['options'].get('favourites'):
         some = some[:0]
@@ -340,11 +359,23 @@ def _learn_and_predict(run, part, model, images):
     return dict(valid=valid, test=test), words
 
 # %% ../nbs/08_members.ipynb #stage-interrogator-2
+def _unlearned_interrogator(run, m, part, make):  # make: a function such as `_real_interrogator`
+    "Phrases of the bank's prompts; margins and favourites are not learned, for want of pictures"
+    prompts = known_prompts(run)[0]
+    if not _ranks_by_base(m):
+        save_ranker(run)
+    make(run, m, part, prompts, None).save(run/part.folder)
+    write_json([], run/part.folder/'words.test.json')
+    return dict(phrases_of=f'{len(prompts)} prompts')
+
 def _fit_interrogator(run, m, part):
     "Words for a picture: the playground's captioner, BLIP, or phrases mined from your own prompts"
+    make = _real_interrogator if run.args['start'] == 'real' else _drawn_interrogator
+    if not run.pictured:
+        return _unlearned_interrogator(run, m, part, make)
     images, some = _picture_rows(run, m, part)
     prompts = run.pairs()[0].prompt[_split(run, part) == 'train'].drop_duplicates().tolist()
-    make = _real_interrogator if run.args['start'] == 'real' else _drawn_interrogator
+    prompts += (run_bank(run) or [[]])[0]
     model = make(run, m, part, prompts, images[some] if len(some) else None)
     rows, words = _learn_and_predict(run, part, model, images)
     model.save(run/part.folder)
@@ -417,11 +448,13 @@ def member_stage(
     kept = (kind.files, kind.logs) if part.without is None else ((), ())  # there only its rows are wanted
     files, logs = ([f'{part.folder}/{f}' for f in names] for names in kept)
     halves = [h(part) if callable(h) else f'{part.folder}/{h}' for h in kind.halves]
-    if m['kind'] == 'interrogator' and run.args.get('start') == 'real':
+    if m['kind'] == 'interrogator' and run.args.get('start') == 'real' and not _ranks_by_base(m):
         files.append('ranker/*')
     args = [*kind.args, 'folds'] if part.fold is not None else kind.args
-    return Stage(part.stage, title, partial(_fit_part, m=m, part=part, fit=kind.fit), tuple(kind.needs),
-                 tuple(args), (*files, *_pred_files(part.stage)), tuple(logs), tuple(halves), member=m)
+    needs = (*kind.needs, 'bank_texts') if run.args.get('bank') and run.pictured else kind.needs
+    return Stage(part.stage, title, partial(_fit_part, m=m, part=part, fit=kind.fit), tuple(needs),
+                 tuple(args), (*files, *_pred_files(run, part.stage)), tuple(logs), tuple(halves), member=m,
+                 pictured=False)
 
 def _fit_part(run, m, part, fit):
     return fit(run, m, part)
@@ -466,7 +499,7 @@ def member_stages(run):
         parts = [Part(name, k) for k in range(folds)] or [Part(name)]
         out += [member_stage(run, m, p) for p in parts]
         if folds:
-            needs, files = tuple(p.stage for p in parts), tuple(_pred_files(name))
+            needs, files = tuple(p.stage for p in parts), tuple(_pred_files(run, name))
             out.append(Stage(name, f'{name}: folds joined', partial(_join_folds, name=name), needs,
                              ('folds', ), files, member=m))
     return out

@@ -18,7 +18,7 @@ PHOTO = dict(
     weights='ratio', weight_power=0.5,  # with a reference only
     members=dict(frozen=dict(kind='frozen'), classes=dict(kind='classes'), knn=dict(kind='knn'),
                  interrogator=dict(kind='interrogator')),
-    folds=0, reference=None, ratios=None, leave_out=None, seed=0)
+    bank=None, bank_size=None, folds=0, reference=None, ratios=None, leave_out=None, seed=0)
 _NEEDS = 'lite0', 'lite2'
 
 # %% ../nbs/08_own_pairs.ipynb #usual-preset
