@@ -2551,3 +2551,48 @@ def served_nothing_else(address):
             assert e.code in (403, 404), e
         else:
             raise AssertionError(f'{path} was served')
+
+# The Hugging Face hub, without it: its own client talks to a server on this machine
+
+def small_hub():
+    "A hub that has a CLIP, a captioner and prompts where `zeroshot` looks for them; and its environment"
+    from hub import Hub
+    from sdip.find_weights import ROLES, random_stand_ins
+    from sdip.grammar import sample_prompts
+    import pandas as pd
+    made = random_stand_ins('made', roles=('clip', 'captioner'))
+    hub = Hub()
+    for role in 'clip', 'captioner':
+        hub.add('models', ROLES[role].repo, made[f'{role}_from'])
+    pd.DataFrame(dict(image_name='x.png', prompt=sample_prompts(300))).to_parquet('metadata.parquet')
+    hub.add('datasets', 'poloclub/diffusiondb', **{'metadata.parquet': Path('metadata.parquet').read_bytes()})
+    os.environ.pop('HF_HUB_OFFLINE', None)
+    return hub, dict(HF_ENDPOINT=hub.url, HF_HOME=str(Path('hf').resolve()), HF_HUB_DISABLE_XET='1',
+                     https_proxy='http://127.0.0.1:9', http_proxy='', no_proxy='127.0.0.1')
+
+def test_zero_shot_from_hub():
+    """A run from nothing but the hub: a download that breaks off goes on, later nothing is asked for, and the
+    hub's refusals are said in our words"""
+    from PIL import Image
+    hub, there = small_hub()
+    Image.effect_noise((64, 64), 50).convert('RGB').save('noise.png')
+    run = 'sdip_run', '--preset', 'zeroshot', '--out', 'run'
+    assert 'needs prompts: name lists with --bank' in sh(*run, status=1, **there)
+    hub.html = True
+    assert 'cannot be had' in sh(*run, '--download', status=1, **there)
+    hub.html = False
+    hub.gated.add('poloclub/diffusiondb')
+    said = sh(*run, '--download', status=1, **there)
+    assert 'accept the terms on its page, then set HF_TOKEN' in said, said
+    hub.gated.clear()
+    hub.cut['model.safetensors'] = 100_000
+    said = sh(*run, '--download', **there)
+    assert '300 prompts are known, and no picture' in said, said
+    asked = len(hub.seen)
+    offline = there | dict(HF_HUB_OFFLINE='1')
+    assert 'done before' in sh(*run, '--download', **offline)
+    sh('sdip_predict', 'noise.png', '--run', 'run', '--out', 'one.csv', **offline)
+    assert 'noise.png' in sh('sdip_interrogate', 'noise.png', '--run', 'run', **offline)
+    assert len(hub.seen) == asked, hub.seen[asked:]
+    assert 'HF_HUB_OFFLINE is set' in sh(*run[:-1], 'other', '--bank', 'hf-dataset:a/b:c.csv', '--download',
+                                         status=1, **offline)

@@ -51,6 +51,7 @@ _REMEDIES = dict(
     RemoteEntryNotFoundError='there is no such file in it: leave :.. out to have one chosen',
     OfflineModeIsEnabled='it is not in the cache, and HF_HUB_OFFLINE is set: unset it where there is internet',
     LocalEntryNotFoundError='it is not in the cache, and the hub cannot be reached: is there internet?',
+    JSONDecodeError='what answered is not the hub: a proxy, or a page to log in? check HF_ENDPOINT',
     DisabledRepoError='its owner or the hub has closed it: take another')
 
 def hub_error(
@@ -113,3 +114,38 @@ def fetch_file(
         raise
     except Exception as e:
         raise hub_error(address, e) from None
+
+
+# %% ../nbs/00a_hub.ipynb #fetch-folder
+_SAFE = ('*.json', '*.safetensors', '*.npy', '*.npz', '*.parquet', '*.csv')
+
+def fetch_folder(
+    address: Address,  # of a model
+) -> Path:  # in the hub's cache
+    "The files of a repository that are data. ValueError: it cannot be had, does not fit, or has none"
+    from huggingface_hub import HfApi, constants, snapshot_download
+    where, what = dict(repo_type=address.kind, revision=address.revision), dict(allow_patterns=[*_SAFE])
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            tree = HfApi().list_repo_tree(address.repo, recursive=True, **where)
+            check_room(sum(getattr(f, 'size', 0) or 0 for f in tree)/1e9, constants.HF_HUB_CACHE, address)
+        folder = Path(snapshot_download(address.repo, **where, **what))
+    except ValueError:
+        raise
+    except Exception as e:
+        raise hub_error(address, e) from None
+    if not any(folder.iterdir()):
+        raise ValueError(f"{address} has no {', '.join(_SAFE)}: it holds nothing that can be loaded here")
+    return folder
+
+# %% ../nbs/00a_hub.ipynb #local-folder
+def local_folder(
+    place,  # a folder, or an address on the hub
+) -> Path:  # the folder, or where it lies in the cache
+    "A folder by either name. ValueError: see `fetch_folder`; or a dataset where a model was expected"
+    address = read_address(place)
+    if address is None:
+        return Path(place)
+    if address.kind != 'model' or address.file:
+        raise ValueError(f"{place!r} names data or a file, expected a model or a run: hf-hub:org/name")
+    return fetch_folder(address)

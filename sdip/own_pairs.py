@@ -44,7 +44,7 @@ _STARTS = dict(
     shipped='starts from the towers that come with sdip: they have seen drawn pictures only, and know '
             'nothing of photographs',
     scratch='starts from random weights: all that it will know is in the pairs',
-    real='starts from CLIP, ViT and BLIP as they are published, named below')
+    real='starts from networks as they are published, named below')
 
 def start_line(
     start: str,  # argument of a run
