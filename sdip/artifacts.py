@@ -39,6 +39,7 @@ class Stage:
     halves: tuple = ()  # files and folders of half-done work that it can go on with
     changed: object = None  # function of the run: '' or how its source is no longer what it was
     member: dict | None = None  # what the run says of the member that it trains
+    pictured: bool = True  # is it of no use to a run without pictures?
 
 # %% ../nbs/08_artifacts.ipynb #stage-list
 STAGES = []  # of `Stage`, or functions of a run that give a list of them
@@ -57,12 +58,13 @@ def stage(
     logs=(),
     halves=(),
     changed=None,
+    pictured=True,
 ):  # decorator of a function `stage_<name>`
     "Add a function to the stages of a run, in the order of the chapters"
     def add(f):
         lists = [tuple(names) for names in (needs, args, files, logs, halves)]
         name = f.__name__.removeprefix('stage_')
-        _put(Stage(name, title, f, *lists, changed), name)
+        _put(Stage(name, title, f, *lists, changed, pictured=pictured), name)
         return f
 
     return add
@@ -113,10 +115,16 @@ def members(self: Run) -> dict:
     "Name -> what the run says of each model of its ensemble"
     return self.args.get('members') or {name: dict(kind=name) for name in MODELS}
 
+@patch(as_prop=True)
+def pictured(self: Run) -> bool:
+    "Does it learn from pictures? A run that knows prompts only has neither pairs nor drawings"
+    return self.args.get('pairs') is not None or 'n_train' in self.args or not self.args.get('bank')
+
 @patch
 def stages(self: Run) -> list:  # of `Stage`, in the order of the work
     "What this run consists of"
-    return [s for given in STAGES for s in ([given] if isinstance(given, Stage) else given(self))]
+    every = [s for given in STAGES for s in ([given] if isinstance(given, Stage) else given(self))]
+    return [s for s in every if self.pictured or not s.pictured]
 
 @patch
 def folders(
@@ -372,7 +380,7 @@ def _rows(self: Run, weighted):
     if self.__dict__.get('_seen') != (weighted, seen):
         with right_shape(file):
             table = read_parquet(file)
-            table['image'] = [path_text(p) for p in image_paths(table, file.parent)]
+            table['image'] = [path_text(p) if i else '' for i, p in zip(table.image, image_paths(table, file.parent))]
         with right_shape(apart):
             if weighted and apart.exists():
                 table['weight'] = np.load(apart)

@@ -365,6 +365,7 @@ def sdip_interrogate(
         captioner: str = None,  # blip:FOLDER, coca:FOLDER or coca:NAME:PRETRAINED; default: the model's own
         clip: str = None,  # another CLIP: a folder, or NAME:PRETRAINED
         run: str = None,  # finished run folder: its whole ensemble guesses; --mode best: the nearest text
+        download: bool = False,  # without run and model: fetch CLIP and prompts once, and answer with these
         cache: str = None,  # folder where embedded phrase lists are kept for the next time
         work: str = None,  # folder where finished pictures are kept: a killed run goes on from there
         csv: str = None,  # CSV to write; without it the prompts are printed
@@ -373,47 +374,44 @@ def sdip_interrogate(
     "Put pictures into words"
     from sdip.folder import interrogate_files
     from sdip.photo import photo_words
+    from sdip.zero_shot import usual_run
     images = [images] if isinstance(images, str) else images
     _free(force, csv, given=[*images, *(phrases or ()), names])
     models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
     if run and (given := [f'--{k}' for k, v in models.items() if v]):
         raise ValueError(f"--run {run} answers with all models of a run: leave {', '.join(given)} out")
-    usual = photo_words
+    usual, own = photo_words, any(models.values())
+    if own and download:
+        raise ValueError('--download fetches what answers where no model is named: leave it out')
+    run = run if own else usual_run(run, download)
     if run:
         from sdip.predictor import run_words
         usual = run_words(run)
     interrogate_files(images, models, mode, work, csv, cache, usual)
 
-# %% ../nbs/07_push.ipynb #push-names
-_KERNELS = ('00_data 01_dedup_weighting 02_finetune_clip 03_finetune_vit 04_knn 05_interrogator '
-            '06_ensemble 07_submit')
-
 # %% ../nbs/07_push.ipynb #push-command
-@_command('what was not sent is sent by the same command')
+@_command('what has begun on Kaggle goes on there; what was not sent is sent by the same command')
 def sdip_push(
-    notebook: _one_of(_KERNELS, '?') = None,  # chapter to push, such as 07_submit
-    user: str = None,  # your name on Kaggle, with --write
-    write: bool = False,  # write kernels/*/kernel-metadata.json for --user
-    attach: str = '',  # with --write: more datasets for the notebooks, owner/slug,owner/slug
-    assets: bool = False,  # build the dataset that the notebooks attach, and upload it
-    run: str = None,  # with --assets: finished run folder
-    weights: str = '',  # with --assets: more files or folders of weights, separated by commas
+    notebook: Param(type=str, nargs='?', opt=False) = None,  # chapter, such as 07_submit, or a notebook file
+    attach: _several('+') = None,  # owner/slug, or owner/model/framework/variation/version
+    set: _several('+') = None,  # NAME=VALUE of the notebook's parameters cell, in the pushed copy
+    gpu: bool = False,  # ask for two T4; 02, 03, 07 and 08_run do anyway
+    internet: bool = False,  # leave the internet on
+    wait: bool = False,  # follow the run to its end, show the log's last lines; exit status 1 if it fails
+    last: bool = False,  # look at the newest version instead of pushing one
+    output: str = None,  # new folder for the files of the version
+    submit: str = None,  # message: submit the version to the competition
+    assets: bool = False,  # send the datasets that notebooks attach, as far as they are new
+    run: _several('+') = None,  # with --assets: a finished run, or folders of saved models
+    weights: _several('+') = None,  # with --assets: files or folders of weights, each a dataset of its own
     wheels: str = None,  # with --assets: folder of wheels to take instead of the package index
-    to: str = None,  # with --assets: only build it, in this folder
+    to: str = None,  # only write what would be sent, to this folder
+    pull: str = None,  # new folder for the competition's data
 ):
-    "Send notebooks and what they need to Kaggle; run at the top of a clone"
-    from sdip.push import push, send_assets, write_kernels
-    if write != bool(user):
-        raise ValueError("--user and --write go together: sdip_push --user YOU --write")
-    if not (write or assets or notebook):
-        raise ValueError("nothing to do: give a chapter (07_submit), --assets, or --user YOU --write")
-    split = lambda text: [o for o in text.split(',') if o]
-    if write:
-        print(*write_kernels(user, split(attach)), sep='\n')
-    if assets:
-        send_assets(run, split(weights), wheels, to)
-    if notebook:
-        print(push(notebook))
+    "Send notebooks and what they need to Kaggle, follow and submit them; chapters at the top of a clone"
+    options = dict(locals())
+    from sdip.push import carry_out
+    carry_out(options)
 
 # %% ../nbs/07_submit.ipynb #command
 @_command()
@@ -441,7 +439,7 @@ def sdip_submit(
     print(f"{submission}: good, {len(read_submission(submission)[0])} images")
 
 # %% ../nbs/08_run.ipynb #command-run
-_PRESETS = 'playground scratch tiny tiny_scratch photo original t4 full'
+_PRESETS = 'playground scratch tiny tiny_scratch photo zeroshot original t4 full'
 
 @_command(_GOES_ON)
 def sdip_run(
@@ -468,6 +466,8 @@ def sdip_run(
         folds: int = None,  # train each member so many times, each time without a part of the rows
         cards: _several() = None,  # GPUs that train a member each, such as 0 1; default: all
         leave_out: _one_of('source none') = None,  # source: train members once without each source; none: no
+        bank: _several() = None,  # lists of prompts without pictures: files, or hf-dataset:org/name
+        bank_size: int = None,  # of them so many at most, by chance; default 100000
         reference: str = None,  # pairs or pictures like those to predict for: sample weights aim at them
 ):
     "All chapters in one go: data, models, ensemble, submission, report. Goes on where a killed run was"
@@ -480,6 +480,7 @@ def sdip_run(
 def sdip_predict(
         images: _several('+'),  # pictures, or folders of pictures
         run: Param(type=str, action='append') = None,  # runs or saved models; default: one for photographs
+        download: bool = False,  # without a run: fetch CLIP and prompts once (4 GB), and answer with these
         out: str = 'submission.csv',  # submission to write: imgId_eId,val
         truth: str = None,  # CSV of the same form with the true embeddings, to score against
         deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean
@@ -492,7 +493,8 @@ def sdip_predict(
     from sdip.data import find_images
     from sdip.predictor import load_predictor, predict_text, predict_to_csv
     from sdip.submit import time_text
-    p, files = load_predictor(run), find_images(images, stems=True)
+    from sdip.zero_shot import usual_run
+    p, files = load_predictor(usual_run(run, download)), find_images(images, stems=True)
     if line := p.knows() if hasattr(p, 'knows') else '':
         print(line, flush=True)
     print(f"predicting for {len(files)} file{'s' if len(files) != 1 else ''} ..", flush=True)
@@ -504,12 +506,14 @@ def sdip_predict(
 # %% ../nbs/08b_show.ipynb #command-show
 @_command('the page is closed, and what was uploaded is deleted')
 def sdip_show(
-        run: str = None,  # a finished run folder; default: a small model for photographs and paintings
+        run: str = None,  # a finished run folder; default: what --download made, else a small model
+        download: bool = False,  # without a run: fetch CLIP and prompts once, and answer with these
         port: int = None,  # of the page on 127.0.0.1; default: the first free one from 7860
 ):
     "A local page in the browser: drop pictures, read guesses, compare prompts"
     from sdip.show import serve
-    serve(run, port)
+    from sdip.zero_shot import usual_run
+    serve(usual_run(run, download), port)
 
 # %% ../nbs/09_benchmarks.ipynb #names
 _BENCHES = 'finetune interrogator knn encode dedup ensemble submission feed walk'

@@ -129,7 +129,9 @@ def needed_roles(
     if members is None:
         return list(ROLES)
     kinds = {m['kind'] for m in members.values() if not m.get('source')}
-    needs = dict(clip=True, vit='vit' in kinds)
+    rank = [m for m in members.values() if m['kind'] == 'interrogator']
+    large = any(m.get('options', {}).get('ranker') != 'base' for m in rank)
+    needs = dict(clip=True, vit='vit' in kinds, ranker=large)
     return [role for role in ROLES if needs.get(role, 'interrogator' in kinds)]
 
 # %% ../nbs/08_find_weights.ipynb #survey

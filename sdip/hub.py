@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00a_hub.ipynb #imports
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -149,3 +150,9 @@ def local_folder(
     if address.kind != 'model' or address.file:
         raise ValueError(f"{place!r} names data or a file, expected a model or a run: hf-hub:org/name")
     return fetch_folder(address)
+
+# %% ../nbs/00a_hub.ipynb #cache
+def cache_folder() -> Path:
+    "Where things lie that are made once for this user"
+    usual = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'sdip'
+    return Path(os.environ.get('SDIP_CACHE') or usual)

@@ -35,15 +35,16 @@ def setup_notebook(
     shell=None,  # the IPython shell; None: the one that runs this notebook
 ) -> None:
     "Make a pushed notebook ready; a clone needs nothing. RuntimeError: a package cannot be installed"
-    wheel = next((Path(p) for p in path or sys.path if Path(p).match('sdip-*.whl')), None)
+    wheel = next((Path(p).absolute() for p in path or sys.path if Path(p).match('sdip-*.whl')), None)
     if wheel is None:
         return
-    install = 'pip install -q --no-color --no-index --no-deps -f . -r requirements.txt'
-    command = [sys.executable, '-m', *install.split()]
+    install = 'pip install -q --no-color --no-index --no-deps'
+    wheels = sorted(wheel.parent.parent.glob('sdip-wheels*/*.whl')) or '-f . -r requirements.txt'.split()
+    command = [sys.executable, '-m', *install.split(), *map(str, wheels)]
     done = subprocess.run(command, cwd=wheel.parent, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f'{wheel.parent}: {install} failed, build the dataset anew with sdip_push: '
-                           f'{done.stderr.strip()[-500:]}')
+        raise RuntimeError(f'{wheel.parent}: {install} failed, is sdip-wheels attached too? '
+                           f'sdip_push --assets sends it anew: {done.stderr.strip()[-500:]}')
     shell = shell or get_ipython()  # noqa: F821
     shell.input_transformers_cleanup.append(skip_marked)
 

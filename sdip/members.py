@@ -186,12 +186,14 @@ def _bank(run, train, targ, images, which):  # train: pairs, with their row numb
         model.add(keys, rows, prompts, 'text', 'bank')
     return model
 
+_K = 50  # neighbours in a bank of texts: best on drawn pictures, see `08_zero_shot`
+
 def _fit_knn_to_texts(run, part):
-    "The bank alone, with the settings that kNN has by itself: there is no picture to tune them on"
+    "The bank alone; there is no picture to tune on"
     from sdip.bank import open_space
     from sdip.knn import KNNRegressor
     prompts, targ, keys = known_prompts(run, texts=True)
-    model = KNNRegressor(open_space(run/'base_clip')).fit(keys, targ, prompts, 'text')
+    model = KNNRegressor(open_space(run/'base_clip'), k=_K).fit(keys, targ, prompts, 'text')
     model.save(run/part.folder)
     return dict(prompts=len(prompts), k=model.k, weights=model.weights)
 

@@ -24,10 +24,11 @@ from .interrogator import Words
 from .inputs import run_decoder
 from .find_weights import find_outside, load_outside, outside_fault
 from .members import mean_rows
-from .prediction import members_of, Prediction, Predictions
+from .prediction import members_of, Prediction, Predictions, text_expected
 from .photo import PhotoPredictor
 from .report import expected_cosines, may_speak, nearest_prompts
 from .decoding import check_rows
+from .several import several_of
 
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
@@ -165,7 +166,7 @@ class RunPredictor:
         self.run.check_stages(_PREDICTING, _CHECKED_BY_MODELS)
         if not (self.run/'ensemble.json').exists():
             raise ValueError(f'{folder} has no ensemble.json: '
-                             f'finish the run first, with sdip_run --out {folder}')
+                             'repeat the sdip_run that began it, options and all; it goes on')
         self.ensemble, self.cards = Ensemble.load(self.run/'ensemble.json'), _cards(device)
         self.models = {m: self._member(m) for m, ratio in self.ensemble.ratios.items() if ratio > 0}
         self.groups = deal(self.models, self.cards)
@@ -282,6 +283,9 @@ def knows(self: RunPredictor) -> str:
     "One sentence about what the models have seen, where that is little; '' for a run on own pairs"
     if self.run.args.get('pairs') is not None:
         return ''
+    if not self.run.pictured:
+        return (f"These models were taught by no picture: CLIP compares with {len(self.run.pairs()[0]):,} "
+                'prompts that people have typed.')
     return 'These models have seen drawn playground pictures only: they know nothing of real pictures.'
 
 # %% ../nbs/08a_predictor.ipynb #unreadable
@@ -330,7 +334,8 @@ def describe(
     errors = {r['row']: r['error'] for r in self.report}
     return Predictions(
         Prediction(image, emb[i], self.decoded.words[i], near[i], float(self.expected[i]),
-                   self.decoded.best[i], said[i], errors.get(i, ''))
+                   self.decoded.best[i], said[i], errors.get(i, ''),
+                   words_near=self.decoded.words_near[i], best_near=self.decoded.best_near[i])
         for i, image in enumerate(images))
 
 # %% ../nbs/08a_predictor.ipynb #run-words
@@ -357,7 +362,7 @@ class RunWords:
         names = [path_text(im) if isinstance(im, (str, Path)) else f'picture {i}'
                  for i, im in enumerate(images)]
         return Words(dict(image=names, caption='', prompt=[getattr(f, which) for f in found], similarity=near,
-                          phrases=[[] for _ in found], expected=near*p.expected))
+                          phrases=[[] for _ in found], expected=text_expected(near, p.expected)))
 
 # %% ../nbs/08a_predictor.ipynb #run-words-2
 def run_words(
@@ -379,13 +384,17 @@ def run_words(
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
-        folder=None,  # of a saved model, or a run folder; None: the small model for photographs
+        folder=None,  # of a saved model or a run, or a list of them; None: the small model for photographs
         device=None,  # see `sdip.preprocess.pick_device`
         kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`
     "Load a model by the `kind` in its config.json. ValueError: none there, unknown, or damaged"
     if folder is None:
         return PhotoPredictor(device=device)
+    if isinstance(folder, (list, tuple)) and len(folder) == 1:
+        [folder] = folder
+    if isinstance(folder, (list, tuple)):  # a `Several`
+        return several_of(folder, lambda one: load_predictor(one, device, kinds))
     folder = Path(folder)
     if (folder/'run.json').exists():
         return RunPredictor(folder, device, kinds)
@@ -471,7 +480,7 @@ def predict_to_csv(
         out,  # submission to write
         until: float = None,  # on `time.monotonic`'s clock, when the file must be there; None: take your time
 ) -> dict:  # as of `submit_in_time`
-    "Write a checked submission. ValueError: no picture can be read, or p is one model of a run"
+    "Write a checked submission. ValueError: no picture can be read, all models fail, or no mean is known"
     from sdip.submit import submit_in_time
     keep_memory()
     if not hasattr(p, 'mean_vector'):
@@ -480,7 +489,11 @@ def predict_to_csv(
     models, blend = {'run': p}, None
     if until is not None and hasattr(p, 'models'):
         models, blend = p.models, p.ensemble.predict
-    return submit_in_time(models, images, p.mean_vector(), out, blend, until)
+    found = submit_in_time(models, images, p.mean_vector(), out, blend, until)
+    if len(found['failed']) == len(models):
+        why = '; '.join(f'{m} failed: {why}' for m, why in found['failed'].items())
+        raise ValueError(f'{why}; {out} holds nothing but the training mean')
+    return found
 
 # %% ../nbs/08a_predictor.ipynb #predict-text
 def predict_text(

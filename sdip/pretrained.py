@@ -17,6 +17,7 @@ import torch
 from .core import SAVE_AGAIN, atomic_path, sha256, write_json
 from .lock import read_fields
 from .preprocess import Preprocess
+from .hub import hub_error
 
 # %% ../nbs/00d_pretrained.ipynb #clip-names
 CLIP_CONFIG, CLIP_WEIGHTS = 'open_clip_config.json', 'open_clip_model.safetensors'
@@ -142,6 +143,8 @@ def hub_folder(
             for f in [f for f in weights if f in there][:1]:
                 hf_hub_download(name, f)
     except Exception as e:  # of many kinds: no such repository, no network, not allowed
+        if not local:
+            raise hub_error(repo, e) from None
         folder, said = None, f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
     if folder and any((folder/f).is_file() for f in weights):
         return folder

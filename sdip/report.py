@@ -17,6 +17,7 @@ from .lock import read_fields
 from .prediction import Prediction, Predictions
 from .bank import open_space
 from .artifacts import Run
+from .bank_of_prompts import known_prompts
 from .inputs import clip_rows, run_decoder
 
 # %% ../nbs/08_report.ipynb #read-scores
@@ -179,15 +180,15 @@ def nearest_prompts(
     emb,  # (n, 384) rows; NaN rows have no neighbours
     k: int = 3,  # how many
 ) -> list:  # n tuples of k (training prompt, cosine)
-    "The training prompts whose targets are nearest to predicted rows"
-    train, targ = run.pairs('train')
-    once = train.drop_duplicates('group').index.to_numpy()
-    prompts = train.prompt[once].tolist()
-    sims = unit(np.nan_to_num(emb)) @ unit(targ[once]).T  # (n, 384) @ (384, prompts)
-    found = []
-    for row, s in zip(emb, sims):
-        top = np.argsort(-s, kind='stable')[:k] if np.isfinite(row).all() else ()
-        found.append(tuple((prompts[j], float(s[j])) for j in top))
+    "The known prompts whose targets are nearest to predicted rows"
+    prompts, targ, _ = known_prompts(run)
+    known, found = unit(targ), []
+    for lo in range(0, len(emb), 256):
+        block = emb[lo:lo + 256]
+        sims = unit(np.nan_to_num(block)) @ known.T  # (256, 384) @ (384, prompts)
+        for row, s in zip(block, sims):
+            top = np.argsort(-s, kind='stable')[:k] if np.isfinite(row).all() else ()
+            found.append(tuple((prompts[j], float(s[j])) for j in top))
     return found
 
 # %% ../nbs/08_report.ipynb #nearest-prompts-2
