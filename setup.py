@@ -8,7 +8,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('offline', 'generate', 'ui', 'dev')}
+extras = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('offline', 'generate', 'ui', 'hub', 'dev')}
 extras['dev'] = sum(extras.values(), [])
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

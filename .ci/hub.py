@@ -2,7 +2,7 @@
 import base64, hashlib, json, re, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()
@@ -106,14 +106,31 @@ class Hub:
             return h.wfile.flush() or h.connection.close()
         h.answer(206 if first else 200, data[first:], **said)
 
+    def tree(self, repo, below, deep, folders=False):
+        "What lies below a folder: files, and folders unless all files are listed"
+        below, out = below and below + '/', {}
+        for f, d in sorted(repo.files.items()):
+            if f.startswith(below):
+                parts = f[len(below):].split('/')
+                for i in range(1, len(parts)):
+                    if not deep and i == 1 or folders:
+                        at = below + '/'.join(parts[:i])
+                        out[at] = dict(type='directory', path=at, oid=digest(at.encode())[:40], size=0)
+                if deep or len(parts) == 1:
+                    out[f] = dict(type='file', path=f, size=len(d), oid=digest(d)[:40])
+        return [*out.values()]
+
     def api(self, h, kind, name, rest, body):
         repo, what = self.repos[kind, name], rest.split('/')[0]
         if what in ('', 'revision'):
             return h.answer(200, dict(id=name, sha=repo.sha, private=False, tags=[], downloads=0, likes=0,
                                       siblings=[dict(rfilename=f) for f in repo.files]))
         if what == 'tree':
-            return h.answer(200, [dict(type='file', path=f, size=len(d), oid=digest(d)[:40])
-                                  for f, d in repo.files.items()])
+            found = self.tree(repo, '/'.join(rest.split('/')[2:]), 'recursive=true' in h.path.lower())
+            return h.answer(200 if found else 404, found or {}, **({} if found else dict(X_Error_Code='EntryNotFound')))
+        if what == 'paths-info':
+            names = parse_qs(body.decode()).get('paths', [])
+            return h.answer(200, [o for o in self.tree(repo, '', True, folders=True) if o['path'] in names])
         if what == 'preupload':
             files = json.loads(body)['files']
             large = lambda f: f['path'].endswith(('.safetensors', '.npy', '.parquet'))

@@ -2596,3 +2596,57 @@ def test_zero_shot_from_hub():
     assert len(hub.seen) == asked, hub.seen[asked:]
     assert 'HF_HUB_OFFLINE is set' in sh(*run[:-1], 'other', '--bank', 'hf-dataset:a/b:c.csv', '--download',
                                          status=1, **offline)
+    predict, mine = ('sdip_predict', 'noise.png', '--force'), dict(SDIP_CACHE=str(Path('mine').resolve()))
+    assert 'a small model answers' in sh(*predict, **offline, **mine)
+    both = [subprocess.Popen([*predict, '--out', f'{i}.csv', '--download'], env=os.environ | offline | mine,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    said = [p.communicate()[0] for p in both]
+    assert sorted(p.returncode for p in both) == [0, 1] and 'sdip_run' in ''.join(said), said
+    assert 'taught by no picture' in sh(*predict, **offline, **mine)
+    assert Path('submission.csv').read_bytes() == Path('one.csv').read_bytes()
+
+def test_datasets_from_hub():
+    """Pairs of a parquet with pictures inside, of an imagefolder and of a part of DiffusionDB, from the hub;
+    a second time nothing is asked for"""
+    import io
+    import pandas as pd
+    from PIL import Image
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        return print("skipped: datasets is not installed, pip install 'sdip[hub]'")
+    hub, there = small_hub()
+
+    def png(i):
+        out = io.BytesIO()
+        Image.new('RGB', (8, 8), (i, 0, 0)).save(out, 'PNG')
+        return out.getvalue()
+
+    inside = [dict(image=dict(bytes=png(i), path='../../x.png'), text=f'a red fox number {i}') for i in range(7)]
+    table = io.BytesIO()
+    pd.DataFrame(inside).to_parquet(table)
+    hub.add('datasets', 'a/inside', **{'data/train-0.parquet': table.getvalue()})
+    lines = ''.join(json.dumps(dict(file_name=f'{i}.png', text=f'an owl number {i}')) + '\n' for i in range(2))
+    hub.add('datasets', 'a/beside', **{f'train/{i}.png': png(i) for i in range(2)},
+            **{'train/metadata.jsonl': lines.encode()})
+    part = io.BytesIO()
+    with zipfile.ZipFile(part, 'w') as z:
+        z.writestr('x.png', png(9))
+        z.writestr('part-000001.json', json.dumps({'x.png': dict(p='a castle', se=1)}))
+    hub.add('datasets', 'a/parts', **{'images/part-000001.zip': part.getvalue()})
+    there['SDIP_CACHE'] = str(Path('mine').resolve())
+    code = """from sdip.sources import load_pairs
+from sdip.data import image_paths, read_image
+pairs = load_pairs(['hf-dataset:a/inside:train[:5]', 'hf-dataset:a/beside',
+                    'hf-dataset:a/parts:images/part-000001.zip'])
+assert all(read_image(p) is not None for p in image_paths(pairs))
+print(*sorted(pairs.prompt), sep='; ')"""
+    whole = '; '.join(['a castle', *(f'a red fox number {i}' for i in range(5)),
+                       *(f'an owl number {i}' for i in range(2))])
+    assert whole in sh(sys.executable, '-c', code, **there)
+    asked = len(hub.seen)
+    assert whole in sh(sys.executable, '-c', code, **there, HF_HUB_OFFLINE='1')
+    assert len(hub.seen) == asked, hub.seen[asked:]
+    shown = sh('sdip_run', '--pairs', 'hf-dataset:a/inside', '--peek', **there)
+    assert shown.count('a red fox number') == 3 and 'picture, 0 kB' in shown
+    assert 'no such repository' in sh('sdip_run', '--pairs', 'hf-dataset:a/none', '--peek', status=1, **there)

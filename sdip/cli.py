@@ -445,7 +445,7 @@ _PRESETS = 'playground scratch tiny tiny_scratch photo zeroshot original t4 full
 def sdip_run(
         out: str = None,  # run folder; default runs/<preset>, or runs/<name of the pairs>
         preset: _one_of(_PRESETS) = None,  # default playground, photo with --pairs
-        pairs: _several() = None,  # your own pairs: folders of pictures with prompts, or tables
+        pairs: _several() = None,  # your own pairs: folders of pictures with prompts, tables, hf-dataset:org/name
         seed: int = None,  # of pictures, weights and order; default 0
         clip: str = None,  # original, full: CLIP ViT-L/14 as folder or file, default looked for
         vit: str = None,  # vit_large_patch16_384, likewise
@@ -454,6 +454,7 @@ def sdip_run(
         phrases: str = None,  # folder of mediums.txt, movements.txt, flavors.txt; default mined from prompts
         models: str = None,  # where to look; default models, then /kaggle/input, then the Hugging Face cache
         download: bool = False,  # fetch from the Hugging Face hub what is not found
+        peek: bool = False,  # show three rows of --pairs hf-dataset:org/name, then stop
         dry_run: bool = False,  # say what is there, what is missing, disk and memory needed; then stop
         rehearse: bool = False,  # original, full: small networks with random weights instead of the real ones
         image_col: str = None,  # a table's column of picture paths; default: guessed

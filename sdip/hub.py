@@ -52,6 +52,8 @@ _REMEDIES = dict(
     RemoteEntryNotFoundError='there is no such file in it: leave :.. out to have one chosen',
     OfflineModeIsEnabled='it is not in the cache, and HF_HUB_OFFLINE is set: unset it where there is internet',
     LocalEntryNotFoundError='it is not in the cache, and the hub cannot be reached: is there internet?',
+    DatasetNotFoundError='no such repository, or a private one: check the name, or set HF_TOKEN',
+    EmptyDatasetError='it has nothing that the library datasets reads: name a file of it, with :FILE',
     JSONDecodeError='what answered is not the hub: a proxy, or a page to log in? check HF_ENDPOINT',
     DisabledRepoError='its owner or the hub has closed it: take another')
 

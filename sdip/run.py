@@ -291,7 +291,7 @@ def _with_bank(args, changes):
     "Absolute paths of the lists of a bank; a search of ratios where there are pictures for it"
     if given := args.get('bank'):
         lists = [given] if isinstance(given, (str, os.PathLike)) else list(given)
-        args['bank'] = [s if read_address(s) else _places(s) for s in lists]
+        args['bank'] = [_places(s) for s in lists]
     if args['preset'] == 'zeroshot' and not given:
         raise ValueError("preset 'zeroshot' needs prompts: name lists with --bank (a .txt of one a line, a "
                          f"table, {BANK_ADDRESS}), or let --download fetch that one")
@@ -303,9 +303,10 @@ def _places(pairs):
     "Absolute paths of the user's pairs; links are kept, since a table may lie beside its link"
     if pairs is None:
         return None
-    places = [os.path.abspath(p) for p in ([pairs] if isinstance(pairs, (str, os.PathLike)) else pairs)]
+    given = [pairs] if isinstance(pairs, (str, os.PathLike)) else pairs
+    places = [p if read_address(p) else os.path.abspath(p) for p in given]
     for p in places:
-        if not os.path.exists(p):
+        if not (read_address(p) or os.path.exists(p)):
             raise ValueError(f'{p} does not exist: give a folder or a table of image and prompt')
     return places[0] if len(places) == 1 else places
 
@@ -353,10 +354,13 @@ def run_command(
         models: str = None,  # folder in which real weights are looked for; None: the usual places
         download: bool = False,  # may real weights be fetched?
         dry_run: bool = False,  # only say what is there and what is missing
+        peek: bool = False,  # only show the first rows of datasets on the hub
         **given,  # other options of the shell, None where not given: arguments of `walk` or of the preset
 ) -> str:  # what to print at the end
     "What `sdip_run` does. ValueError: a dry run of a preset that needs nothing from outside"
     pairs = [pairs] if isinstance(pairs, str) else pairs or None
+    if peek:
+        return _peek(pairs)
     given = {f'{k}_from' if k in _PLACES else k: v for k, v in given.items() if v not in (None, False)}
     rehearsal = '-rehearsal' if given.get('rehearse') else ''
     out = out or f"runs/{Path(pairs[0]).stem if pairs else preset or 'playground'}{rehearsal}"
@@ -393,6 +397,14 @@ def _plan_by_names(args, n_prompts):
     return f'for {n} prompts: ' + plan_text(plans, cards=card.count, folds=args.get('folds') or 1)
 
 # %% ../nbs/08_run.ipynb #run-command-2
+def _peek(pairs):
+    "The first rows of each dataset, as text"
+    from sdip.remote import peek
+    found = [address for p in pairs or () if (address := read_address(p))]
+    if not found:
+        raise ValueError('--peek shows the first rows of a dataset on the hub: --pairs hf-dataset:org/name')
+    return '\n\n'.join(f'{o}\n{peek(o).to_string(index=False, max_colwidth=60)}' for o in found)
+
 def _dry_run(out, preset, pairs, given, places, download):
     said = {k: given.pop(k, ()) for k in ('add', 'set')}
     given.pop('cards', None)

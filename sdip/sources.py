@@ -29,6 +29,8 @@ from .published import (DIFFUSIONDB_METADATA, coco_pairs, diffusiondb_pairs, dif
                             heap_pairs, is_metadata, metadata_prompts)
 from .rows import SPLIT_NAMES, has_numbered, sample_pictures, table_pairs
 from .shards import TAR_EXTS, tar_rows
+from .hub import read_address
+from .remote import fetch_pairs
 
 # %% ../nbs/00a_sources.ipynb #picture-folder
 def _picture_folder(folder):
@@ -244,6 +246,11 @@ def _naming(path):
 
 def _load_one(source, options):
     "Pairs of one source"
+    if address := read_address(source):
+        columns = options['image_col'], options['prompt_col']
+        source = fetch_pairs(address, options['unpack'] or options['spare'], *columns)
+        if isinstance(source, pd.DataFrame):
+            return source
     path, kind = _kind_of_source(Path(source))
     with _naming(path):
         return _load_kind(path, kind, options)
@@ -296,7 +303,7 @@ def _load_all(sources, options):
 
 # %% ../nbs/00a_sources.ipynb #load-pairs
 def load_pairs(
-    source,  # folder or file, see the table above, or a list of them
+    source,  # folder or file, see the table above, or hf-dataset:org/name; or a list of them
     image_col: str = None,  # a table's column of paths, absolute or relative to its folder; None: guessed
     prompt_col: str = None,  # a table's column of prompts; None: guessed
     images=None,  # folder of the pictures, where a table or COCO's JSON is elsewhere
@@ -309,7 +316,7 @@ def load_pairs(
         raise ValueError("there is no source of pairs, expected at least one folder or table")
     if images and not Path(images).is_dir():
         raise ValueError(f"{images} is no folder, expected the pictures' folder: check --images")
-    places = [os.path.realpath(s) for s in sources]
+    places = [s if read_address(s) else os.path.realpath(s) for s in sources]
     twice = [p for p in dict.fromkeys(places) if places.count(p) > 1]
     if twice:
         raise ValueError(f"{first_few(twice)} is given twice: name each source once")
