@@ -1134,6 +1134,80 @@ def test_finetune_killed_in_mid_epoch():
     ]
     assert 'holds a finished model' in sh(*command('killed'), status=1)
 
+# Picture sets of others, in the layouts in which they are published on Kaggle
+
+def drawn_sets(mount, new, n=16):
+    """Five published layouts below a mount, in today's form or the old one: {name: its prompts}. Pictures are
+    drawn, prompts and owners are ours; columns, files and folders are the true ones"""
+    import pandas as pd
+    from sdip.playground import draw
+    things = 'cat dog rabbit owl house tree boat car horse robot castle train apple guitar cake clock'.split()
+    places = dict(diffusiondb='on a beach', gustavosta='in a forest', sd2gpt2='at night', imagefolder='in snow',
+                  moved='in a city')
+    said = {kind: [f'a {thing} {place}' for thing in things[:n]] for kind, place in places.items()}
+
+    def at(owner, slug):
+        return Path(mount, *(['datasets', owner] if new else []), slug)
+
+    def save(file, kind, i):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(said[kind][i], i, 32).save(file)
+
+    def write(file, lines):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('\n'.join(lines) + '\n')
+
+    heaps, meta = at('amm', 'diffusiondb-2m-part-{}'), at('bob', 'diffusiondb-metadata')/'metadata.parquet'
+    sd2, gpt, chat = at('moto', 'gustavosta-sd2'), at('xia', 'sd2gpt2'), at('jein', 'chatgpt')/'split'
+    names = [f'{i:08x}-uuid.png' for i in range(2*n)]
+    for i in range(n):
+        save(Path(str(heaps).format(i % 2))/names[i], 'diffusiondb', i)
+        save(sd2/f"{'eval' if i < 4 else 'train'}_images/{i % 4 if i < 4 else i - 4:08d}.jpg", 'gustavosta', i)
+        save(gpt/f'gpt_generated_images/gpt_generated_images/{i}.png', 'sd2gpt2', i)
+        save(chat/f"{'validation' if i < 4 else 'train'}/{i}.png", 'imagefolder', i)
+        save(at('eve', 'pictures')/f'all/{i}.png', 'moved', i)
+    meta.parent.mkdir(parents=True)
+    pd.DataFrame(dict(image_name=names, prompt=said['diffusiondb']*2, part_id=1)).to_parquet(meta)
+    for split, rows in ('eval', range(4)), ('train', range(4, n)):
+        home = f'/kaggle/input/gustavosta-SD2/{split}_images'
+        lines = [f'"{said["gustavosta"][i]}",{home}/{k:08d}.jpg' for k, i in enumerate(rows)]
+        write(sd2/f'{split}.csv', ['Prompt,image_path', *lines])
+        lines = [json.dumps(dict(file_name=f'{i}.png', text=said['imagefolder'][i])) for i in rows]
+        write(chat/('validation' if split == 'eval' else split)/'metadata.jsonl', lines)
+    write(gpt/'gpt_generated_prompts.csv', ['prompt', *(f'"{p}"' for p in said['sd2gpt2'])])
+    lines = [f'/kaggle/input/pictures/all/{i}.png,"{p}"' for i, p in enumerate(said['moved'])]
+    write(at('ann', 'my-table')/'mine.csv', ['filepath,prompt', *lines])
+    return said
+
+def test_published_sets_train():
+    "Each published layout, alone in a mount of either form, and all of them at once, trains a small CLIP"
+    from sdip.data import image_paths
+    from sdip.finetune_clip import ClipRegressor, finetune
+    from sdip.encoders import ClipEncoder
+    from sdip.pretrained import tiny_clip
+    from sdip.recipe import Recipe
+    from sdip.sources import find_sources, load_pairs
+    slugs = dict(diffusiondb='diffusiondb*', gustavosta='gustavosta*', sd2gpt2='sd2*', imagefolder='chatgpt',
+                 moved='[mp][yi]*')
+    clip, recipe = tiny_clip('clip'), Recipe(bs=8, unfreezing=((1, 1), ))
+    for new in False, True:
+        said = drawn_sets('all', new)
+        for kind, slug in slugs.items():
+            for home in Path('all').glob('datasets/*/' + slug if new else slug):
+                shutil.copytree(home, Path(f'{kind}{new}', home.relative_to('all')))
+        for kind in [*slugs, 'all']:
+            mount = kind if kind == 'all' else f'{kind}{new}'
+            pairs = load_pairs(find_sources(mount))
+            wanted = sum(said.values(), []) if kind == 'all' else said[kind]
+            assert sorted(pairs.prompt) == sorted(wanted), (mount, pairs.prompt.tolist())
+            assert all(p.is_file() for p in image_paths(pairs)) and pairs.id.is_unique, mount
+            if new or kind != 'all':
+                scores = finetune(ClipRegressor(ClipEncoder(clip, device='cpu'), 'cpu'), pairs,
+                                  f'out/{mount}{new}', recipe, quiet=True)
+                print(mount, len(pairs), pairs.split.value_counts().to_dict(), scores)
+                assert scores['valid'] > 0, scores
+        shutil.rmtree('all')
+
 TWO = '''
 import os, signal, zlib
 import numpy as np, torch
