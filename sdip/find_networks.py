@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/08_find_networks.ipynb #imports
 import json
+import os
 import re
 import struct
 import zipfile
@@ -43,11 +44,13 @@ def config_sign(
 ) -> str:  # such as 'clip 1024 24 14 224 quick_gelu', 'timm NAME', 'blip WIDTH'; '' for none of these
     "What model a folder's config describes"
     folder = Path(folder)
-    file = folder/(CLIP_CONFIG if (folder/CLIP_CONFIG).is_file() else 'config.json')
+    file = folder/(CLIP_CONFIG if os.path.isfile(folder/CLIP_CONFIG) else 'config.json')
+    if not os.path.isfile(file):
+        return ''  # a pipe would be waited for
     try:
         with right_shape(file):
             return _sign(read_fields(file, ''))
-    except ValueError:
+    except (ValueError, OSError):
         return ''
 
 # %% ../nbs/08_find_networks.ipynb #whole
@@ -174,7 +177,8 @@ _NO_WEIGHTS = ('training_args', 'optimizer', 'scheduler', 'rng_state', 'checkpoi
 
 def _lone_files(folder, names):
     for name in names:
-        if name.endswith(_ENDINGS) and not name.startswith(_NO_WEIGHTS):
+        weights = name.endswith(_ENDINGS) and not name.startswith(_NO_WEIGHTS)
+        if weights and os.path.isfile(folder/name):
             yield folder/name
 
 def networks_in(

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/00a_locate.ipynb #imports
 import os
+import posixpath
 import re
 import unicodedata
 import warnings
@@ -78,7 +79,7 @@ class Finder:
     ):
         self.given = images is not None
         self.bases = [Path(images)] if self.given else [Path(root), Path(root)/'images']
-        self.listed, self.reached, self.homes, self.deep = {}, {}, {}, None
+        self.listed, self.reached, self.real, self.homes, self.moved, self.deep = {}, {}, {}, {}, {}, None
 
     @cached_property
     def only(self):  # [the folder of pictures nearest to the table], if there is one only
@@ -192,6 +193,13 @@ def _guess(self: Finder, name):
         return self._mounted(parts)
     return self._anywhere(parts[-1]) if parts else None
 
+# %% ../nbs/00a_locate.ipynb #as-before
+@patch
+def _as_before(self: Finder, name):
+    "The file in the folder that another name of the same folder led to"
+    at = self.moved.get(posixpath.dirname(name))
+    return at/posixpath.basename(name) if at and os.path.isfile(at/posixpath.basename(name)) else None
+
 # %% ../nbs/00a_locate.ipynb #plain-path
 def _plain_path(name):
     "A path as it was meant: one kind of slash, no detours, one Unicode form"
@@ -211,12 +219,16 @@ def __call__(
         p = self._literal(name, self.bases)
         guessed = p is None
         if guessed:
-            p = self._guess(name)
+            p = self._as_before(name) or self._guess(name)
     except (OSError, ValueError):
         return None  # no name that a file could have
     if p is None:
         return None
-    names = self.reached.setdefault(os.path.join(os.path.realpath(p.parent), p.name), {})
+    if guessed and not self.given and p.name == posixpath.basename(name):
+        self.moved[posixpath.dirname(name)] = p.parent
+    if p.parent not in self.real:
+        self.real[p.parent] = os.path.realpath(p.parent)
+    names = self.reached.setdefault(os.path.join(self.real[p.parent], p.name), {})
     names[_plain_path(name)] = guessed
     if len(names) > 1 and any(names.values()):
         one, other = list(names)[:2]

@@ -107,7 +107,7 @@ def is_metadata(
     "Is a file DiffusionDB's metadata, by its name and its columns?"
     import pyarrow.parquet as pq
     file = Path(file)
-    if file.name not in DIFFUSIONDB_METADATA:
+    if file.name not in DIFFUSIONDB_METADATA or not os.path.isfile(file):
         return False
     try:
         with open(file, 'rb') as f:
