@@ -1406,17 +1406,15 @@ def test_notebook_launcher():
     cells = {c.id: c.source for c in nbformat.read(ROOT/'nbs/02_finetune_clip.ipynb', 4).cells}
 
     def real(out):
-        "The cell of the real run, asked for, its folders here"
-        text = cells['real-run']
-        for old, new in (('REAL = False', 'REAL = True'), ('/kaggle/input', 'input'),
-                         ('/kaggle/working', out), ('num_processes=',
-                                                    f"use_port='{free_port()}', num_processes=")):
-            assert old in text, old
-            text = text.replace(old, new)
-        return text
+        "The cells of the real run, asked for, its folders here, on a port that is free"
+        given = f"""
+REAL, INPUT, OUT, WEIGHTS = True, 'input', '{out}/clip', 'input/clip-vit-large-patch14'
+accelerate.notebook_launcher = partial(notebook_launcher, use_port='{free_port()}')"""
+        return '\n'.join([cells['parameters'], given, cells['plan'].splitlines()[0], cells['real-run']])
 
     code = [
-        'import torch; torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-tests'],
+        'import accelerate, torch\nfrom functools import partial\nfrom accelerate import notebook_launcher\n'
+        'torch.cuda.device_count = lambda: 2', cells['imports'], cells['imports-tests'],
         real('two'), "import two\ndef watched(): two.real_run('launched'); two.real_run('mlp2', 'mlp')",
         f"notebook_launcher(watched, num_processes=2, use_port='{free_port()}')",
         'torch.cuda.device_count = lambda: 1',
@@ -1437,6 +1435,102 @@ def test_notebook_launcher():
     one, two = (json.loads(Path(o, 'clip/config.json').read_text())['history'] for o in ('one', 'two'))
     scores = lambda rows: [[r['valid_loss'], r['metric']] for r in rows]  # train_loss: smoothed part by part
     assert len(one) == 5 and np.allclose(scores(one), scores(two), atol=1e-5), (one, two)
+
+def papermill(chapter, until, out, cwd, **parameters):
+    "Runs a chapter up to a cell as on Kaggle, its parameters set as papermill sets them; returns what it printed"
+    nb = json.loads((ROOT/f'nbs/{chapter}.ipynb').read_text(encoding='utf-8'))
+    ids = [c['id'] for c in nb['cells']]
+    nb['cells'] = nb['cells'][:ids.index(until) + 1]
+    for c in nb['cells']:
+        if c['id'] == 'plan':
+            c['source'] = c['source'][:1]  # the recipe
+    wanted = 'home', 'imports-tests', 'parameters', 'plan', until  # what else is shown and tested takes time
+    nb['cells'] = [c for c in nb['cells'] if c['id'] in wanted or c['source'][:1] == ['#| export\n']]
+    Path(cwd).mkdir(parents=True)
+    Path(f'{out}.in.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    said = json.dumps(dict(REAL=True) | parameters, default=str)
+    sh(sys.executable, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', '--cwd', cwd,
+       '-y', said, f'{out}.in.ipynb', f'{out}.ipynb', PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1',
+       **NO_CARD)
+    cells = json.loads(Path(f'{out}.ipynb').read_text(encoding='utf-8'))['cells']
+    return ''.join(''.join(o.get('text', ())) for o in cells[-1]['outputs'])
+
+def attach(layout, **places):
+    "A folder in the place of /kaggle/input: name of the place in one of Kaggle's two layouts -> what is there"
+    for at, source in places.items():
+        kind, slug = at.split('__')
+        above = dict(data='datasets/ada/', notebook='notebooks/ada/', competition='competitions/')[kind]
+        to = Path('mounts')/layout/'input'/f'{above if layout == "new" else ""}{slug}'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.symlink_to(Path(source).resolve())
+    return (Path('mounts')/layout/'input').resolve()
+
+def submitted(layout, name, ratios=None):
+    "07 on what is attached in one layout; its output, and the submission checked"
+    from sdip.csv_file import check_submission
+    inputs = attach(layout, **{'competition__stable-diffusion-image-to-prompts': 'competition'})
+    said = papermill('07_submit', 'kernel-run', f'07-{name}-{layout}', f'working/{name}/{layout}', INPUT=inputs,
+                     RATIOS=ratios)
+    assert check_submission(f'working/{name}/{layout}/submission.csv', 'competition/images') == []
+    return said, Path(f'working/{name}/{layout}/submission.csv').read_bytes()
+
+def competition():
+    "The competition's pictures, one of which cannot be read"
+    from sdip.playground import draw
+    Path('competition/images').mkdir(parents=True)
+    for i in range(6):
+        draw('two red robots in a forest', seed=i).save(f'competition/images/{i:09x}.png')
+    Path('competition/images/c0ffee000.png').write_text('not a picture')
+
+TRAINED = '''
+from sdip.playground import make_pairs
+from sdip.find_weights import random_stand_ins
+make_pairs('world', n_train=120, n_valid=60, n_test=0, per_prompt=1, progress=False)
+random_stand_ins('nets', roles=('clip', 'vit'))
+'''
+
+def test_trained_on_kaggle_and_submitted():
+    """02 and 03 as they are pushed, on small networks of the true formats in both of Kaggle's layouts; then 07 blends
+    what they left, and its file is the same in both layouts; sdip_predict searches the ratios on their rows"""
+    from concurrent.futures import ThreadPoolExecutor
+    sh(sys.executable, '-c', TRAINED)
+    competition()
+    trained = dict(clip=('02_finetune_clip', 'old'), vit=('03_finetune_vit', 'new'))
+    jobs = []
+    for name, (chapter, layout) in trained.items():
+        inputs = attach(layout, data__world='world', data__weights='nets')
+        weights = inputs/'weights/clip' if name == 'clip' else None  # another width than ViT-L's
+        jobs.append((chapter, 'real-run', name, f'sessions/{name}', inputs, weights))
+    run = lambda o: papermill(*o[:4], INPUT=o[4], OUT=Path(o[3]).resolve()/o[2], **dict(WEIGHTS=o[5]) if o[5] else {})
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(run, jobs))
+    assert all('model in ' in o and "'valid': " in o for o in said), said
+    files = []
+    for layout in 'old', 'new':
+        shutil.rmtree(f'mounts/{layout}')
+        attach(layout, **{f'notebook__sdip-{name}': f'sessions/{name}' for name in trained})
+        said, data = submitted(layout, 'both', dict(clip=1, vit=.4))
+        assert 'clip 1, vit 0.4 (ratios as given)' in said and '1 filled with the training mean' in said, said
+        files.append(data)
+    assert files[0] == files[1]
+    assert 'ratios searched on 60 validation rows in common' in sh(
+        'sdip_predict', 'competition/images', '--run', 'sessions/clip/clip', '--run', 'sessions/vit/vit')
+    refused = sh('sdip_run', '--out', 'sessions/clip/clip', status=1)
+    assert 'is no run folder' in refused, refused
+
+def test_original_submitted():
+    "A run of the original, on small networks of the true formats, becomes 07's submission; so does a part of it"
+    sh(sys.executable, '-c', MAKE)
+    competition()
+    sh('sdip_run', '--preset', 'original', '--pairs', 'world', '--out', 'assets/run', '--rehearse')
+    attach('new', data__sdip='assets')
+    said, _ = submitted('new', 'original')
+    assert 'clip 1, knn 1, vit 0.4, interrogator 0.2 (ratios of the run)' in said and 'answered them all' in said, said
+    file = Path('assets/run/vit/model.safetensors')
+    file.write_bytes(file.read_bytes()[:-8])
+    attach('old', data__sdip='assets')
+    said, _ = submitted('old', 'original')
+    assert 'vit LEFT OUT, ValueError' in said and 'vit FAILED after 0 of 7 pictures' in said, said
 
 # Models from elsewhere: what is old still answers, what is damaged is named, what is foreign is not run
 
