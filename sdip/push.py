@@ -14,8 +14,8 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
-from .account import accepted, COMPETITION, find_source, kaggle_client, KINDS, server_words
-from .assets import ASSETS, CODE, code_digests, contents_of, send_assets, WHEELS
+from .account import accepted, COMPETITION, find_source, kaggle_client, KINDS, server_words, state_of
+from .assets import ASSETS, CODE, code_digests, contents_of, IMAGENET, send_assets, WHEELS
 from .core import atomic_path, read_json, write_json
 from .follow import fetch_output, last_version, pull_data, submit_version, Version, wait_for
 
@@ -66,13 +66,14 @@ def _own(api, user, slug, send):
         raise ValueError(f'{user}/{slug} {why}, so nothing was pushed: send it first, with {send}')
     return found
 
-def _library(api, user):
+def _library(api, user, trains):
     "The datasets of the library; a line where it is another than the clone's"
     made_of = _own(api, user, CODE, 'sdip_push --assets')['made_of']
     _own(api, user, WHEELS, 'sdip_push --assets')
     if made_of != code_digests('.'):
         print(f'{user}/{CODE} is not what this clone holds: sdip_push --assets sends the clone as it is now')
-    return [f'{user}/{CODE}', f'{user}/{WHEELS}']
+    more = [f'{user}/{IMAGENET}'] if trains and state_of(api, 'datasets', f'{user}/{IMAGENET}') else []
+    return [f'{user}/{CODE}', f'{user}/{WHEELS}', *more]
 
 # %% ../nbs/07_push.ipynb #own-sources-2
 def _models(api, user, found):
@@ -99,7 +100,8 @@ def sources_of(
         kind, name = find_source(api, ref)
         found[kind].append(name)
     if chapter := _chapter(notebook):
-        ours = _library(api, user) + (_models(api, user, found) if chapter == '07_submit' else [])
+        ours = _library(api, user, chapter == '08_run')
+        ours += _models(api, user, found) if chapter == '07_submit' else []
         found['datasets'] = ours + found['datasets']
         found['competitions'].append(find_source(api, f'competitions/{COMPETITION}')[1])
     return {kind: list(dict.fromkeys(names)) for kind, names in found.items()}
