@@ -164,6 +164,7 @@ def find_source(
         raise ValueError(f'{name} is a dataset and a notebook: write datasets/{name} or code/{name}')
     [(kind, state)] = states.items()
     if state != 'ready':
+        other = f', or name an earlier version, {name}/1' if kind == 'code' and name.count('/') == 1 else ''
         raise ValueError(f'{kind}/{name} is not ready, Kaggle says {state!r}: repeat the same command when '
-                         'its page shows the last version as done')
+                         f'its page shows the last version as done{other}')
     return kind, name

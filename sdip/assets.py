@@ -114,6 +114,8 @@ def _kept(file):
 # %% ../nbs/07_assets.ipynb #other-wheels-2
 def _wheels(slug, wanted, folder, tmp):
     "A dataset of wheels for Kaggle's Python, from the index or from a folder of wheels"
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f'{folder} is no folder: give a folder of wheels, or leave it to the package index')
     local = ['--no-index', '-f', folder] if folder else []
     _pip('download', '--no-deps', *_FOR_KAGGLE, *local, '-d', tmp/slug, *wanted)
     found = sorted((tmp/slug).glob('*.whl'))

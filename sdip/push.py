@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .account import accepted, COMPETITION, find_source, kaggle_client, KINDS, server_words, state_of
 from .assets import ASSETS, CODE, code_digests, contents_of, IMAGENET, send_assets, WHEELS
-from .core import atomic_path, read_json, write_json
+from .core import atomic_path, write_json
 from .follow import fetch_output, last_version, pull_data, submit_version, Version, wait_for
 
 # %% ../nbs/07_push.ipynb #kernel-names
@@ -158,7 +158,10 @@ def _read_notebook(notebook):
     if path.suffix != '.ipynb' or not path.is_file():
         raise ValueError(f"{notebook!r} is neither a notebook file nor a chapter, known are "
                          f"{', '.join(KERNELS)}")
-    nb = read_json(path)
+    try:
+        nb = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path} is not JSON ({e}): save it again in Jupyter') from e
     if not isinstance(nb, dict) or not isinstance(nb.get('cells'), list):
         raise ValueError(f'{path} is no notebook: it has no cells')
     return nb
@@ -234,8 +237,8 @@ def _doing(given):
     "What a call does; `given`: options that were given"
     doing = [o for o in ('notebook', 'assets', 'pull') if o in given]
     if not doing:
-        raise ValueError('nothing to do: give a chapter (07_submit) or a notebook file, --assets, or '
-                         '--pull FOLDER')
+        raise ValueError('nothing to do: give a chapter (07_submit) or a notebook file, before its options, '
+                         'or --assets, or --pull FOLDER')
     if len(doing) > 1:
         raise ValueError(f"{' and '.join(doing)} were given, expected one of them a call")
     if doing != ['notebook']:
