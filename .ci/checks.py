@@ -445,6 +445,9 @@ def test_kernels():
         assert (meta['is_private'], meta['enable_internet'], meta['enable_tpu']) == (True, False, False), meta
         assert meta['id'] == 'ada/sdip-' + name.replace('_', '-'), meta['id']
         assert meta['enable_gpu'] == (meta.get('machine_shape') == 'NvidiaTeslaT4'), meta
+        for c in cells(ROOT/f'nbs/{name}.ipynb', 'code'):
+            if c['id'] == 'parameters':  # nbdev_clean drops a tag that settings.ini does not allow
+                assert 'parameters' in c['metadata'].get('tags', ()), f'{name}: --set needs the tag of its parameters'
 
 def test_chapters_find_sdip():
     "The first code cell of the chapters, which finds sdip wherever they run, is one and the same"
