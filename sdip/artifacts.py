@@ -120,6 +120,11 @@ def pictured(self: Run) -> bool:
     "Does it learn from pictures? A run that knows prompts only has neither pairs nor drawings"
     return self.args.get('pairs') is not None or 'n_train' in self.args or not self.args.get('bank')
 
+@patch(as_prop=True)
+def has_prompts(self: Run) -> bool:
+    "Are its training prompts here? A run may have been sent somewhere without them, see `08d_travel`"
+    return any((self/f).exists() for f in ('pairs.parquet', 'emb/pairs.parquet'))
+
 @patch
 def stages(self: Run) -> list:  # of `Stage`, in the order of the work
     "What this run consists of"

@@ -33,7 +33,7 @@ from .training_hours import TimeBudget
 # %% ../nbs/02_base_regressor.ipynb #regressor
 class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
-    kind, history, precision, workers, mean = None, None, 'auto', None, None
+    kind, history, precision, workers, mean, trained_by = None, None, 'auto', None, None, None
 
     def __init__(
             self,
@@ -239,6 +239,7 @@ def learner(
     start_alike(self.net)  # a new head is random
     self.mean = targets[splits[0].at].mean(0)
     self.recipe, self.precision, self.net = recipe, recipe.precision, self.net.requires_grad_(True)
+    self.trained_by = recipe.outcome()
     key = self._key(pairs, targets)
     begun = checkpoint and Checkpoint(checkpoint, key, recipe.minutes)  # another run's is refused here
     if begun and begun.state:
@@ -319,7 +320,7 @@ def save(
     "Everything that prediction needs: architecture, preprocessing, weights, mean; and how they came about"
     config = dict(kind=self.kind, sdip=__version__, tower=self.tower, width=self.net.width,
                   head=self.net.kind, preprocess=self.prep.to_dict(),
-                  recipe=self.recipe.outcome() if self.history else None, probe_scores=self.probe_scores,
+                  recipe=self.trained_by if self.history else None, probe_scores=self.probe_scores,
                   history=self.history,
                   mean=None if self.mean is None else np.round(self.mean.astype(float), 7).tolist())
     save_weights(self.net, config, folder)
@@ -340,6 +341,7 @@ def load(
         net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
         Regressor.__init__(self, load_weights(net, folder), prep, device)
         self.history, self.probe_scores = config['history'], config['probe_scores']
+        self.trained_by = config['recipe']
         self.precision = (config['recipe'] or {}).get('precision', 'auto')
         mean = config.get('mean')  # version 0.2.0 did not save it
         self.mean = None if mean is None else check_emb([mean], 'mean')[0]

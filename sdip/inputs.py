@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from .core import atomic_path, path_text, read_json, sha256, unit, write_json
-from .data import image_paths, read_parquet, relative_paths, save_pairs
+from .data import image_paths, ImageError, read_image, read_parquet, relative_paths, save_pairs
 from .sources import fingerprint, load_pairs, note_pictures
 from .split import prepare_pairs
 from .artifacts import Run, stage
-from .bank_of_prompts import BANK_ARGS, bank_changed, bank_files, bank_texts, known_prompts, make_bank
 from .bank_of_prompts import BANK_ARGS, bank_changed, bank_files, bank_texts, known_prompts, make_bank
 from .find_weights import load_source
 from .folds import fold_judges, fold_similarity, group_folds
@@ -118,6 +117,23 @@ def _lost_pictures(pairs, table):  # pairs: as read; table: what is left of them
     gone = ~pairs.image.isin(pairs.image[left]) & ~pairs.image.duplicated()
     return pd.Series(why[gone]).value_counts().to_dict()
 
+# %% ../nbs/08_inputs.ipynb #split-pairs
+def _readable(path):
+    try:
+        return read_image(path) is not None
+    except ImageError:
+        return False
+
+def _split_again(pairs, folder, threshold, seed, most=20):  # -> as of `prepare_pairs`, splits that were drawn
+    "Pairs whose held-out parts hold something to look at"
+    dealt = {'valid', 'test'} - set(pairs.split)
+    for tried in range(most):
+        table, targets, dropped = prepare_pairs(pairs, folder, threshold, seed=seed + tried)
+        sides = [image_paths(table[table.split == s], '') for s in dealt]
+        if all(any(map(_readable, side)) for side in sides):
+            break
+    return table, targets, dropped, tried + 1
+
 # %% ../nbs/08_inputs.ipynb #stage-pairs
 def _lists_changed(run):  # '' for a run with pictures: there the stage of the bank looks
     return '' if run.pictured else bank_changed(run)
@@ -132,13 +148,15 @@ def stage_pairs(run):
     threshold, seed = run.args['threshold'], run.args['seed']
     pairs = read_parquet(run/'data/pairs.parquet')
     pairs['image'] = [path_text(p) for p in image_paths(pairs, run/'data')]
-    table, targets, _ = prepare_pairs(pairs, run/'emb/prompts', threshold, seed=seed)
+    table, targets, _, tried = _split_again(pairs, run/'emb/prompts', threshold, seed)
     _save_table(table, run/'emb')
     _save_rows(targets, run/'emb/targets.npy')
     lost, read = _lost_pictures(pairs, table), pairs.image.nunique()
     sizes = {s: int((table.split == s).sum()) for s in ('train', 'valid', 'test')}
     kept = f'{read - sum(lost.values())} of {read}'
-    return dict(prompts=table.prompt.nunique(), pictures=kept, lost=lost or 0) | sizes
+    note = dict(note=f'split {tried} times, until each part had a picture that can be read')
+    facts = dict(prompts=table.prompt.nunique(), pictures=kept, lost=lost or 0) | sizes
+    return facts | note if tried > 1 else facts
 
 # %% ../nbs/08_inputs.ipynb #families
 def families(

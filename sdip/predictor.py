@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 
-from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, sha256, visible
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, row_cosine, sha256, visible
 from .data import ImageError, read_image
+from .hub import local_folder
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
 from .preprocess import pick_device
@@ -303,6 +305,17 @@ def _decoder(self: RunPredictor):
         self._made_decoder = run_decoder(self.run, getattr(self.models[name], 'clip', None) if name else None)
     return self._made_decoder
 
+@patch
+def _texts(self: RunPredictor, emb, encodings):
+    "Texts for the rows of the last pictures; a run that came without its prompts has the interrogator's"
+    if self.run.has_prompts:
+        return self._decoder().decode(emb, self._looks, self._starts, encodings)
+    from sdip.encoders import TargetEncoder
+    near, said = np.full(len(emb), np.nan), [i for i, text in enumerate(self.words) if text]
+    if said:
+        near[said] = row_cosine(TargetEncoder()([self.words[i] for i in said]), emb[said])
+    return pd.DataFrame(dict(words=self.words, words_near=near, best='', best_near=np.nan))
+
 # %% ../nbs/08a_predictor.ipynb #run-decode
 @patch
 def decode(
@@ -328,8 +341,8 @@ def describe(
 ) -> Predictions:  # n `Prediction`; a notebook shows them as a gallery
     "Rows and words for pictures: the blend, two guesses in words, the nearest training prompts"
     emb = self.predict(images)
-    self.decoded = self._decoder().decode(emb, self._looks, self._starts, encodings)  # see `decode`
-    near = nearest_prompts(self.run, emb, k)
+    self.decoded = self._texts(emb, encodings)  # see `decode`
+    near = nearest_prompts(self.run, emb, k) if self.run.has_prompts else [()]*len(images)
     said = members_of(emb, self.preds, self.ensemble.ratios)
     errors = {r['row']: r['error'] for r in self.report}
     return Predictions(
@@ -384,7 +397,7 @@ def run_words(
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
-        folder=None,  # of a saved model or a run, or a list of them; None: the small model for photographs
+        folder=None,  # of a saved model or a run, hf-hub:org/name, or a list of them; None: the small model for photographs
         device=None,  # see `sdip.preprocess.pick_device`
         kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`
@@ -395,7 +408,7 @@ def load_predictor(
         [folder] = folder
     if isinstance(folder, (list, tuple)):  # a `Several`
         return several_of(folder, lambda one: load_predictor(one, device, kinds))
-    folder = Path(folder)
+    folder = local_folder(folder)
     if (folder/'run.json').exists():
         return RunPredictor(folder, device, kinds)
     if (folder/'photo.json').exists():

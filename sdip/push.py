@@ -231,14 +231,15 @@ _GOES_WITH = {  # what a call does -> (options with an effect in it, how it is s
                                         '--submit without --wait'),
     'assets': ('run weights wheels to', 'with --assets'),
     'pull': ('', 'with --pull'),
+    'hub': ('run public prompts', 'with --hub'),
 }
 
 def _doing(given):
     "What a call does; `given`: options that were given"
-    doing = [o for o in ('notebook', 'assets', 'pull') if o in given]
+    doing = [o for o in ('notebook', 'assets', 'pull', 'hub') if o in given]
     if not doing:
         raise ValueError('nothing to do: give a chapter (07_submit) or a notebook file, before its options, '
-                         'or --assets, or --pull FOLDER')
+                         'or --assets, --pull FOLDER, or --hub NAME')
     if len(doing) > 1:
         raise ValueError(f"{' and '.join(doing)} were given, expected one of them a call")
     if doing != ['notebook']:
@@ -255,7 +256,7 @@ def check_together(
     given = set(given)
     doing = _doing(given)
     options, here = _GOES_WITH[doing]
-    if extra := given - {'notebook', 'assets', 'pull'} - set(options.split()):
+    if extra := given - {'notebook', 'assets', 'pull', 'hub'} - set(options.split()):
         extra = sorted(extra)[0]
         where = [said for known, said in _GOES_WITH.values() if extra in known.split()]
         raise ValueError(f"--{extra} has no effect {here}; it has one {'; or '.join(where)}")

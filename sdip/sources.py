@@ -172,10 +172,19 @@ def _kind_of_folder(path):
     return path, 'tars'
 
 # %% ../nbs/00a_sources.ipynb #kind-of-2
+def _one_deeper(path):
+    "The kind of the only folder in a folder that holds no pictures itself; None for a heap of pictures"
+    inside, files = folders_in(path)
+    if len(inside) != 1 or any(map(is_picture, files)) or os.path.islink(path/inside[0]):
+        return None
+    found = _kind_of_folder(path/inside[0])
+    return found if found[1] != 'pictures' else _one_deeper(path/inside[0])
+
 def _kind_of_source(path):
     "(file or folder, 'table' | 'splits' | 'diffusiondb' | 'heaps' | 'coco' | 'tars' | 'pictures')"
     if path.is_dir():
-        return _kind_of_folder(path)
+        found = _kind_of_folder(path)
+        return found if found[1] != 'pictures' else _one_deeper(path) or found
     if path.name.lower().endswith(TAR_EXTS):
         return path, 'tars'
     if path.suffix.lower() == '.json':
@@ -366,7 +375,7 @@ def _good_tables(tables, passed):
 def _sources_at(at, inside, files, passed):  # -> ({source: its known pictures}, kind, go on below?)
     "What a folder itself holds"
     captions = [at/f for f in files if f.startswith('captions_') and f.endswith('.json')]
-    captions = _good_tables(captions, passed)
+    captions = _good_tables([f for f in captions if os.path.isfile(f)], passed)
     kind = 'pictures'
     try:
         if inside or _may_hold_tables(files):
