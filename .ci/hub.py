@@ -72,7 +72,7 @@ class Hub:
         if path == '/api/repos/create':
             said = json.loads(body)
             kind, name = said.get('type', 'model') + 's', f"{said.get('organization') or 'me'}/{said['name']}"
-            self.repos.setdefault((kind, name), Repo()).private = said.get('private')
+            self.repos.setdefault((kind, name), Repo()).private = said.get('private') or said.get('visibility') == 'private'
             return h.answer(200, dict(url=f'{self.url}/{name}', name=name))
         if path == '/api/whoami-v2':
             return h.answer(200, dict(name='me', type='user', auth=dict(accessToken=dict(role='write'))))

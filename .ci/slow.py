@@ -2818,3 +2818,32 @@ print(*sorted(pairs.prompt), sep='; ')"""
     shown = sh('sdip_run', '--pairs', 'hf-dataset:a/inside', '--peek', **there)
     assert shown.count('a red fox number') == 3 and 'picture, 0 kB' in shown
     assert 'no such repository' in sh('sdip_run', '--pairs', 'hf-dataset:a/none', '--peek', status=1, **there)
+
+def test_models_travel():
+    """A run is sent to the hub and loaded in an empty folder, with equal predictions; a second time from the
+    cache alone. What was sent names no path, and the hub's refusal is one line"""
+    from PIL import Image
+    hub, there = small_hub()
+    Image.effect_noise((64, 64), 50).convert('RGB').save('noise.png')
+    sh('sdip_run', '--preset', 'tiny', '--out', 'run')
+    assert 'goes with' not in sh('sdip_push', '--hub', 'me/tiny', status=1, **there)
+    out = sh('sdip_push', '--hub', 'me/tiny', '--run', 'run', **there)
+    assert 'hf-hub:me/tiny, private' in out and hub.repos['models', 'me/tiny'].private, out
+    sent = hub.repos['models', 'me/tiny'].files
+    assert b'load_predictor(\'hf-hub:me/tiny\')' in sent['README.md'], sent.keys()
+    here = str(Path.cwd()).encode()
+    assert not [n for n, data in sent.items() if here in data or n.endswith(('.png', '.pt', '.py', '.pkl'))]
+    (hub.repos['models', 'me/tiny'].files)['evil.py'] = b'raise SystemExit("code from outside was run")'
+    sh('sdip_predict', 'noise.png', '--run', 'run', '--out', 'here.csv')
+    Path('empty').mkdir()
+    image, os.environ['PWD'] = Path('noise.png').resolve(), ''
+    os.chdir('empty')
+    sh('sdip_predict', image, '--run', 'hf-hub:me/tiny', '--out', 'there.csv', **there)
+    assert not list(Path('..').rglob('evil.py'))
+    score = sh('sdip_submit', 'score', 'there.csv', '--truth', '../here.csv')
+    assert float(score.split()[-1]) > 0.99999, score
+    asked = len(hub.seen)
+    sh('sdip_interrogate', image, '--run', 'hf-hub:me/tiny', **there, HF_HUB_OFFLINE='1')
+    assert len(hub.seen) == asked, hub.seen[asked:]
+    hub.gated.add('me/tiny')
+    assert 'accept the terms' in sh('sdip_push', '--hub', 'me/tiny', '--run', '../run', status=1, **there)
