@@ -364,7 +364,7 @@ def sdip_interrogate(
         phrases: _several('+') = None,  # files of phrases, one a line, instead of the model's lists
         names: str = None,  # file of names to keep out of the phrases, one a line
         captioner: str = None,  # blip:FOLDER, coca:FOLDER or coca:NAME:PRETRAINED; default: the model's own
-        clip: str = None,  # another CLIP: a folder, or NAME:PRETRAINED
+        clip: str = None,  # another CLIP: a folder, hf-hub:ORG/NAME, or NAME:PRETRAINED
         run: str = None,  # finished run folder: its whole ensemble guesses; --mode best: the nearest text
         download: bool = False,  # without run and model: fetch CLIP and prompts once, and answer with these
         cache: str = None,  # folder where embedded phrase lists are kept for the next time

@@ -118,7 +118,8 @@ def _named_clip(clip, device):  # None: the shipped one
     if not clip:
         with shipped('base_clip') as folder:
             return ClipEncoder(folder, device=device)
-    return ClipEncoder(*([clip] if Path(clip).is_dir() else clip.rsplit(':', 1)), device=device)
+    whole = Path(clip).is_dir() or clip.startswith('hf-hub:')
+    return ClipEncoder(*([clip] if whole else clip.rsplit(':', 1)), device=device)
 
 # %% ../nbs/05b_folder.ipynb #make-captioner
 def make_captioner(

@@ -112,17 +112,19 @@ def read_members(
 # %% ../nbs/08_kinds.ipynb #add-member
 def add_member(
         members: dict,  # a checked table
-        text: str,  # [NAME=]KIND:SOURCE[:WEIGHTS], or [NAME=]KIND
+        text: str,  # [NAME=]KIND:SOURCE[:WEIGHTS], [NAME=]KIND:hf-hub:ORG/NAME, or [NAME=]KIND
 ) -> dict:  # with one more; the table that was given is left as it is
     "One more member, as a shell says it; ValueError: a name that is there, or a text of another form"
     name, _, rest = text.rpartition('=')
-    kind, source, weights = [*(s or None for s in rest.split(':', 2)), None, None][:3]
+    kind, _, place = rest.partition(':')
+    source, _, weights = (place, '', '') if place.startswith('hf-hub:') else place.partition(':')
+    source, weights = source or None, weights or None
     stem = re.sub('[^A-Za-z0-9_-]', '_', Path(source or kind or '').name.split('.')[0])
     name, alike = name or stem, [m for m in members.values() if m['kind'] == kind]
     if name in members:
         raise ValueError(f'--add {text}: there is a member {name!r} already; name this one: '
                          f'--add {name}2={rest}')
-    member = dict(kind=kind or '', source=source, weights=weights)
+    member = dict(kind=kind, source=source, weights=weights)
     if alike and 'recipe' in _READS.get(kind, ()):
         member['recipe'] = alike[0]['recipe']
     return members | {name: {k: v for k, v in member.items() if v is not None}}

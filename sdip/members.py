@@ -90,7 +90,7 @@ def _vit(run, m):
     from sdip.encoders import shipped
     from sdip.finetune_vit import VitRegressor
     a, said = run.args, dict(img_size=m['size'], head=m['head'], seed=run.args['seed'], **m['options'])
-    if m['source'] and Path(m['source']).is_dir():
+    if m['source'] and (Path(m['source']).is_dir() or m['source'].startswith('hf-hub:')):
         return VitRegressor(weights=m['source'], **said)
     if m['source']:
         if m['weights'] == 'random':
