@@ -138,39 +138,45 @@ def _anywhere(self: Finder, name):
     return found[0] if len(found) == 1 else None
 
 # %% ../nbs/00a_locate.ipynb #mounted-parts
-def _in_data_set(parts):  # yields (slug, parts inside, is the slug certain?) for a path of another mount
-    "Which data set a path may be of"
+def _in_data_set(parts):  # yields (owner or '', slug, parts inside, is the slug certain?)
+    "Which data set a path of another mount may be of"
     if 'input' in parts[:-2]:
-        inside = parts[parts.index('input') + 1:]
-        owned = inside[0] in ('datasets', 'notebooks', 'competitions') and len(inside) > 3
-        inside = inside[1 + (inside[0] != 'competitions'):] if owned else inside
-        yield inside[0], inside[1:], True
+        inside, owner = parts[parts.index('input') + 1:], ''
+        if inside[0] in ('datasets', 'notebooks') and len(inside) > 3:
+            owner, inside = inside[1], inside[2:]
+        elif inside[0] == 'competitions' and len(inside) > 2:
+            inside = inside[1:]
+        yield owner, inside[0], inside[1:], True
     elif '..' in parts:
         inside = [p for p in parts if p != '..']
         for k in range(len(inside) - 1):
-            yield inside[k], inside[k + 1:], False
+            yield '', inside[k], inside[k + 1:], False
 
 # %% ../nbs/00a_locate.ipynb #mounted
 @patch
 def _data_sets(self: Finder, slug, certain):
     "Folders that may be a data set's, from the table's folder up"
     if (slug, certain) not in self.homes:
-        places = []
-        for up in [*Path(os.path.abspath(self.bases[0])).parents][:6]:
-            if certain or up.name == 'input' or (up/'datasets').is_dir():
+        ups, places = [*Path(os.path.abspath(self.bases[0])).parents], []
+        for up in ups[:6]:
+            if certain or up.name == 'input' or up/'datasets' in ups:  # else this is no mount
                 owners = [p for kind in ('datasets', 'notebooks') for p in sorted(up.glob(f'{kind}/*'))]
                 places += [up, up/'competitions', *owners]
         found = [place/name for place in places for name in dict.fromkeys((slug, slug.lower()))]
         self.homes[slug, certain] = [p for p in found if p.is_dir()]
     return self.homes[slug, certain]
 
+# %% ../nbs/00a_locate.ipynb #mounted-2
 @patch
 def _mounted(self: Finder, parts):
-    "The file in its data set, where that is mounted now"
-    for slug, inside, certain in _in_data_set(parts):
+    "The file in its data set, where that is mounted now; None where two data sets may be meant"
+    for owner, slug, inside, certain in _in_data_set(parts):
         homes = self._data_sets(slug, certain)
-        if p := self._first(homes, [inside, inside[:-1] + inside[-2:]]):
-            return p
+        homes = [p for p in homes if p.parent.name == owner] or homes
+        found = [self._first([home], [inside, inside[:-1] + inside[-2:]]) for home in homes]
+        found = {os.path.realpath(p): p for p in found if p}
+        if found:
+            return found.popitem()[1] if len(found) == 1 else None
 
 # %% ../nbs/00a_locate.ipynb #finder-guess
 @patch
