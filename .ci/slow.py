@@ -2596,6 +2596,7 @@ def shown_page(*args):
         assert address(), Path('show.log').read_text()
         with sync_playwright() as p:
             page = p.chromium.launch(executable_path=browser()).new_page()
+            page.set_default_timeout(120_000)
             errors, requests = [], []
             page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
             page.on('pageerror', lambda e: errors.append(str(e)))
@@ -2632,7 +2633,11 @@ def one_picture(page):
     words = guess.input_value()
     assert words and page.get_by_text(re.compile('^(un)?sure$')).count() == 1, words
     assert page.get_by_text('The prompt in the file').is_visible(), 'the prompt in the PNG was lost'
-    assert 0 < cosine_beside(page, 'expected cosine') < 1
+    expected = cosine_beside(page, 'expected cosine of the embedding')
+    both = page.get_by_text(re.compile('^expected cosine: this text about .*, the embedding about')).inner_text()
+    text, emb = map(float, re.findall(r'\d\.\d+', both))
+    assert 0 < text < emb == expected < 1, both
+    assert page.get_by_text(re.compile(r'^higher than for \d+% of 1,796 generated pictures')).is_visible()
     page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
     page.get_by_role('button', name='Copy the guess').click()
     page.get_by_role('button', name='Copied').wait_for()
@@ -2663,19 +2668,37 @@ def many_pictures(page, n):
     page.locator('input[type=file]').nth(1).set_input_files(sorted(Path('in').iterdir()))
     page.locator('.file-preview').get_by_text('broken').wait_for()
     page.get_by_role('button', name='Answer').click()
-    page.get_by_role('button', name='Download words.csv').wait_for(timeout=60000)
+    page.get_by_role('button', name='Download words.csv').wait_for()
     assert page.get_by_text(f'{n} of {n} pictures').is_visible()
     cells = lambda at: page.locator(f'.many td:nth-child({at})').all_inner_texts()
-    assert len(cells(2)) == n and [c for c in cells(7) if c] == [c for c in cells(7) if 'broken.png' in c]
-    page.get_by_role('button', name='sort by expected').click()
-    values = [float(c) for c in cells(4) if c]
-    assert values == sorted(values) and cells(2)[-1] == 'broken.png', cells(4)
+    assert len(cells(2)) == n and [c for c in cells(8) if c] == [c for c in cells(8) if 'broken.png' in c]
+    page.get_by_role('button', name='sort by embedding expected').click()
+    values, of_texts = ([float(c) for c in cells(at) if c] for at in (5, 4))
+    assert values == sorted(values) and cells(2)[-1] == 'broken.png', cells(5)
+    assert all(text < emb for text, emb in zip(of_texts, values)), 'a text comes less near than its embedding'
     files = {}
     for name in 'words.csv', 'submission.csv':
         with page.expect_download() as got:
             page.get_by_role('button', name=f'Download {name}').click()
         files[name] = Path(got.value.path()).read_text().splitlines()
     assert len(files['words.csv']) == n + 1 and len(files['submission.csv']) == n*384 + 1
+
+def odd_batches(page):
+    "Stop in the middle; a folder with other things in it and a table without prompts"
+    page.get_by_role('button', name='Answer').click()
+    page.get_by_text(re.compile('^8 of 50 pictures')).first.wait_for()
+    page.get_by_role('button', name='Stop').click()
+    page.get_by_text('Stopped.').first.wait_for()
+    page.get_by_role('button', name='Download words.csv').wait_for()
+    assert 8 <= page.locator('.many td:nth-child(2)').count() < 50
+    page.get_by_role('button', name='Clear').click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role('button', name='Choose a folder').click()
+    chooser.value.set_files('folder')
+    page.locator('.file-preview').get_by_text('prompts').wait_for()
+    assert not page.locator('.file-preview').get_by_text('notes').count(), 'what is no picture was taken'
+    page.get_by_role('button', name='Answer').click()
+    page.get_by_role('alert').get_by_text('call one prompt in the file').wait_for()
 
 def test_page_in_a_browser():
     """Drop a picture, read the guess, change words, answer 50 files; no request leaves the page's own address, the
@@ -2690,11 +2713,16 @@ def test_page_in_a_browser():
     for i in range(49):
         draw('a red cat on the beach', i).save(f'in/{i}.png', pnginfo=info if i == 0 else None)
     Path('in/broken.png').write_bytes(Path('in/1.png').read_bytes()[:100])
+    Path('folder').mkdir()
+    shutil.copy('in/1.png', 'folder')
+    Path('folder/notes.md').write_text('no picture')
+    Path('folder/prompts.csv').write_text('image,about\n1.png,a red cat\n')
     with shown_page() as (page, address, errors, requests):
         page.goto(address)
         page.get_by_text('a small model answers: class names of').wait_for()
         one_picture(page)
         many_pictures(page, 50)
+        odd_batches(page)
         nameless = page.evaluate("""() => [...document.querySelectorAll('button, input:not([type=file]), textarea')]
             .filter(o => o.checkVisibility() && !o.innerText && !o.ariaLabel && !o.labels?.length && !o.title)
             .map(o => o.outerHTML)""")

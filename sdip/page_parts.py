@@ -353,7 +353,7 @@ def truth_html(
 
 # %% ../nbs/08b_page_parts.ipynb #gather
 MOST, LARGEST = 500, '30mb'  # pictures at a time; of one file
-_TABLES = '.csv', '.tsv', '.jsonl', '.parquet'
+TABLES = '.csv', '.tsv', '.jsonl', '.parquet'
 
 def _link(f, folder):  # -> where it lies now, under a name of its own
     to, i = Path(folder)/f.name, 2
@@ -372,7 +372,7 @@ def gathered(
     """Uploaded files under their own names. A browser does not say in which folder a file lay, so pictures
     of one name get no prompt from beside them. ValueError: no picture, or too many"""
     files = list(map(Path, files))
-    kinds = ['table' if o in _TABLES else 'text' if o == '.txt' else 'picture'
+    kinds = ['table' if o in TABLES else 'text' if o == '.txt' else 'picture'
              for o in (f.suffix.lower() for f in files)]
     pictures, tables = ([f for f, k in zip(files, kinds) if k == kind] for kind in ('picture', 'table'))
     if not 0 < len(pictures) <= most:

@@ -7,6 +7,7 @@ __all__ = ['build_demo']
 
 # %% ../nbs/08b_show.ipynb #imports
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -17,9 +18,10 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+from .data import IMAGE_EXTS
 from .page import Html, markup, thumbnail
 from .page_parts import (answer_many, answer_one, batch_files, batch_table, compare_html, Desk, headed,
-                             joined, LARGEST, MOST, PARTS_STYLE, table_html, text_html, trouble_html,
+                             joined, LARGEST, MOST, PARTS_STYLE, table_html, TABLES, text_html, trouble_html,
                              truth_html)
 from .predictor import load_predictor
 
@@ -45,6 +47,7 @@ _STYLE = '''
 .shown img{width:100%!important;height:100%!important;object-fit:contain!important}
 .trouble{border-left:4px solid #dc2626;padding:.5rem .8rem;margin:.3rem 0}
 .part h2{font-size:1.05rem;margin:.4rem 0 .3rem}
+.gradio-container :focus-visible{outline:2px solid var(--sdip-bar)!important;outline-offset:2px}
 '''
 
 # %% ../nbs/08b_show.ipynb #look-many
@@ -68,14 +71,16 @@ _MANY_STYLE = '''
 '''
 
 # %% ../nbs/08b_show.ipynb #paste
-_PASTE = '''() => document.addEventListener('paste', e => {
+_LOADED = '''() => {
+document.querySelectorAll('.live').forEach(o => o.setAttribute('aria-live', 'polite'))
+document.addEventListener('paste', e => {
   const file = [...e.clipboardData.files].find(o => o.type.startsWith('image/'))
   const input = document.querySelector('.shown input[type=file]'), files = new DataTransfer()
   if (!file || !input) return
   files.items.add(file)
   input.files = files.files
   input.dispatchEvent(new Event('change', {bubbles: true}))
-})'''
+})}'''
 
 # %% ../nbs/08b_show.ipynb #copy-button
 def _copy_button(gr, box, label):
@@ -106,7 +111,7 @@ def _one_tab(gr):
                                alt_text='The picture that was given',
                                placeholder='Drop a picture here\n- or paste one, or -\nclick to choose')
         with gr.Column(scale=3, min_width=300):
-            trust = gr.HTML(_HINT)
+            trust = gr.HTML(_HINT, elem_classes='live')
             with gr.Column(visible=False, min_width=0) as guess_part:
                 guess = gr.Textbox('', label='Guess', lines=2, max_lines=8, interactive=False,
                                    elem_classes='guess')
@@ -163,7 +168,7 @@ def _shown(gr, desk, a, w, found):  # of `answer_one` -> {component: its new sta
 # %% ../nbs/08b_show.ipynb #wire-one
 def _wire_one(gr, desk, a, w):
     "What happens on the tab for one picture"
-    live = dict(show_progress='hidden', trigger_mode='multiple', api_visibility='private')
+    live = dict(show_progress='hidden', trigger_mode='always_last', api_visibility='private')
 
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
@@ -189,7 +194,7 @@ def _many_tab(gr):
         with gr.Column(scale=1, min_width=200):
             chosen = gr.UploadButton('Choose a folder', file_count='directory')
             go, stop = gr.Button('Answer', variant='primary'), gr.Button('Stop')
-    line = gr.HTML()
+    line, kept = gr.HTML(elem_classes='live'), gr.State()
     table = gr.HTML(js_on_load=_SORT)
     with gr.Row(visible=False) as row:
         words = gr.DownloadButton('Download words.csv')
@@ -211,13 +216,24 @@ element.addEventListener('click', e => {
   rows.sort((a, b) => order(text(a), text(b))).forEach(row => row.parentNode.append(row))
 })'''
 
-# %% ../nbs/08b_show.ipynb #wire-many
-def _wire_many(gr, desk, b):
-    "What happens on the tab for many pictures"
-    def answer(files, progress=gr.Progress()):
-        folder = tempfile.mkdtemp(dir=os.environ.get('GRADIO_TEMP_DIR'), prefix='sdip-')
-        pictures, shown = [], 0
-        yield {b.table: '', b.line: '', b.row: gr.update(visible=False)}
+# %% ../nbs/08b_show.ipynb #chosen-files
+def _of_folder(files):  # paths of uploads, in any order
+    "What a folder is chosen for"
+    known = *IMAGE_EXTS, *TABLES, '.txt'
+    return sorted(f for f in files or [] if Path(f).suffix.lower() in known)
+
+def _for_a_page(error):  # text -> without options of a shell
+    "What is wrong with a table, with a remedy that its owner has at hand"
+    error = re.sub(r'name (one|another column) with --(\w+)-col \(.*?\)', r'call \1 \2 in the file', error)
+    return re.sub(r'name their folder with --images, or |, or say --images.*| Paths are taken .*', '', error)
+
+# %% ../nbs/08b_show.ipynb #many-answers
+def _answers(gr, desk, b, files, progress):  # yields {component: its new state}
+    "Answers to uploads, a few at a time"
+    pictures, shown = [], 0
+    yield {b.table: '', b.line: '', b.row: gr.update(visible=False), b.kept: None,
+           b.go: gr.update(interactive=False)}
+    with tempfile.TemporaryDirectory(dir=os.environ.get('GRADIO_TEMP_DIR'), prefix='sdip-') as folder:
         try:
             for done, line, said, prompts in answer_many(desk, files, folder):
                 progress(done, desc=line)
@@ -225,17 +241,42 @@ def _wire_many(gr, desk, b):
                 if done == 1 or len(said) > 1.25*shown:  # not all rows again for each few
                     shown = len(said)
                     table = table_html(batch_table(desk, said, prompts), pictures)
-                    yield {b.line: Html(f'<p role="status">{markup(line)}</p>'), b.table: table}
-            words, submission = batch_files(desk, said, prompts, folder)
+                    yield {b.line: _status(line), b.table: table, b.kept: (line, said[:], prompts)}
         except ValueError as e:
-            yield {b.line: trouble_html(str(e).replace(f'{folder}/', ''))}
+            yield {b.line: trouble_html(_for_a_page(str(e).replace(f'{folder}/', ''))),
+                   b.go: gr.update(interactive=True)}
             return
-        yield {b.words: str(words), b.submission: str(submission), b.row: gr.update(visible=True)}
+    yield from _downloads(gr, desk, b, (line, said, prompts))
 
-    b.chosen.upload(lambda files: files, b.chosen, b.files, api_visibility='private')
-    work = b.go.click(answer, b.files, [b.line, b.table, b.row, b.words, b.submission],
-                      show_progress_on=[b.line], api_visibility='private')
-    b.stop.click(None, None, None, cancels=[work], api_visibility='private')
+def _status(line):
+    return Html(f'<p role="status">{markup(line)}</p>')
+
+# %% ../nbs/08b_show.ipynb #many-downloads
+def _downloads(gr, desk, b, kept, stopped=False):  # kept: (line, predictions, prompts), or None
+    "Both files; Gradio copies them before it asks for more"
+    yield {b.go: gr.update(interactive=True)}
+    if kept is None:
+        return
+    line, said, prompts = kept
+    with tempfile.TemporaryDirectory(prefix='sdip-') as folder:
+        words, submission = batch_files(desk, said, prompts, folder)
+        yield {b.words: str(words), b.submission: str(submission), b.row: gr.update(visible=True),
+               b.kept: None, b.line: _status(f'Stopped. {line}' if stopped else line)}
+
+# %% ../nbs/08b_show.ipynb #wire-many
+def _wire_many(gr, desk, b):
+    "What happens on the tab for many pictures"
+    def answer(files, progress=gr.Progress()):
+        yield from _answers(gr, desk, b, files, progress)
+
+    def stop(kept):
+        yield from _downloads(gr, desk, b, kept, stopped=True)
+
+    outs = [b.line, b.table, b.row, b.words, b.submission, b.kept, b.go]
+    b.chosen.upload(_of_folder, b.chosen, b.files, api_visibility='private')
+    work = b.go.click(answer, b.files, outs, show_progress_on=[b.line], trigger_mode='multiple',
+                      api_visibility='private')
+    b.stop.click(stop, b.kept, outs, cancels=[work], show_progress='hidden', api_visibility='private')
 
 # %% ../nbs/08b_show.ipynb #build
 def build_demo(
@@ -255,7 +296,7 @@ def build_demo(
     font = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     theme = gr.themes.Base(primary_hue='teal', neutral_hue='slate', **font)
     i18n = gr.I18n(en={'common.upload': 'Upload'})  # which Gradio 6.31 lacks
-    look = dict(theme=theme, i18n=i18n, css=PARTS_STYLE + _STYLE + _MANY_STYLE, js=_PASTE,
+    look = dict(theme=theme, i18n=i18n, css=PARTS_STYLE + _STYLE + _MANY_STYLE, js=_LOADED,
                 footer_links=[], run_history=False)
     demo.launch = partial(demo.launch, **look, share=False, allowed_paths=[], max_file_size=LARGEST)
     return demo
