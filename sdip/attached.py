@@ -30,9 +30,10 @@ def attached_weights(
     "Where a network lies. ValueError: it is not attached, or damaged; what to attach"
     found, o = find_outside(role, given, models=[inputs]), ROLES[role]
     if found['path'] is None:
-        why = found['fault'] or f"looked in {', '.join(found['looked'])}"
-        raise ValueError(f'{o.title} is not attached ({why}): add a data set or a Kaggle model with the '
-                         f'files of {o.repo} ({o.gb} GB, {o.licence}) to this notebook, with sdip_push --attach')
+        looked = f"{o.title} was not found in {', '.join(found['looked'])}"
+        fault = f"; {found['fault']}" if found['fault'] else ''
+        raise ValueError(f'{looked}{fault}: attach a data set or a Kaggle model with the files of {o.repo} '
+                         f'({o.gb} GB, {o.licence}), or say in WEIGHTS where it lies')
     return found['path']
 
 # %% ../nbs/08c_attached.ipynb #train
@@ -77,6 +78,8 @@ def _kind(folder, names):
     "'run', 'unfinished' or 'model'; '' for any other folder"
     if 'run.json' in names:
         return 'run' if 'ensemble.json' in names else 'unfinished'
+    if 'photo.json' in names:
+        return 'model'
     if 'config.json' in names:
         try:
             said = read_json(folder/'config.json')
@@ -87,7 +90,7 @@ def _kind(folder, names):
 
 def _digest(folder):
     "Equal for equal copies"
-    return tuple(sha256(folder/name) for name in ('config.json', 'run.json', 'ensemble.json')
+    return tuple(sha256(folder/name) for name in ('config.json', 'run.json', 'ensemble.json', 'photo.json')
                  if (folder/name).exists())
 
 # %% ../nbs/08c_attached.ipynb #find-models-2
@@ -187,7 +190,8 @@ def _known_mean(folder):
     try:
         if (folder/'run.json').exists():
             return Run(folder).mean_vector(), ''
-        mean = read_json(folder/'config.json').get('mean')
+        photo = (folder/'photo.json').exists()
+        mean = read_json(folder/('photo.json' if photo else 'config.json')).get('mean')
         return mean and np.array(mean, np.float32), f'{folder} does not say it'
     except (ValueError, OSError) as e:
         return None, str(e)

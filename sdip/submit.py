@@ -139,6 +139,12 @@ def _writing_time(names, ids, mean, blend, path, clock):
         _write_checked({m: r[:n].astype(np.float32) for m, r in rows.items()}, ids[:n], mean, blend, path)
     return 3*(clock() - start)*len(ids)/few
 
+def _all_failed(failed, always):
+    why = '; '.join(f'{m}: {error}' for m, error in failed.items())
+    if not always:
+        raise ValueError(f'every model failed: {why}')
+    warnings.warn(f'every model failed, the submission scores no more than the training mean: {why}')
+
 # %% ../nbs/07_submit.ipynb #submit-in-time
 def submit_in_time(
     models: dict,  # name -> model, as for `predict_in_time`
@@ -148,8 +154,9 @@ def submit_in_time(
     blend=None,  # {name: (n, 384) with NaN rows} -> (n, 384), as `Ensemble.predict`; not needed for one model
     until=None,  # on the clock, when the file must be there: `time.monotonic() + seconds`; None: any time
     clock=time.monotonic,  # tells the time (s)
+    always: bool = True,  # leave a file of training means where every model fails; else ValueError, no file
 ) -> dict:  # ids, filled: images given the mean; done, seconds, failed by model; report of the unreadable
-    "A complete, checked submission in time. ValueError: several models and no blend, or no readable picture"
+    "A complete, checked submission in time. ValueError: models without a blend, or no readable picture"
     if not models or (blend is None and len(models) > 1):
         raise ValueError(f"{len(models)} models and no blend, expected one model, or several and a function "
                          "that blends them, such as Ensemble.predict")
@@ -162,9 +169,9 @@ def submit_in_time(
         if len(unread) == len(files):
             raise ValueError(f"none of {len(files)} pictures could be read, so there is nothing to submit; "
                              f"the first: {unread[0]['error']}")
+        if len(got['failed']) == len(models):
+            _all_failed(got['failed'], always)
         filled = _write_checked(rows, ids, mean, blend, tmp)
-    if len(got['failed']) == len(models):
-        warnings.warn(f'every model failed: {path} is complete, and scores no more than the training mean')
     return dict(ids=ids, filled=filled) | got
 
 # %% ../nbs/07_submit.ipynb #time-text
