@@ -362,8 +362,7 @@ def run_command(
     if peek:
         return _peek(pairs)
     given = {f'{k}_from' if k in _PLACES else k: v for k, v in given.items() if v not in (None, False)}
-    rehearsal = '-rehearsal' if given.get('rehearse') else ''
-    out = out or f"runs/{Path(pairs[0]).stem if pairs else preset or 'playground'}{rehearsal}"
+    out = out or f"runs/{_name_of(pairs, preset)}{'-rehearsal' if given.get('rehearse') else ''}"
     preset = preset or usual_preset(out, pairs)
     places = MODEL_PLACES if models is None else (models, )
     if dry_run:
@@ -372,13 +371,7 @@ def run_command(
     weights = dict(models=places, download=download) if real else {}
     if preset == 'zeroshot' and download:
         given.setdefault('bank', BANK_ADDRESS)
-    run = walk(out, preset, pairs, **weights, **given)
-    if not run.pictured:
-        return (f'\n{len(run.pairs()[0]):,} prompts are known, and no picture: nothing is scored\n'
-                f'For your pictures: sdip_predict PICTURES --run {run.folder}')
-    return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
-            f"{run/'submission.csv'}: predictions for the test pictures\n"
-            f'For your own pictures: sdip_predict PICTURES --run {run.folder}')
+    return _farewell(walk(out, preset, pairs, **weights, **given))
 
 # %% ../nbs/08_run.ipynb #plan-by-names
 def _plan_by_names(args, n_prompts):
@@ -397,6 +390,21 @@ def _plan_by_names(args, n_prompts):
     return f'for {n} prompts: ' + plan_text(plans, cards=card.count, folds=args.get('folds') or 1)
 
 # %% ../nbs/08_run.ipynb #run-command-2
+def _name_of(pairs, preset):
+    "What a run is called that nobody has named"
+    if not pairs:
+        return preset or 'playground'
+    address = read_address(pairs[0])
+    return Path(address.repo if address else pairs[0]).stem
+
+def _farewell(run):
+    "Scores, and what to do next"
+    further = f'For your own pictures: sdip_predict PICTURES --run {run.folder}'
+    if not run.pictured:
+        return f'\n{len(run.pairs()[0]):,} prompts are known, and no picture: nothing is scored\n{further}'
+    return (f"\n{scoreboard_text(run)}\n\n{run/'report.html'}: the same with curves\n"
+            f"{run/'submission.csv'}: predictions for the test pictures\n{further}")
+
 def _peek(pairs):
     "The first rows of each dataset, as text"
     from sdip.remote import peek
