@@ -18,6 +18,8 @@ from .finetune_clip import read_held_out
 from .ensemble import Ensemble
 from .several import Several, find_blend, folder_names, given_blend
 from .artifacts import Run
+from .report import scoreboard_text
+from .sources import find_sources
 from .find_weights import ROLES, find_outside, load_outside
 from .predictor import FoldModel, OnCard, load_predictor
 
@@ -63,7 +65,6 @@ def finetune_attached(
     "Train on all attached pairs, on every GPU. ValueError: no pairs or no weights; what to attach"
     import torch
     from accelerate import notebook_launcher
-    from sdip.sources import find_sources
     if role not in ('clip', 'vit'):
         raise ValueError(f'role is {role!r}, expected clip or vit')
     sources, path = find_sources(inputs), attached_weights(role, inputs, weights)
@@ -230,3 +231,19 @@ def load_attached(
     if len(found) == 1 and (found[0]/'run.json').exists():
         return _of_run(found[0], ratios, device)
     return _of_folders(found, ratios, device)
+
+# %% ../nbs/08c_attached.ipynb #run-attached
+def run_attached(
+        inputs,  # folder of what is attached
+        out,  # run folder; an unfinished run goes on there
+        preset: str = 't4',  # see `sdip.presets`
+        **changes,  # more arguments of `walk`, such as clip_from='..' where another network is meant
+):  # `Run`
+    "A run on all attached pairs, with attached networks. ValueError: no pairs, or a network is not there"
+    from sdip.run import walk
+    sources = find_sources(inputs)
+    print('pairs:', ', '.join(map(str, sources)))
+    take_up(inputs, out)
+    run = walk(out, preset, sources, **dict(models=[inputs]) | changes)
+    print(scoreboard_text(run))
+    return run

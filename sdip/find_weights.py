@@ -51,6 +51,12 @@ ROLES = {o.role: o for o in OUTSIDE}
 # %% ../nbs/08_find_weights.ipynb #find-outside-3
 def _taken(path):
     file, fault = weights_in(path)
+    inside = [n for n in networks_in([path]) if n.sign] if file is None else []
+    if len(inside) == 1:
+        return _taken(inside[0].path)
+    if inside:
+        some = first_few(str(n.path) for n in inside)
+        fault = f'{path} holds {len(inside)} networks: {some}; name one of them'
     if fault:
         return dict(looked=[str(path)], fault=fault)
     return dict(looked=[str(path)], path=str(path), file=str(file), gb=file.stat().st_size/1e9)

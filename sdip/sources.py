@@ -45,7 +45,8 @@ def _picture_folder(folder):
     if not good:
         raise ValueError(f"{folder} holds {len(images)} pictures and no prompts ({report}), "
                          "and no table of them: put a table with columns image and prompt into it, "
-                         "or a .txt beside each picture, or name the table itself")
+                         "or a .txt beside each picture, or name the table itself; DiffusionDB's prompts "
+                         "are in its metadata.parquet, which is named beside its folders")
     if len(good) < len(images):
         warnings.warn(f'{folder}: {len(images) - len(good)} of {len(images)} pictures have no prompt '
                       f'and are left out; {report}', stacklevel=4)
