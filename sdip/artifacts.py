@@ -385,7 +385,8 @@ def _rows(self: Run, weighted):
     if self.__dict__.get('_seen') != (weighted, seen):
         with right_shape(file):
             table = read_parquet(file)
-            table['image'] = [path_text(p) if i else '' for i, p in zip(table.image, image_paths(table, file.parent))]
+            paths = image_paths(table, file.parent)
+            table['image'] = [path_text(p) if i else '' for i, p in zip(table.image, paths)]
         with right_shape(apart):
             if weighted and apart.exists():
                 table['weight'] = np.load(apart)

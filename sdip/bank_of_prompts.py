@@ -53,6 +53,7 @@ def _kept(run, emb, prompts):  # (n,) bool
         keep &= ~near
     return keep, lost
 
+# %% ../nbs/08_bank_of_prompts.ipynb #make-bank-2
 def make_bank(
     run: Run,  # with a `bank` among its arguments
 ) -> dict:  # facts

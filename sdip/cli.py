@@ -379,13 +379,8 @@ def sdip_interrogate(
     images = [images] if isinstance(images, str) else images
     _free(force, csv, given=[*images, *(phrases or ()), names])
     models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
-    if run and (given := [f'--{k}' for k, v in models.items() if v]):
-        raise ValueError(f"--run {run} answers with all models of a run: leave {', '.join(given)} out")
-    usual, own = photo_words, any(models.values())
-    if own and download:
-        raise ValueError('--download fetches what answers where no model is named: leave it out')
-    run = run if own else usual_run(run, download)
-    if run:
+    usual = photo_words
+    if run := usual_run(run, download, models):
         from sdip.predictor import run_words
         usual = run_words(run)
     interrogate_files(images, models, mode, work, csv, cache, usual)
@@ -416,11 +411,9 @@ def sdip_push(
     options = dict(locals())
     from sdip.push import carry_out, check_together
     if hub:
-        from sdip.travel import push_to_hub
+        from sdip.travel import send_to_hub
         check_together({k: v for k, v in options.items() if v})
-        if len(run or ()) != 1:
-            raise ValueError(f'--hub {hub} sends one run or model: name it with --run')
-        return print(push_to_hub(run[0], hub, public, prompts))
+        return print(send_to_hub(run, hub, public, prompts))
     carry_out(options)
 
 # %% ../nbs/07_submit.ipynb #command
@@ -455,7 +448,7 @@ _PRESETS = 'playground scratch tiny tiny_scratch photo zeroshot original t4 full
 def sdip_run(
         out: str = None,  # run folder; default runs/<preset>, or runs/<name of the pairs>
         preset: _one_of(_PRESETS) = None,  # default playground, photo with --pairs
-        pairs: _several() = None,  # your own pairs: folders of pictures with prompts, tables, hf-dataset:org/name
+        pairs: _several() = None,  # your own: folders of pictures with prompts, tables, hf-dataset:org/name
         seed: int = None,  # of pictures, weights and order; default 0
         clip: str = None,  # original, full: CLIP ViT-L/14 as folder or file, default looked for
         vit: str = None,  # vit_large_patch16_384, likewise

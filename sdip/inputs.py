@@ -135,12 +135,13 @@ def _split_again(pairs, folder, threshold, seed, most=20):  # -> as of `prepare_
     return table, targets, dropped, tried + 1
 
 # %% ../nbs/08_inputs.ipynb #stage-pairs
-def _lists_changed(run):  # '' for a run with pictures: there the stage of the bank looks
+def _lists_changed(run):  # '' for a run with pictures, where the stage of the bank looks
     return '' if run.pictured else bank_changed(run)
 
 @stage('Clean prompts, MiniLM targets, splits', needs=['data'],
-       args=['pairs', 'images', *BANK_ARGS], files=['emb/pairs.parquet', 'emb/targets.npy', 'emb/lists.json*'],
-       halves=['emb/prompts'], changed=_lists_changed, pictured=False)
+       args=['pairs', 'images', *BANK_ARGS], halves=['emb/prompts'],
+       files=['emb/pairs.parquet', 'emb/targets.npy', 'emb/lists.json*'],
+       changed=_lists_changed, pictured=False)
 def stage_pairs(run):
     "Clean and embed the prompts, drop near-duplicates, split what has no split"
     if not run.pictured:

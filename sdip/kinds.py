@@ -23,7 +23,8 @@ _READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=
 _OPTIONS = dict(knn=dict(bank=('best', 'texts')),
                 frozen=dict(by=('group', 'source'), whole=(True, False), backbones=list, dims=int,
                             landmarks=int, width=float),
-                interrogator=dict(ranker=('large', 'base'), words=('classic', 'writeup'), favourites=(False, True), phrases=dict))
+                interrogator=dict(ranker=('large', 'base'), words=('classic', 'writeup'),
+                                  favourites=(False, True), phrases=dict))
 _TYPES = dict(source=str | None, weights=str | None, sha256=str | None, size=int | None, head=str,
               recipe=dict, options=dict)
 

@@ -397,7 +397,7 @@ def run_words(
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
-        folder=None,  # of a saved model or a run, hf-hub:org/name, or a list of them; None: the small model for photographs
+        folder=None,  # of a saved model or a run, hf-hub:org/name, a list of them; None: for photographs
         device=None,  # see `sdip.preprocess.pick_device`
         kinds: dict = None,  # kind -> your own class, with `load(folder, device=None)`
 ):  # with `.predict(images) -> (n, 384)` and `.report`

@@ -18,6 +18,23 @@ from .hub import fetch_file, read_address
 from .prompts import clean_prompts, duplicate_of
 from .tables import read_texts
 
+# %% ../nbs/00a_prompt_lists.ipynb #bank-rows
+def bank_rows(
+    prompts,  # of `read_prompts`
+    source: str = 'bank',  # names them
+) -> pd.DataFrame:  # a pairs table; `image` is ''
+    "Prompts as training rows of a pairs table"
+    n = len(prompts)
+    return pd.DataFrame(dict(id=[f'{source}-{i}' for i in range(n)], image='', prompt=list(prompts),
+                             source=path_text(source), split='train', group=-1, weight=1.))
+
+# %% ../nbs/00a_prompt_lists.ipynb #has-picture
+def has_picture(
+    pairs: pd.DataFrame,  # a pairs table of n rows
+) -> np.ndarray:  # (n,) bool
+    "Which rows have a picture"
+    return (pairs.image != '').to_numpy()
+
 # %% ../nbs/00a_prompt_lists.ipynb #parquet
 def _parquet_texts(path, column):
     import pyarrow.parquet as pq
@@ -41,8 +58,8 @@ def _texts(source, column):
     path = Path(source) if address is None else fetch_file(address)
     if path.is_dir() or not path.exists():
         what = 'is a folder' if path.is_dir() else 'does not exist'
-        raise ValueError(f"{path} {what}: give a .txt of one prompt a line, a table with a column of prompts, "
-                         "or hf-dataset:org/name")
+        raise ValueError(f"{path} {what}: give a .txt of one prompt a line, a table with a column of "
+                         "prompts, or hf-dataset:org/name")
     return _parquet_texts(path, column) if path.suffix == '.parquet' else read_texts(path, column)
 
 # %% ../nbs/00a_prompt_lists.ipynb #read-prompts
@@ -69,20 +86,3 @@ def read_prompts(
                          "be used, expected one a line or in a column")
     first = duplicate_of([kept[i] for i in rows])
     return [kept[i] for j, i in enumerate(rows) if first[j] == j]
-
-# %% ../nbs/00a_prompt_lists.ipynb #bank-rows
-def bank_rows(
-    prompts,  # of `read_prompts`
-    source: str = 'bank',  # names them
-) -> pd.DataFrame:  # a pairs table; `image` is ''
-    "Prompts as training rows of a pairs table"
-    n = len(prompts)
-    return pd.DataFrame(dict(id=[f'{source}-{i}' for i in range(n)], image='', prompt=list(prompts),
-                             source=path_text(source), split='train', group=-1, weight=1.))
-
-# %% ../nbs/00a_prompt_lists.ipynb #has-picture
-def has_picture(
-    pairs: pd.DataFrame,  # a pairs table of n rows
-) -> np.ndarray:  # (n,) bool
-    "Which rows have a picture"
-    return (pairs.image != '').to_numpy()

@@ -14,16 +14,24 @@ from .presets import BANK_ADDRESS
 def usual_run(
     run=None,  # folder that was named
     download: bool = False,  # may the run be made?
+    others: dict = {},  # option -> a model that was named instead, or None
 ):  # folder of the run that answers; None: the small model for photographs
     "What answers: the run that was named, else the zero-shot run of this user. ValueError: both were named"
+    if given := [f'--{k}' for k, v in others.items() if v]:
+        if run or download:
+            raise ValueError(f"{'--run' if run else '--download'} answers with all models of a run: leave "
+                             f"{', '.join(given)} out")
+        return None
     if run is not None:
         if download:
-            raise ValueError(f'--download fetches what answers where no run is named: leave it out, or --run {run}')
+            raise ValueError('--download fetches what answers where no run is named: leave it out, or '
+                             f'--run {run}')
         return run
     at = cache_folder()/'zeroshot'
     if download:
         from sdip.run import walk
-        bank = None if (at/'run.json').exists() else BANK_ADDRESS
-        walk(at, 'zeroshot', bank=bank or read_fields(at/'run.json', f'delete {at}', args=dict)['args']['bank'],
-             download=True)
+        bank = BANK_ADDRESS
+        if (at/'run.json').exists():
+            bank = read_fields(at/'run.json', f'delete {at}', args=dict)['args']['bank']
+        walk(at, 'zeroshot', bank=bank, download=True)
     return at if (at/'ensemble.json').exists() else None
