@@ -173,7 +173,7 @@ def run_files(
     "What prediction reads of a run; ValueError: it is not finished"
     run = Path(run)
     if not (run/'ensemble.json').is_file():
-        raise ValueError(f"{run} has no ensemble.json: finish the run first, with sdip_run --out {run}")
+        raise ValueError(f"{run} has no ensemble.json: repeat the sdip_run that began it, options and all")
     files = {}
     for name in _shares(run):
         found = _files_of(run/name, _AT_HOME)
