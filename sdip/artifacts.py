@@ -91,7 +91,7 @@ class Run:
         if not file.exists():
             if args is None:
                 raise ValueError(f'{self.folder} holds no run.json: it is no run folder; '
-                                 f'make one with sdip_run --out {self.folder}')
+                                 'name the folder that an sdip_run has made')
             self._refuse_foreign()
             write_json(dict(args=self.args, sdip=__version__), file)
         remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
@@ -197,9 +197,10 @@ def _refuse_other(self: Run, before):
 def _refuse_foreign(self: Run):
     "A folder without run.json that holds what a run would replace is somebody else's"
     names = {f for s in self.stages() for f in s.files + s.logs + s.halves if '*' not in f}
+    names |= {'config.json', 'checkpoint.pt'}  # a model that was trained alone
     if there := sorted(f for f in names if (self/f).exists()):
         raise ValueError(f'{self.folder} is no run folder (it has no run.json), '
-                         f'and holds {there[0]}, which a run would replace: choose another --out')
+                         f'and holds {there[0]}, which is no part of this run: choose another --out')
 
 # %% ../nbs/08_artifacts.ipynb #run-receipts
 @patch

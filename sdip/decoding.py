@@ -279,6 +279,7 @@ class TextSearch:
     ):
         self.lexicon, self.goal, self.readable, self.prices = lexicon, goal, readable, prices
         self.rows, self.value, self.near = {}, {}, {}  # words -> row, value, nearness
+        self._guessed = {}  # words -> their changes
 
     def see(
             self,
@@ -291,15 +292,20 @@ class TextSearch:
             self.rows[words], self.near[words] = row, float(row @ self.goal)
             self.value[words] = self.near[words] - self.price(words) if good else -np.inf
 
-    def price(self, words) -> float:
-        "What a text's length costs."
-        return self.prices[0]*len(cut_phrases(words)) + self.prices[1]*count_words(words)
+# %% ../nbs/05c_decoding.ipynb #text-search-top
+@patch
+def price(self: TextSearch, words) -> float:
+    "What a text's length costs."
+    if not any(self.prices):
+        return 0.
+    return self.prices[0]*len(cut_phrases(words)) + self.prices[1]*count_words(words)
 
-    def top(self, n: int = 1) -> list:  # of texts, best first
-        "The best texts seen; where none is readable, the nearest."
-        found = [w for w, v in self.value.items() if np.isfinite(v)]
-        by = self.value if found else self.near
-        return sorted(found or self.near, key=by.get, reverse=True)[:n]
+@patch
+def top(self: TextSearch, n: int = 1) -> list:  # of texts, best first
+    "The best texts seen; where none is readable, the nearest."
+    found = [w for w, v in self.value.items() if np.isfinite(v)]
+    by = self.value if found else self.near
+    return sorted(found or self.near, key=by.get, reverse=True)[:n]
 
 # %% ../nbs/05c_decoding.ipynb #text-search-guess
 @patch
@@ -341,9 +347,11 @@ def propose(
     "The most promising changes of the best texts; of those with the same words the first."
     found, out = {}, {}
     for words in self.top(width):
-        for text, value in self.guesses(words).items():
+        if words not in self._guessed:
+            self._guessed[words] = self.guesses(words)
+        for text, value in self._guessed[words].items():
             found[text] = max(value, found.get(text, -np.inf))
-    for text in sorted(found, key=found.get, reverse=True):
+    for text in sorted((t for t in found if t not in self.rows), key=found.get, reverse=True):
         if len(out) == n:
             break
         if frozenset(text) not in out and (self.readable is None or self.readable.passes(text)):
@@ -366,6 +374,15 @@ def climb(
         _, rows = yield [join_words(w) for w in new]
         self.see(new, rows)
         budget -= len(new)
+
+# %% ../nbs/05c_decoding.ipynb #text-search-mean
+@patch
+def mean_row(self: TextSearch, sharp: float = 10.) -> np.ndarray:  # (d,)
+    "Mean row of the texts that passed, weighted by their value."
+    good = [w for w, v in self.value.items() if np.isfinite(v)] or self.top()
+    value = np.nan_to_num([self.value[w] for w in good], neginf=0.)  # (m,)
+    weights = np.exp(sharp*(value - value.max()))
+    return weights @ np.stack([self.rows[w] for w in good])/weights.sum()  # (m,) @ (m, d)
 
 # %% ../nbs/05c_decoding.ipynb #decoder-class
 _WORDS = dict(look=2., phrase=.075, word=.1)  # weight of CLIP; prices of a usual length, in that weight
@@ -427,16 +444,16 @@ def text_rows(
 
 # %% ../nbs/05c_decoding.ipynb #decode-search
 @patch
-def _search(self: Decoder, emb, looks, first, budgets, how, readable=None):  # -> n `TextSearch`
-    goals, weight = emb, 0. if looks is None or self.clip is None else how['look']
+def _search(self: Decoder, emb, looks, first, budgets, how, readable=None, width=4):
+    goals, weight = emb, 0. if looks is None else how['look']
     if self.clip is not None:
-        beside = self.rows.shape[1] - EMB_DIM
-        goals = np.hstack([emb, np.zeros((len(emb), beside)) if looks is None else how['look']*looks])
+        zeros = np.zeros((len(emb), self.rows.shape[1] - EMB_DIM))
+        goals = np.hstack([emb, zeros if looks is None else how['look']*looks])
     prices = tuple(weight*np.array([how['phrase'], how['word']])/self.usual)
     searches = [TextSearch(self.lexicon, g, readable, prices) for g in goals]
     for s, seen in zip(searches, first):
         s.see(list(seen), list(seen.values()))
-    run_searches(self.text_rows, goals, [s.climb(b) for s, b in zip(searches, budgets)])
+    run_searches(self.text_rows, goals, [s.climb(b, width) for s, b in zip(searches, budgets)])
     return searches
 
 @patch
@@ -458,13 +475,22 @@ def _decode_some(self: Decoder, emb, looks, starts, encodings):
     kept = dict(zip(flat, self.text_rows([join_words(w) for w in flat]))) if flat else {}
     free = [{self.words[j]: j for j in i[::-1]} for i in near]  # the nearest of those that begin alike
     first = [{w: kept[w] for w in s} | {w: self.rows[j] for w, j in f.items()} for s, f in zip(starts, free)]
-    budgets = [encodings - len(s) for s in starts]
-    half = [min(b - b//2, 100) for b in budgets]  # the readable search has nothing more to find then
-    fine = self._search(emb, looks, first, half, _WORDS, self.readable)
-    both = [f | {w: s.rows[w] for w in s.top(10)} for f, s in zip(first, fine)]
-    rough = self._search(emb, looks, both, [b - h for b, h in zip(budgets, half)], _BEST)
+    fine, rough = self._searches(emb, looks, first, encodings - np.array([len(s) for s in starts]))
     known = [{w: self.prompts[j] for w, j in f.items()} for f in free]
     return [self._answer(*one) for one in zip(emb, fine, rough, known)]
+
+@patch
+def _searches(self: Decoder, emb, looks, first, budgets, most=100):  # -> readable, nearest: n `TextSearch`
+    half = np.minimum(budgets - budgets//2, most)  # (n,)
+    fine = self._search(emb, looks, first, half, _WORDS, self.readable)
+    first = [f | {w: s.rows[w] for w in s.top(10)} for f, s in zip(first, fine)]
+    rest = np.minimum(budgets - half, most)
+    rough, left = self._search(emb, looks, first, rest, _BEST), budgets - half - rest
+    mean = np.stack([s.mean_row()[:EMB_DIM] for s in fine])  # (n, 384)
+    for share, part in ((.5, left//2), (.15, left - left//2)) if left.any() else ():
+        seen = [f.rows | r.rows for f, r in zip(fine, rough)]
+        rough = self._search(unit(emb + share*mean), looks, seen, part, _BEST, width=8)
+    return fine, rough
 
 # %% ../nbs/05c_decoding.ipynb #check-rows
 def check_rows(
@@ -483,16 +509,18 @@ def check_rows(
 def decode(
         self: Decoder,
         emb,  # (n, 384) predicted rows; a row of NaN gets no text
-        looks=None,  # (n, d) rows of the pictures by the CLIP, less its reference; None: not used
+        looks=None,  # (n, d) rows of the pictures by the CLIP, less its reference; without one not used
         starts=None,  # n lists of texts to begin with, besides the nearest prompts
         encodings: int = 100,  # new texts that MiniLM reads for each row, at most
 ) -> pd.DataFrame:  # best, best_near, words, words_near (cosines to the row), encoded (texts)
     "The nearest text for each row, and a readable one. ValueError: another shape, other numbers of rows."
     emb = check_rows(emb, looks=looks, starts=starts)
+    width = self.rows.shape[1] - EMB_DIM  # of the CLIP; 0: there is none
+    looks = None if looks is None or not width else check_emb(looks, 'looks', width, finite=False)
     out = [dict(best='', best_near=np.nan, words='', words_near=np.nan, encoded=0) for _ in emb]
     good = np.flatnonzero(np.isfinite(emb).all(1))
     for part in (good[lo:lo + 64] for lo in range(0, len(good), 64)):
-        seen = None if looks is None else np.asarray(looks)[part]
+        seen = None if looks is None else looks[part]
         begin = [() if starts is None else starts[i] for i in part]
         for i, row in zip(part, self._decode_some(unit(emb[part]), seen, begin, encodings)):
             out[i] = row
