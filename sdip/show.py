@@ -168,7 +168,7 @@ def _shown(gr, desk, a, w, found):  # of `answer_one` -> {component: its new sta
 # %% ../nbs/08b_show.ipynb #wire-one
 def _wire_one(gr, desk, a, w):
     "What happens on the tab for one picture"
-    live = dict(show_progress='hidden', trigger_mode='always_last', api_visibility='private')
+    live = dict(show_progress='hidden', trigger_mode='multiple', api_visibility='private')
 
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
