@@ -173,6 +173,10 @@ def _wire_one(gr, desk, a, w):
     def answer(path):
         return _shown(gr, desk, a, w, answer_one(desk, path))
 
+    def compare(first, second, emb):  # an answer fills one box, then the other; requests overtake each other
+        half = bool(first.strip()) != bool(second.strip())
+        return gr.skip() if half else compare_html(desk, first, second, emb)
+
     outs = [a.emb, a.expected, a.offered, a.trust, a.guess, a.guess_near, a.guess_part, a.best, a.best_near,
             a.best_part, a.near, a.models, a.known, w.row, w.text, w.truth, w.truth_said, w.first, w.second,
             w.boxes, w.text_said, w.compared]
@@ -181,8 +185,7 @@ def _wire_one(gr, desk, a, w):
     w.boxes.input(joined, [a.offered, w.boxes], w.text, **live)
     w.text.change(lambda *o: text_html(desk, *o), [w.text, a.emb, a.guess, a.expected], w.text_said,
                   **live)
-    gr.on([w.first.change, w.second.change], lambda *o: compare_html(desk, *o), [w.first, w.second, a.emb],
-          w.compared, **live)
+    gr.on([w.first.change, w.second.change], compare, [w.first, w.second, a.emb], w.compared, **live)
 
 # %% ../nbs/08b_show.ipynb #many-tab
 def _many_tab(gr):
