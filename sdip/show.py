@@ -301,6 +301,7 @@ def build_demo(
     i18n = gr.I18n(en={'common.upload': 'Upload'})  # which Gradio 6.31 lacks
     look = dict(theme=theme, i18n=i18n, css=PARTS_STYLE + _STYLE + _MANY_STYLE, js=_LOADED,
                 footer_links=[], run_history=False)
+    demo.desk = desk
     demo.launch = partial(demo.launch, **look, share=False, allowed_paths=[], max_file_size=LARGEST)
     return demo
 
@@ -327,6 +328,7 @@ def serve(
             threading.Event().wait()
         finally:
             demo.close(verbose=False)
+            demo.desk.lock.acquire(timeout=20)  # a network at work would abort the process as it ends
 
 # %% ../nbs/08b_show.ipynb #check-port
 def _check_port(port):
