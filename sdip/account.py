@@ -142,20 +142,33 @@ def state_of(
             return ''
     return 'ready' if state in _READY else state
 
+# %% ../nbs/07_account.ipynb #as-source
+_PARTS = dict(datasets=(2, 3), code=(2, 3), models=(5, ), competitions=(1, ))  # 3: a version
+_TABS = 'data code output notebook input log logs comments discussion suggestions rules overview'
+
+def _as_source(ref):
+    "(kinds that may be meant, name) of an address or a short name. ValueError: of none"
+    name = re.sub(r'^(https?://)?(www\.)?kaggle\.com/|[?#].*$', '', ref.strip()).strip('/')
+    head, _, rest = name.partition('/')
+    kinds, name = ([head], rest) if head in KINDS else (['datasets', 'code', 'models'], name)
+    if len(kinds) == 1:
+        name = re.sub(f"/({_TABS.replace(' ', '|')})$", '', name).replace('/versions/', '/')
+    parts = name.split('/')
+    kinds = [kind for kind in kinds if len(parts) in _PARTS[kind]]
+    if kinds and len(parts) == 3 and not parts[2].isdigit() or not re.fullmatch(r'[\w./-]+', name):
+        kinds = []
+    if not kinds:
+        raise ValueError(f'{ref!r} is no source of a notebook, expected owner/slug of a dataset or notebook, '
+                         'owner/model/framework/variation/version, or competitions/name')
+    return kinds, name
+
 # %% ../nbs/07_account.ipynb #find-source
 def find_source(
     api,  # of `kaggle_client`
     ref: str,  # as in the address: owner/slug, owner/model/framework/variation/version, competitions/name
 ) -> tuple:  # (kind, the ref that a notebook's metadata takes)
     "Ask Kaggle what a name means. ValueError: nothing, two things, or something that is not ready"
-    name = re.sub(r'^(https?://)?(www\.)?kaggle\.com/', '', ref).strip('/')
-    head, _, rest = name.partition('/')
-    kinds, name = ([head], rest) if head in KINDS else ([], name)
-    if not kinds:
-        kinds = {2: ['datasets', 'code'], 3: ['datasets', 'code'], 5: ['models']}.get(name.count('/') + 1, [])
-    if not kinds or not re.fullmatch(r'[\w./-]+', name):
-        raise ValueError(f'{ref!r} is no source of a notebook, expected owner/slug of a dataset or notebook, '
-                         'owner/model/framework/variation/version, or competitions/name')
+    kinds, name = _as_source(ref)
     states = {kind: state for kind in kinds if (state := state_of(api, kind, name))}
     if not states:
         raise ValueError(f'Kaggle has no {" or ".join(kinds)} {name}, or you may not see it: is it spelled '

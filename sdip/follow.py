@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/07_follow.ipynb #imports
 import io
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -49,13 +50,15 @@ def last_version(
 def log_end(
     text: str,  # of the client
     n: int = 15,  # lines
+    width: int = 300,  # characters of a line
 ) -> list:  # the last lines that a person would have seen
     "The end of a log, in Kaggle's form or plain"
     try:
         text = ''.join(str(piece['data']) for piece in json.loads(text))
     except (ValueError, TypeError, KeyError):
         pass
-    return [line for line in text.splitlines() if line.strip()][-n:]
+    lines = [line for line in re.sub(r'\x1b\[[\d;]*[A-Za-z]', '', text).splitlines() if line.strip()][-n:]
+    return [line if len(line) <= width else f'{line[:width]}.. ({len(line):,} characters)' for line in lines]
 
 # %% ../nbs/07_follow.ipynb #ask
 _DONE = 'complete', 'error', 'cancel_requested', 'cancel_acknowledged'
@@ -109,15 +112,23 @@ def wait_for(
         raise ValueError(f'{version} ended with {state}{failed}; its log is at {version.url}, and --last '
                          '--output FOLDER fetches it')
 
+# %% ../nbs/07_follow.ipynb #check-new
+def check_new(
+    path,  # a folder
+):
+    "ValueError: it holds something already, or is a file"
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f'{path} is there already: name another folder, or delete it')
+
 # %% ../nbs/07_follow.ipynb #whole-folder
 @contextmanager
 def whole_folder(
     path,  # the folder; not there, or empty
 ):  # yields a folder to write to
     "A folder that is there whole or not at all. ValueError: it holds something already"
+    check_new(path)
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f'{path} is there already: name another folder, or delete it')
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.tmp-{path.name}-', dir=path.absolute().parent))
     try:

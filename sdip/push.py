@@ -17,7 +17,7 @@ from pathlib import Path
 from .account import accepted, COMPETITION, find_source, kaggle_client, KINDS, server_words, state_of
 from .assets import ASSETS, CODE, code_digests, contents_of, IMAGENET, send_assets, WHEELS
 from .core import atomic_path, write_json
-from .follow import fetch_output, last_version, pull_data, submit_version, Version, wait_for
+from .follow import check_new, fetch_output, last_version, pull_data, submit_version, Version, wait_for
 
 # %% ../nbs/07_push.ipynb #kernel-names
 KERNELS = ('00_data', '01_dedup_weighting', '02_finetune_clip', '03_finetune_vit', '04_knn',
@@ -108,25 +108,49 @@ def sources_of(
 
 # %% ../nbs/07_push.ipynb #set-parsed
 def _given(sets):
-    "NAME=VALUE, one after the other -> dict"
-    given = {}
+    "NAME=VALUE, one after the other -> {name: text}"
     for o in sets:
-        name, equals, text = o.partition('=')
+        name, equals, _ = o.partition('=')
         if not equals or not name.isidentifier():
             raise ValueError(f'--set {o!r}, expected NAME=VALUE, such as REAL=True')
-        try:
-            given[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            given[name] = text
-    return given
+    return dict(o.split('=', 1) for o in sets)
+
+def _literal(said):
+    "A text or a node as a value; None where it is none"
+    try:
+        return ast.literal_eval(said)
+    except (ValueError, SyntaxError, TypeError):
+        return None
 
 def _assigned(source):
-    "Names that a cell gives values to"
-    lines = [line for line in source.splitlines() if line[:1] not in ('%', '!')]
-    body = ast.parse('\n'.join(lines)).body
-    nodes = [node for node in body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    targets = [t for node in nodes for t in getattr(node, 'targets', None) or [node.target]]
-    return [o.id for t in targets for o in ast.walk(t) if isinstance(o, ast.Name)]
+    "Names that a cell gives values to -> these values, None where one is no literal"
+    lines, found = [line for line in source.splitlines() if line[:1] not in ('%', '!')], {}
+    for node in ast.parse('\n'.join(lines)).body:
+        for target in getattr(node, 'targets', None) or [getattr(node, 'target', None)]:
+            pairs = [(target, node.value)] if isinstance(target, ast.Name) else []
+            if isinstance(target, ast.Tuple):
+                values = getattr(node.value, 'elts', [None]*len(target.elts))
+                pairs = zip(target.elts, values)
+            found |= {t.id: _literal(v) for t, v in pairs if isinstance(t, ast.Name)}
+    return found
+
+# %% ../nbs/07_push.ipynb #set-value
+def _value(name, text, default):
+    "What a text means, by the parameter's default"
+    value, odd = _literal(text), text.lower() in ('true', 'false', 'none') or text.startswith(('{', '[', '('))
+    if isinstance(default, str):
+        return value if isinstance(value, str) else text
+    if value is None and (text == 'None' or default is None and not odd):
+        return None if text == 'None' else text
+    for kind, said in (bool, 'True or False'), ((int, float), 'a number'), (dict, "such as {'clip': 1}"):
+        if isinstance(default, kind):
+            if not isinstance(value, kind) or kind != bool and isinstance(value, bool):
+                raise ValueError(f'--set {name}={text}, expected {said}')
+            break
+    if value is None:
+        raise ValueError(f'--set {name}={text} is no value of Python; in a shell it stands in quotes: '
+                         '''"NAME={'clip': 1}"''')
+    return value
 
 # %% ../nbs/07_push.ipynb #set-parameters
 def set_parameters(
@@ -134,7 +158,7 @@ def set_parameters(
     sets: list,  # of NAME=VALUE
     notebook: str,  # its name, for messages
 ) -> dict:  # a copy with one cell more
-    "Set parameters of a notebook. ValueError: it has none, or none of that name"
+    "Set parameters of a notebook. ValueError: it has none, none of that name, or a value of another kind"
     nb, given = deepcopy(nb), _given(sets)
     at = [i for i, c in enumerate(nb['cells']) if 'parameters' in c.get('metadata', {}).get('tags', ())]
     if not at:
@@ -143,9 +167,9 @@ def set_parameters(
     for name in given:
         if name not in known:
             raise ValueError(f"--set: {name!r} is no parameter of {notebook}, known are {', '.join(known)}")
-    source = '\n'.join(['# Parameters', *(f'{name} = {value!r}' for name, value in given.items())])
+    lines = [f'{name} = {_value(name, text, known[name])!r}' for name, text in given.items()]
     cell = dict(cell_type='code', id='set-parameters', metadata=dict(tags=['injected-parameters']),
-                execution_count=None, outputs=[], source=source)
+                execution_count=None, outputs=[], source='\n'.join(['# Parameters', *lines]))
     nb['cells'].insert(at[0] + 1, cell)
     return nb
 
@@ -270,6 +294,8 @@ def _follow(notebook, doing, given):
     sent = {k: given[k] for k in ('attach', 'gpu', 'internet') if k in given}
     sent['sets'] = given.get('set', ())
     _read_notebook(notebook)  # before anybody signs in
+    if 'output' in given:
+        check_new(given['output'])  # before hours are spent
     if doing == 'push':
         version = push(notebook, **sent)
         print(f'{version} has begun: {version.url}', flush=True)
@@ -294,6 +320,8 @@ def carry_out(
     given = {k: v for k, v in options.items() if v not in (None, False, [])}
     for k in {'attach', 'run', 'set', 'weights'} & given.keys():
         given[k] = [given[k]] if isinstance(given[k], str) else given[k]
+    if empty := [k for k, v in given.items() if v == '' or isinstance(v, list) and '' in v]:
+        raise ValueError(f'{empty[0]} is empty: is a variable of the shell not set?')
     if 'attach' in given:
         given['attach'] = [o for text in given['attach'] for o in text.split(',') if o]
     doing = check_together(given)
