@@ -142,7 +142,7 @@ def weights_set(
     if not path.exists() or not files:
         why = 'is empty' if path.exists() else 'does not exist'
         raise ValueError(f'weights has {str(path)!r}, which {why}: give files or folders of weights')
-    name = re.sub('[^a-z0-9]+', '-', path.absolute().name.lower()).strip('-')
+    name = re.sub('[^a-z0-9]+', '-', os.path.basename(os.path.abspath(path)).lower()).strip('-')
     return DataSet(f'{WEIGHTS}-{name}'[:50].rstrip('-'), files)  # a slug has 50 characters at most
 
 # %% ../nbs/07_assets.ipynb #run-members
@@ -204,7 +204,7 @@ def model_files(
     if runs:
         return {f'run/{f}': p for f, p in run_files(runs[0], tmp).items()}
     for folder in folders:
-        name = folder.absolute().name
+        name = Path(os.path.abspath(folder)).name
         if not any((folder/f).is_file() for f in ('config.json', 'photo.json')):
             raise ValueError(f'{folder} holds neither run.json nor config.json: give a finished run, or '
                              'folders of saved models')

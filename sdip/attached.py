@@ -182,7 +182,12 @@ def _of_run(folder, ratios, device):
     ensemble = Ensemble.load(run/'ensemble.json')
     loads = {m: _run_parts(run, m) for m in ensemble.ratios}
     if ratios is not None:
-        ensemble, how = given_blend(ratios, loads), 'ratios as given'
+        blend, how = given_blend(ratios, loads), 'ratios as given'
+        home = [m for m in blend.ratios if not ensemble.ratios[m] and not (run/m).exists()]
+        if home:
+            raise ValueError(f"{', '.join(home)} has no ratio in the run's blend, so it is not in {folder}: "
+                             'attach the output of the notebook that made the run, or leave it out of RATIOS')
+        ensemble = blend
     return Attached(loads, ensemble, how, run.mean_vector(), device)
 
 # %% ../nbs/08c_attached.ipynb #of-folders

@@ -49,11 +49,14 @@ OUTSIDE = (
 ROLES = {o.role: o for o in OUTSIDE}
 
 # %% ../nbs/08_find_weights.ipynb #find-outside-3
-def _taken(path):
+def _taken(path, role):
+    "What is said of a place; of several networks there, the one that fits the role"
     file, fault = weights_in(path)
     inside = [n for n in networks_in([path]) if n.sign] if file is None else []
-    if len(inside) == 1:
-        return _taken(inside[0].path)
+    alike = [n for n in inside if n.sign.split(' ')[0] == ROLES[role].sign.split(' ')[0]]
+    for fits in [n for n in alike if n.sign == ROLES[role].sign], alike, inside:
+        if len(fits) == 1:
+            return _taken(fits[0].path, role)
     if inside:
         some = first_few(str(n.path) for n in inside)
         fault = f'{path} holds {len(inside)} networks: {some}; name one of them'
@@ -100,7 +103,7 @@ def find_outside(
     o, repo = ROLES[role], str(given or ROLES[role].repo).removeprefix('hf-hub:')
     out = dict(role=role, title=o.title, path=None, file=None, gb=o.gb, looked=[], fault='')
     if given and (Path(given).exists() or str(given).count('/') != 1):
-        return out | _taken(given)  # a path, not an address
+        return out | _taken(given, role)  # a path, not an address
     looked = [*map(str, models)]
     there = [] if repo != o.repo else networks_in(models) if there is None else there
     found = _fitting(role, there, digest)
@@ -109,11 +112,11 @@ def find_outside(
         fault = f'{len(found)} different networks are a {o.sign!r}: {some}; say which, with --{role} PATH'
         return out | dict(looked=looked, fault=fault)
     if found:
-        return out | _taken(found[0].path)
+        return out | _taken(found[0].path, role)
     looked.append(f'the Hugging Face cache, for {repo}')
     cached = _in_cache(repo)
     if cached and (not digest or sha256(weights_in(cached)[0]) == digest):
-        taken = _taken(cached)
+        taken = _taken(cached, role)
         return out | taken | dict(looked=looked + taken['looked'])
     return out | dict(looked=looked, path=f'hf-hub:{repo}' if download else None, fault=_beside(there))
 

@@ -49,26 +49,30 @@ def setup_notebook(
     shell.input_transformers_cleanup.append(skip_marked)
 
 # %% ../nbs/00_kaggle.ipynb #unfinished
-def _unfinished(inputs, name):
-    "Folders of that name below `inputs` that hold unfinished work"
-    found = []
+def _earlier(inputs, name):
+    "Folders of that name below `inputs`: those with unfinished work, those where it is finished"
+    begun, done = [], []
     for at, inside, names in os.walk(inputs, followlinks=True):
         deep = len(Path(at).relative_to(inputs).parts) >= 6 or len(names) >= 1000
         inside[:] = [] if deep else sorted(d for d in inside if d[0] != '.')
-        begun = 'run.json' in names and 'ensemble.json' not in names
-        if Path(at).name == name and (begun or 'checkpoint.pt' in names):
-            found.append(Path(at))
+        end = 'ensemble.json' if 'run.json' in names else 'scores.json'  # what is written last
+        cut = 'checkpoint.pt' in names or 'run.json' in names and end not in names
+        if Path(at).name == name and (cut or end in names):
+            (begun if cut else done).append(Path(at))
             inside[:] = []
-    return found
+    return begun, done
 
 # %% ../nbs/00_kaggle.ipynb #take-up
 def take_up(
     inputs,  # folder of what is attached, such as /kaggle/input
     out,  # folder that this session works in
 ) -> bool:  # was there such work?
-    "Copy unfinished work of an earlier session to `out`, unless `out` is there. ValueError: several of them"
+    "Copy unfinished work of an earlier session to `out`, unless `out` is there. ValueError: several, or finished"
     out, partial = Path(out), Path(out).with_name(f'.tmp-{Path(out).name}')
-    found = [] if out.exists() else _unfinished(inputs, out.name)
+    found, done = ([], []) if out.exists() else _earlier(inputs, out.name)
+    if done:
+        raise ValueError(f'{done[0]} is finished, and would be trained again: detach it, or give OUT another '
+                         f'name, such as {out}2')
     if len(found) > 1:
         raise ValueError(f"{len(found)} attached folders hold unfinished work for {out.name}: "
                          f"{', '.join(map(str, found))}; attach one of them")

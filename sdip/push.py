@@ -66,13 +66,13 @@ def _own(api, user, slug, send):
         raise ValueError(f'{user}/{slug} {why}, so nothing was pushed: send it first, with {send}')
     return found
 
-def _library(api, user, trains):
+def _library(api, user, looks):
     "The datasets of the library; a line where it is another than the clone's"
     made_of = _own(api, user, CODE, 'sdip_push --assets')['made_of']
     _own(api, user, WHEELS, 'sdip_push --assets')
     if made_of != code_digests('.'):
         print(f'{user}/{CODE} is not what this clone holds: sdip_push --assets sends the clone as it is now')
-    more = [f'{user}/{IMAGENET}'] if trains and state_of(api, 'datasets', f'{user}/{IMAGENET}') else []
+    more = [f'{user}/{IMAGENET}'] if looks and state_of(api, 'datasets', f'{user}/{IMAGENET}') else []
     return [f'{user}/{CODE}', f'{user}/{WHEELS}', *more]
 
 # %% ../nbs/07_push.ipynb #own-sources-2
@@ -100,7 +100,7 @@ def sources_of(
         kind, name = find_source(api, ref)
         found[kind].append(name)
     if chapter := _chapter(notebook):
-        ours = _library(api, user, chapter == '08_run')
+        ours = _library(api, user, chapter in ('07_submit', '08_run'))
         ours += _models(api, user, found) if chapter == '07_submit' else []
         found['datasets'] = ours + found['datasets']
         found['competitions'].append(find_source(api, f'competitions/{COMPETITION}')[1])
@@ -144,7 +144,7 @@ def _value(name, text, default):
         return None if text == 'None' else text
     for kind, said in (bool, 'True or False'), ((int, float), 'a number'), (dict, "such as {'clip': 1}"):
         if isinstance(default, kind):
-            if not isinstance(value, kind) or kind != bool and isinstance(value, bool):
+            if not isinstance(value, kind) or kind is not bool and isinstance(value, bool):
                 raise ValueError(f'--set {name}={text}, expected {said}')
             break
     if value is None:

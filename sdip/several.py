@@ -42,6 +42,8 @@ def given_blend(
         known,  # names of the models there are
 ) -> Ensemble:  # of the models with a ratio above 0; the largest ratio is 1
     "A blend by ratios that somebody chose. ValueError: an unknown model, no ratio above 0"
+    if not isinstance(ratios, dict):
+        raise ValueError(f"ratios are {ratios!r}, expected such as {{'clip': 1, 'vit': 0.4}}")
     if unknown := [m for m in ratios if m not in known]:
         raise ValueError(f"ratios name {', '.join(map(str, unknown))}, known are {', '.join(known)}")
     odd = {m: r for m, r in ratios.items() if isinstance(r, bool) or not isinstance(r, (int, float))
