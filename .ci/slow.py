@@ -1519,18 +1519,19 @@ def test_trained_on_kaggle_and_submitted():
     assert 'is no run folder' in refused, refused
 
 def test_original_submitted():
-    "A run of the original, on small networks of the true formats, becomes 07's submission; so does a part of it"
+    """A run of the original by 08_run's own cells, on small networks of the true formats that are attached, becomes
+    07's submission as that notebook's output"""
     sh(sys.executable, '-c', MAKE)
     competition()
-    sh('sdip_run', '--preset', 'original', '--pairs', 'world', '--out', 'assets/run', '--rehearse')
-    attach('new', data__sdip='assets')
+    inputs = attach('old', data__world='world', data__weights='nets')
+    networks = {f'{role}_from': inputs/'weights'/role for role in ('clip', 'vit', 'captioner', 'ranker')}
+    said = papermill('08_run', 'kernel-run', 'original', 'sessions/original', INPUT=inputs,
+                     OUT=Path('sessions/original/run').resolve(), PRESET='original', CHANGES=networks)
+    assert said.startswith('pairs: ') and 'ensemble over' in said, said
+    shutil.rmtree('mounts/old')
+    attach('new', **{'notebook__sdip-08-run': 'sessions/original'}, data__weights='nets')
     said, _ = submitted('new', 'original')
     assert 'clip 1, knn 1, vit 0.4, interrogator 0.2 (ratios of the run)' in said and 'answered them all' in said, said
-    file = Path('assets/run/vit/model.safetensors')
-    file.write_bytes(file.read_bytes()[:-8])
-    attach('old', data__sdip='assets')
-    said, _ = submitted('old', 'original')
-    assert 'vit LEFT OUT, ValueError' in said and 'vit FAILED after 0 of 7 pictures' in said, said
 
 # Models from elsewhere: what is old still answers, what is damaged is named, what is foreign is not run
 
