@@ -85,7 +85,7 @@ def _kind(folder, names):
         try:
             said = read_json(folder/'config.json')
         except ValueError:
-            return ''
+            return 'model' if 'scores.json' in names else ''  # ours, and damaged
         return 'model' if isinstance(said, dict) and isinstance(said.get('kind'), str) else ''
     return ''
 

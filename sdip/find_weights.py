@@ -6,6 +6,7 @@
 __all__ = ['survey', 'load_outside', 'random_stand_ins']
 
 # %% ../nbs/08_find_weights.ipynb #imports
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def find_outside(
     "Look for one network, without opening it"
     o, repo = ROLES[role], str(given or ROLES[role].repo).removeprefix('hf-hub:')
     out = dict(role=role, title=o.title, path=None, file=None, gb=o.gb, looked=[], fault='')
-    if given and (Path(given).exists() or str(given).count('/') != 1):
+    if given and (Path(given).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repo)):
         return out | _taken(given, role)  # a path, not an address
     looked = [*map(str, models)]
     there = [] if repo != o.repo else networks_in(models) if there is None else there

@@ -67,7 +67,7 @@ def take_up(
     inputs,  # folder of what is attached, such as /kaggle/input
     out,  # folder that this session works in
 ) -> bool:  # was there such work?
-    "Copy unfinished work of an earlier session to `out`, unless `out` is there. ValueError: several, or finished"
+    "Copy unfinished work of an earlier session to a new `out`. ValueError: several, or it is finished"
     out, partial = Path(out), Path(out).with_name(f'.tmp-{Path(out).name}')
     found, done = ([], []) if out.exists() else _earlier(inputs, out.name)
     if done:
