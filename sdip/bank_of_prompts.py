@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifacts import Run, Stage, stage_list
+from .artifacts import Run, Stage
 from .core import atomic_path, read_json, sha256, unit, write_json
 from .data import read_parquet
 from .hub import read_address
@@ -98,7 +98,6 @@ def bank_files(
 # %% ../nbs/08_bank_of_prompts.ipynb #stages
 BANK_ARGS = 'bank', 'bank_size', 'threshold', 'seed'
 
-@stage_list
 def bank_stages(run):
     "Two, for pairs with a bank beside them"
     if not run.args.get('bank'):

@@ -16,8 +16,9 @@ from .core import atomic_path, path_text, read_json, sha256, unit, write_json
 from .data import image_paths, ImageError, read_image, read_parquet, relative_paths, save_pairs
 from .sources import fingerprint, load_pairs, note_pictures
 from .split import prepare_pairs
-from .artifacts import Run, stage
-from .bank_of_prompts import BANK_ARGS, bank_changed, bank_files, bank_texts, known_prompts, make_bank
+from .artifacts import Run, stage, stage_list
+from .bank_of_prompts import (BANK_ARGS, bank_changed, bank_files, bank_stages, bank_texts, known_prompts,
+                                  make_bank)
 from .find_weights import load_source
 from .folds import fold_judges, fold_similarity, group_folds
 from .prompts import clean_prompts
@@ -349,3 +350,6 @@ def stage_weights(run):
     (run/'emb/weights.npy').unlink(missing_ok=True)  # of version 0.2.0
     _save_table(table.assign(weight=w), run.folder)
     return facts
+
+# %% ../nbs/08_inputs.ipynb #bank-order
+stage_list(bank_stages)
