@@ -22,6 +22,7 @@ from .core import path_text, row_cosine, skill
 from .data import image_paths
 from .lock import read_fields
 from .metadata import read_prompt
+from .prompt_lists import has_picture
 from .page import Html, html_table, markup, thumbnail
 from .sources import load_pairs
 from .blending import load_preds
@@ -102,15 +103,23 @@ def _usual_of_photo(facts):
 
 # %% ../nbs/08b_page_parts.ipynb #usual-run
 def _usual_of_run(predictor):
-    run, test = predictor.run, predictor.run.pairs('test')[0]
-    preds = {m: load_preds(run/f'preds/{m}.test.npz') for m in predictor.ensemble.ratios}
-    expected = expected_cosines(predictor.ensemble, preds, test.id.tolist())
-    scores = read_fields(run/'scores.json', 'repeat the same sdip_run', test=dict)['test']
-    mean = scores['mean_vector']
-    about = (f'{path_text(run.folder.name)}: score {scores["ensemble"]:.2f}, skill '
-             f'{skill(scores["ensemble"], mean):+.2f} on {len(test):,} held-out pictures')
+    "Of a run without scores nothing is known; one that was sent without its pairs has scores only"
+    run, expected = predictor.run, np.array(())
+    name, file = path_text(run.folder.name), run/'scores.json'
+    if not file.exists():
+        return SimpleNamespace(expected=expected, sure_from=np.nan, pictures='',
+                               about=f'{name}: no picture was held out, so nothing is scored')
+    scores = read_fields(file, 'repeat the same sdip_run', test=dict)
+    test, n = scores['test'], scores.get('drawn_again', {}).get('pictures')  # not in version 0.2.0
+    held_out = 'held-out pictures' if n is None else f'{n:,} held-out pictures'
+    files = {m: run/f'preds/{m}.test.npz' for m in predictor.ensemble.ratios}
+    if run.has_prompts and all(f.exists() for f in files.values()):
+        ids = run.pairs('test')[0].id.tolist()
+        expected = expected_cosines(predictor.ensemble, {m: load_preds(f) for m, f in files.items()}, ids)
+    mean, score = test['mean_vector'], test['ensemble']
+    about = f'{name}: score {score:.2f}, skill {skill(score, mean):+.2f} on {held_out}'
     return SimpleNamespace(expected=np.sort(expected[np.isfinite(expected)]), about=about,
-                           sure_from=mean + .1*(1 - mean), pictures=f'{len(test):,} held-out pictures')
+                           sure_from=mean + .1*(1 - mean), pictures=held_out)
 
 # %% ../nbs/08b_page_parts.ipynb #first-line
 def first_line(
@@ -121,8 +130,11 @@ def first_line(
     known = predictor.knows()
     if not hasattr(predictor, 'run'):
         return known[0].upper() + known[1:] + '.'
-    n = (predictor.run.pairs()[0].split == 'train').sum()
-    return f'{known or f"These models have seen {n:,} of your own pairs."} Run {usual.about}.'
+    if not known:
+        run = predictor.run
+        n = f"{(run.pairs()[0].split == 'train').sum():,} of your own" if run.has_prompts else "somebody's own"
+        known = f'These models have seen {n} pairs.'
+    return f'{known} Run {usual.about}.'
 
 # %% ../nbs/08b_page_parts.ipynb #desk
 class Desk:
@@ -180,9 +192,10 @@ def picture_of(
 ):  # its path, None where the predictor has no such picture
     "A training picture of a prompt"
     if self.pictures is None:
-        self.pictures = {}
-        if hasattr(self.predictor, 'run'):
-            train = self.predictor.run.pairs('train')[0]
+        self.pictures, run = {}, getattr(self.predictor, 'run', None)
+        if run is not None and run.has_prompts:
+            train = run.pairs('train')[0]
+            train = train[has_picture(train)]
             self.pictures = dict(zip(train.prompt[::-1], image_paths(train, '')[::-1]))  # the first one
     return self.pictures.get(prompt)
 

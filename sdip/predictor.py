@@ -286,8 +286,9 @@ def knows(self: RunPredictor) -> str:
     if self.run.args.get('pairs') is not None:
         return ''
     if not self.run.pictured:
-        return (f"These models were taught by no picture: CLIP compares with {len(self.run.pairs()[0]):,} "
-                'prompts that people have typed.')
+        n = f'{len(self.run.pairs()[0]):,} ' if self.run.has_prompts else ''  # not after `08d_travel`
+        return (f'These models were taught by no picture: CLIP compares with {n}prompts that people '
+                'have typed.')
     return 'These models have seen drawn playground pictures only: they know nothing of real pictures.'
 
 # %% ../nbs/08a_predictor.ipynb #unreadable
