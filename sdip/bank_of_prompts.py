@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/08_bank_of_prompts.ipynb #imports
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ def _lists(run):  # sources of the bank
 
 def _digests(run):  # SHA-256 of the lists that are files here
     return {s: sha256(s) for s in _lists(run) if read_address(s) is None and Path(s).is_file()}
+
+def _kept_lists(run):
+    "Note the lists that a bank is made of; rows that were embedded of others go"
+    at, now = run/_place(run), _digests(run)
+    note = at/'lists.json'
+    if note.exists() and read_json(note) != now and (at/'prompts').is_dir():
+        shutil.rmtree(at/'prompts')
+    write_json(now, note)
 
 def bank_changed(run) -> str:
     "'' where the lists are what they were, or are no longer there"
@@ -61,6 +70,7 @@ def make_bank(
     from sdip.encode import encode
     from sdip.encoders import TargetEncoder
     at, a = run/_place(run), run.args
+    _kept_lists(run)
     prompts = read_prompts(_lists(run), a.get('bank_size') or _MOST, a['seed'])
     emb = unit(np.array(encode(prompts, TargetEncoder(), at/'prompts', shard_size=1024), np.float32))
     keep, lost = _kept(run, emb, prompts)
@@ -72,7 +82,6 @@ def make_bank(
                         ('targets.npy', lambda f: np.save(f, emb[keep]))):
         with atomic_path(at/name) as tmp, open(tmp, 'wb') as f:
             write(f)
-    write_json(_digests(run), at/'lists.json')
     return dict(read=len(prompts), kept=len(rows)) | lost
 
 # %% ../nbs/08_bank_of_prompts.ipynb #texts
