@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .core import first_few
@@ -97,47 +98,59 @@ def check_room(
                          "to a folder on another disk")
 
 # %% ../nbs/00a_hub.ipynb #fetch
+def _asked(f, address, *args, **given):
+    "What huggingface_hub answers. ValueError: its error, in our words"
+    try:
+        return f(*args, **given)
+    except Exception as e:  # also ValueErrors of its own, and of a page that is no JSON
+        raise hub_error(address, e) from None
+
 def fetch_file(
     address: Address,  # with a file, or of a repository that has a table
 ) -> Path:  # in the hub's cache
     "A file from the hub, from the cache where it is there. ValueError: it cannot be had, or does not fit"
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     where = dict(repo_type=address.kind, revision=address.revision)
+    name = address.file
+    if name is None:
+        name = choose_file(_asked(HfApi().list_repo_files, address, address.repo, **where), address)
     try:
-        name = address.file or choose_file(HfApi().list_repo_files(address.repo, **where), address)
-        try:
-            return Path(hf_hub_download(address.repo, name, local_files_only=True, **where))
-        except FileNotFoundError:
-            pass
-        size = get_hf_file_metadata(hf_hub_url(address.repo, name, **where)).size or 0
-        check_room(size/1e9, constants.HF_HUB_CACHE, f'{address}:{name}')
-        print(f'{address}:{name}, {size/1e6:.0f} MB', flush=True)
-        return Path(hf_hub_download(address.repo, name, **where))
-    except ValueError:
-        raise
-    except Exception as e:
-        raise hub_error(address, e) from None
-
+        return Path(hf_hub_download(address.repo, name, local_files_only=True, **where))
+    except (FileNotFoundError, ValueError):  # not there, or no name: said below
+        pass
+    at = _asked(hf_hub_url, address, address.repo, name, **where)
+    size = _asked(get_hf_file_metadata, address, at).size or 0
+    check_room(size/1e9, constants.HF_HUB_CACHE, f'{address}:{name}')
+    print(f'{address}:{name}, {size/1e6:.0f} MB', flush=True)
+    return Path(_asked(hf_hub_download, address, address.repo, name, **where))
 
 # %% ../nbs/00a_hub.ipynb #fetch-folder
 _SAFE = ('*.json', '*.safetensors', '*.npy', '*.npz', '*.parquet', '*.csv')
+
+def _missing_gb(address, where):
+    "Size of the files that are data and not in the cache; 0 where the hub cannot be reached"
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        tree = [*HfApi().list_repo_tree(address.repo, recursive=True, **where)]
+    except (HfHubHTTPError, ValueError):
+        raise
+    except Exception:  # of httpx or requests
+        return 0  # the cache may have it all
+    files = {f.path: f.size for f in tree if getattr(f, 'size', 0) and any(fnmatch(f.path, p) for p in _SAFE)}
+    here = {f: isinstance(try_to_load_from_cache(address.repo, f, **where), str) for f in files}
+    return sum(size for f, size in files.items() if not here[f])/1e9
 
 def fetch_folder(
     address: Address,  # of a model
 ) -> Path:  # in the hub's cache
     "The files of a repository that are data. ValueError: it cannot be had, does not fit, or has none"
-    from huggingface_hub import HfApi, constants, snapshot_download
-    where, what = dict(repo_type=address.kind, revision=address.revision), dict(allow_patterns=[*_SAFE])
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            tree = HfApi().list_repo_tree(address.repo, recursive=True, **where)
-            check_room(sum(getattr(f, 'size', 0) or 0 for f in tree)/1e9, constants.HF_HUB_CACHE, address)
-        folder = Path(snapshot_download(address.repo, **where, **what))
-    except ValueError:
-        raise
-    except Exception as e:
-        raise hub_error(address, e) from None
-    if not any(folder.iterdir()):
+    from huggingface_hub import constants, snapshot_download
+    where = dict(repo_type=address.kind, revision=address.revision)
+    if not constants.HF_HUB_OFFLINE:
+        check_room(_asked(_missing_gb, address, address, where), constants.HF_HUB_CACHE, address)
+    folder = Path(_asked(snapshot_download, address, address.repo, allow_patterns=[*_SAFE], **where))
+    if not folder.is_dir() or not any(folder.iterdir()):
         raise ValueError(f"{address} has no {', '.join(_SAFE)}: it holds nothing that can be loaded here")
     return folder
 
