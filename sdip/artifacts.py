@@ -8,6 +8,7 @@ __all__ = ['Run']
 # %% ../nbs/08_artifacts.ipynb #imports
 import json
 import platform
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Run:
             self._refuse_foreign()
             write_json(dict(args=self.args, sdip=__version__), file)
         remedy = f'repeat sdip_run with another --out, or delete {self.folder}'
-        old = read_fields(file, remedy, args=dict)['args']
+        old = _plain_args(read_fields(file, remedy, args=dict)['args'], file)
         if args is not None:
             self._refuse_other(old)
             if self.args != old:
@@ -143,6 +144,15 @@ def folders(
 # %% ../nbs/08_artifacts.ipynb #run-class-2
 def _json_args(args):  # the same dict after a trip through JSON: tuples become lists
     return json.loads(json.dumps(args))
+
+def _plain_args(args, file):
+    "Arguments that name folders of this run only: a received one could name any. ValueError"
+    members, folds = args.get('members') or {}, args.get('folds') or 0
+    named = isinstance(members, dict) and all(re.fullmatch(r'[\w-]+', n) and isinstance(m, dict)
+                                              for n, m in members.items())
+    if not named or type(folds) is not int or not 0 <= folds <= 1000:
+        raise ValueError(f'{file} has members or folds that no sdip_run has written: damaged, or changed')
+    return args
 
 @patch
 def say(
@@ -371,6 +381,9 @@ def check_stages(
     for name in names:
         said = (self.receipt(name) or {}).get('files', {})
         files = {f: digest for f, digest in said.items() if not f.endswith(but)}
+        if foreign := [f for f in files if Path(f).is_absolute() or '..' in Path(f).parts]:
+            raise ValueError(f'receipts/{name}.json of {self.folder} names {foreign[0]}, which is no file of '
+                             'the run: delete the receipt')
         remedy = f'the same sdip_run as before makes it anew (stage {titles.get(name, name)!r})'
         check_files(self.folder, files, remedy)
 
