@@ -72,7 +72,9 @@ class Hub:
         if path == '/api/repos/create':
             said = json.loads(body)
             kind, name = said.get('type', 'model') + 's', f"{said.get('organization') or 'me'}/{said['name']}"
-            self.repos.setdefault((kind, name), Repo()).private = said.get('private') or said.get('visibility') == 'private'
+            if (kind, name) not in self.repos:
+                repo = self.repos[kind, name] = Repo()
+                repo.private = said.get('private') or said.get('visibility') == 'private'
             return h.answer(200, dict(url=f'{self.url}/{name}', name=name))
         if path == '/api/whoami-v2':
             return h.answer(200, dict(name='me', type='user', auth=dict(accessToken=dict(role='write'))))
@@ -123,7 +125,8 @@ class Hub:
     def api(self, h, kind, name, rest, body):
         repo, what = self.repos[kind, name], rest.split('/')[0]
         if what in ('', 'revision'):
-            return h.answer(200, dict(id=name, sha=repo.sha, private=False, tags=[], downloads=0, likes=0,
+            return h.answer(200, dict(id=name, sha=repo.sha, tags=[],
+                                      private=bool(getattr(repo, 'private', False)), downloads=0, likes=0,
                                       siblings=[dict(rfilename=f) for f in repo.files]))
         if what == 'tree':
             found = self.tree(repo, '/'.join(rest.split('/')[2:]), 'recursive=true' in h.path.lower())

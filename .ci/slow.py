@@ -2867,5 +2867,8 @@ def test_models_travel():
     asked = len(hub.seen)
     sh('sdip_interrogate', image, '--run', 'hf-hub:me/tiny', **there, HF_HUB_OFFLINE='1')
     assert len(hub.seen) == asked, hub.seen[asked:]
+    push = 'sdip_push', '--hub', 'me/tiny', '--run', '../run'
+    hub.repos['models', 'me/tiny'].private = False
+    assert 'everybody can see it, so nothing was sent' in sh(*push, status=1, **there)
     hub.gated.add('me/tiny')
     assert 'accept the terms' in sh('sdip_push', '--hub', 'me/tiny', '--run', '../run', status=1, **there)

@@ -132,8 +132,10 @@ def first_line(
         return known[0].upper() + known[1:] + '.'
     if not known:
         run = predictor.run
-        n = f"{(run.pairs()[0].split == 'train').sum():,} of your own" if run.has_prompts else "somebody's own"
-        known = f'These models have seen {n} pairs.'
+        whose = "somebody's own"
+        if run.has_prompts:
+            whose = f"{(run.pairs()[0].split == 'train').sum():,} of your own"
+        known = f'These models have seen {whose} pairs.'
     return f'{known} Run {usual.about}.'
 
 # %% ../nbs/08b_page_parts.ipynb #desk

@@ -25,6 +25,7 @@ from .hub import hub_error, read_address
 from .interrogator import Interrogator
 from .knn import KNNRegressor
 from .predictor import load_predictor
+from .prompts import plain_prompt
 
 # %% ../nbs/08d_travel.ipynb #plain
 _CACHED = re.compile(r'.*/models--([^/]+)--([^/]+)/snapshots/.*')
@@ -54,6 +55,33 @@ def _without_texts(folder, out):
     write_json(config | dict(spans=spans), out/'config.json')
     return {p.name: p for p in out.iterdir()}
 
+# %% ../nbs/08d_travel.ipynb #private-prompts
+def _private(folder):
+    "Prompts of a run as phrases would spell them; those that were drawn, or are on the hub, are no secret"
+    run = Run(folder, quiet=True)
+    lists = run.args.get('bank') or ()
+    lists = [lists] if isinstance(lists, str) else lists
+    at = ['emb'] if run.args.get('pairs') is not None else []
+    if any(read_address(o) is None for o in lists):
+        at.append('bank' if run.pictured else 'emb')
+    tables = [run/f'{o}/pairs.parquet' for o in at if (run/f'{o}/pairs.parquet').exists()]
+    return {plain_prompt(p).casefold() for f in tables for p in read_parquet(f, ['prompt']).prompt}
+
+# %% ../nbs/08d_travel.ipynb #without-phrases
+def _without_phrases(folder, private, out):
+    "The changed files of an interrogator that has lost the phrases that are private prompts"
+    said, config = read_json(folder/'phrases.json'), read_json(folder/'config.json')
+    keep = {k: [i for i, p in enumerate(v) if plain_prompt(p).casefold() not in private]
+            for k, v in said['phrases'].items()}
+    out.mkdir(parents=True)
+    for k, rows in keep.items():
+        np.save(out/f'table_{k}.npy', np.load(folder/f'table_{k}.npy')[rows or [0]])
+    phrases = {k: [said['phrases'][k][i] for i in rows] or ['a picture'] for k, rows in keep.items()}
+    write_json(said | dict(phrases=phrases), out/'phrases.json')
+    digests = {p.name: sha256(p) for p in out.iterdir()}
+    write_json(config | dict(files=config['files'] | digests), out/'config.json')
+    return {p.name: p for p in out.iterdir()}
+
 # %% ../nbs/08d_travel.ipynb #known
 def _known(run, at):
     "Files with the prompts of a run and their rows, for whoever asks for them"
@@ -64,9 +92,17 @@ def _known(run, at):
     return {f'emb/{p.name}': p for p in at.iterdir()}
 
 # %% ../nbs/08d_travel.ipynb #travel-files
-def _is_bank(path):
-    said = read_json(path)
-    return isinstance(said, dict) and said.get('kind') == 'knn' and 'columns' in said
+def _at_home(files, folder, tmp):
+    "Replace the files of models that hold prompts"
+    private = _private(folder) if (folder/'run.json').exists() else ()
+    for name in [n for n in files if n.endswith('config.json')]:
+        at, said = name.removesuffix('config.json'), read_json(files[name])
+        kind = said.get('kind') if isinstance(said, dict) else None
+        model, out = Path(files[name]).parent, tmp/f'made-{at.strip("/").replace("/", "-")}'
+        if kind == 'knn' and 'columns' in said:
+            files |= {at + n: p for n, p in _without_texts(model, out).items()}
+        if kind == 'interrogator' and private:
+            files |= {at + n: p for n, p in _without_phrases(model, private, out).items()}
 
 def _receipts(files, tmp):
     "Receipts that vouch for the files as they are sent"
@@ -87,16 +123,13 @@ def travel_files(
     folder, tmp = Path(folder), Path(tmp)
     files = {f.split('/', 1)[1] if f.startswith('run/') else f.split('/', 2)[2]: p
              for f, p in model_files([folder], tmp).items()}
-    for name in [n for n in files if n.endswith('config.json')] if not prompts else ():
-        if _is_bank(files[name]):
-            at = name.removesuffix('config.json')
-            made = _without_texts(Path(files[name]).parent, tmp/f'bank-{at.strip("/").replace("/", "-")}')
-            files |= {at + n: p for n, p in made.items()}
+    if not prompts:
+        _at_home(files, folder, tmp)
     if prompts and (folder/'run.json').exists():
         files.pop('emb/mean.npy')
         files |= _known(folder, tmp/'known')
     for name, p in [*files.items()]:
-        if name.endswith('.json') and not name.startswith('receipts/'):
+        if name.endswith('.json') and not name.startswith('receipts/') and not name.endswith('phrases.json'):
             at = tmp/f"plain-{name.replace('/', '-')}"
             write_json(_plain(read_json(p)), at)
             files[name] = at if read_json(at) != read_json(p) else p
@@ -183,30 +216,41 @@ def send_to_hub(
             (Path(out)/name).parent.mkdir(parents=True, exist_ok=True)
             os.symlink(Path(p).resolve(), Path(out)/name)
         (Path(out)/'README.md').write_text(model_card(folder, address.repo), encoding='utf-8')
-        _tell(files, address, public)
+        _tell(files, address, public, folder)
         _upload(address, out, public)
     return str(address)
 
 # %% ../nbs/08d_travel.ipynb #tell
-def _tell(files, address, public):
+def _phrases(files):
+    found = [read_json(p) for n, p in files.items() if n.endswith('phrases.json')]
+    return sum(len(v) for o in found for v in o.get('phrases', o).values())
+
+def _tell(files, address, public, folder):
     "What will be sent"
     sizes = {n: Path(p).stat().st_size for n, p in files.items()}
     seen_by, total = 'public' if public else 'private', sum(sizes.values())/1e6
     print(f'{address}, {seen_by}: {len(files)} files, {total:.1f} MB')
     for name in sorted(sizes, key=sizes.get, reverse=True)[:5]:
         print(f'{sizes[name]/1e6:9.1f} MB  {name}')
-    said = [sum(map(len, read_json(p).values())) for n, p in files.items() if n.endswith('phrases.json')]
-    if said:
-        print(f'{sum(said)} phrases of an interrogator go along')
+    if n := _phrases(files):
+        print(f'{n} phrases of an interrogator go along')
+    if less := _phrases({f: Path(folder)/f for f in files if f.endswith('phrases.json')}) - n:
+        print(f'{less} phrases that are whole prompts stay here: words and predictions differ a little from '
+              "the run's; --prompts sends all")
 
 def _upload(address, folder, public):
     from huggingface_hub import HfApi
     try:
         api = HfApi()
         api.create_repo(address.repo, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=address.repo, folder_path=folder, commit_message='sdip')
+        open_to_all = not public and not api.repo_info(address.repo).private
+        if not open_to_all:
+            api.upload_folder(repo_id=address.repo, folder_path=folder, commit_message='sdip')
     except Exception as e:
         raise hub_error(address, e) from None
+    if open_to_all:
+        raise ValueError(f'{address} is there already and everybody can see it, so nothing was sent: add '
+                         '--public, or take another name')
 
 # %% ../nbs/08d_travel.ipynb #methods
 @patch
