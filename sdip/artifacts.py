@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from . import __version__
-from .core import atomic_path, hash_items, path_text, right_shape, sha256, write_json
+from .core import atomic_path, check_emb, hash_items, path_text, right_shape, sha256, write_json
 from .data import image_paths, read_parquet
 from .lock import check_files, read_fields
 from .measure import cpu_seconds, peak_gb
@@ -429,7 +429,7 @@ def mean_vector(self: Run) -> np.ndarray:  # (384,)
     alone = self/'emb/mean.npy'  # of a run that was sent somewhere without its pairs, see `07_assets`
     if alone.exists() and not (self/'emb/targets.npy').exists():
         with right_shape(alone):
-            return np.load(alone)
+            return check_emb(np.load(alone)[None], 'mean')[0]
     return self.pairs('train')[1].mean(0)
 
 @patch

@@ -160,6 +160,8 @@ def _refers(files, to):
 # %% ../nbs/07_assets.ipynb #run-mean
 def _mean_of(run, tmp):
     "A file with the mean of the training targets, all that prediction reads of them"
+    if (run/'emb/mean.npy').exists() and not (run/'emb/targets.npy').exists():
+        return run/'emb/mean.npy'  # of a run that came without its prompts
     table = next(p for p in (run/'pairs.parquet', run/'emb/pairs.parquet') if p.exists())
     train = (read_parquet(table).split == 'train').to_numpy()
     np.save(tmp/'mean.npy', np.load(run/'emb/targets.npy')[train].mean(0))

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/08_bank_of_prompts.ipynb #imports
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from .artifacts import Run, Stage
 from .core import atomic_path, read_json, sha256, unit, write_json
 from .data import read_parquet
-from .hub import read_address
+from .hub import fetch_file, read_address
 from .prompt_lists import bank_rows, read_prompts
 from .dedup_weighting import dedup
 from .split import leakage
@@ -45,6 +46,26 @@ def bank_changed(run) -> str:
     return f"the lists of prompts have changed ({', '.join(other)})" if other else ''
 
 # %% ../nbs/08_bank_of_prompts.ipynb #make-bank
+def _say_minutes(run, prompts, encoder, n=128):
+    "What the targets will cost, by a first batch, where that is minutes"
+    start = time.perf_counter()
+    encoder(prompts[:n])
+    minutes = (time.perf_counter() - start)/min(n, len(prompts))*len(prompts)/60
+    if minutes > 1:
+        run.say(f'        {len(prompts):,} prompts: about {minutes:.0f} minutes for their targets, by the first '
+                f'{n}, and CLIP reads them once')
+
+def _from_hub(run):
+    "Which files of the hub a bank is made of: revision and SHA-256"
+    found = {}
+    for s in _lists(run):
+        if address := read_address(s):
+            file = fetch_file(address)  # from the cache now
+            at = file.parts
+            revision = at[at.index('snapshots') + 1][:12] if 'snapshots' in at else 'unknown'
+            found[s] = f'revision {revision}, SHA-256 {sha256(file)}'
+    return found
+
 _MOST = 100_000  # prompts of a bank, where nobody says how many
 _FAMILY = .7  # cosine from which two prompts belong to one family, as in `group_split`
 
@@ -71,8 +92,10 @@ def make_bank(
     from sdip.encoders import TargetEncoder
     at, a = run/_place(run), run.args
     _kept_lists(run)
-    prompts = read_prompts(_lists(run), a.get('bank_size') or _MOST, a['seed'])
-    emb = unit(np.array(encode(prompts, TargetEncoder(), at/'prompts', shard_size=1024), np.float32))
+    prompts, encoder = read_prompts(_lists(run), a.get('bank_size') or _MOST, a['seed']), TargetEncoder()
+    if not (at/'prompts').is_dir():
+        _say_minutes(run, prompts, encoder)
+    emb = unit(np.array(encode(prompts, encoder, at/'prompts', shard_size=1024), np.float32))
     keep, lost = _kept(run, emb, prompts)
     if not keep.any():
         raise ValueError(f"bank: none of {len(prompts)} prompts is left ({lost}): name other lists")
@@ -82,7 +105,7 @@ def make_bank(
                         ('targets.npy', lambda f: np.save(f, emb[keep]))):
         with atomic_path(at/name) as tmp, open(tmp, 'wb') as f:
             write(f)
-    return dict(read=len(prompts), kept=len(rows)) | lost
+    return dict(read=len(prompts), kept=len(rows)) | lost | _from_hub(run)
 
 # %% ../nbs/08_bank_of_prompts.ipynb #texts
 def bank_texts(

@@ -159,8 +159,8 @@ def survey(
 _TOWER_GB = 1.2  # either tower: 304 million numbers in single precision
 
 # %% ../nbs/08_find_weights.ipynb #disk-line
-def _disk_line(gb, out):  # gb: role -> size
-    disk = gb['clip'] + gb.get('ranker', 0) + (2 + 4)*_TOWER_GB
+def _disk_line(gb, out, trains=True):  # gb: role -> size; trains: is a tower trained?
+    disk = gb['clip'] + gb.get('ranker', 0) + (2 + 4)*_TOWER_GB*trains
     at = next(p for p in (Path(out), *Path(out).resolve().parents) if p.exists())
     free = shutil.disk_usage(at).free/1e9
     little = ': too little' if free < disk else ''
@@ -208,7 +208,12 @@ def survey_text(
     "What is there, what is missing and how to get it, disk and memory"
     gb = {f['role']: f['gb'] for f in found}
     lines = [line for f in found for line in _network_lines(f, models[0])]
-    lines += [_minilm_line(), _disk_line(gb, out), _memory_line(gb)]
+    trains = any(m['kind'] in ('clip', 'vit') for m in (args.get('members') or dict(clip=dict(kind='clip'))).values())
+    lines += [_minilm_line(), _disk_line(gb, out, trains), _memory_line(gb)]
+    if args.get('bank'):
+        shown = args['bank'] if isinstance(args['bank'], str) else ', '.join(map(str, args['bank']))
+        most = f"{args.get('bank_size') or 100_000:,} at most"
+        lines.append(f"prompts: {most}, of {shown}; minutes are said when the first are done")
     if pairs is not None:
         names = pairs if isinstance(pairs, str) else ', '.join(pairs)
         lines.append(f'pairs: {len(load_pairs(pairs))} in {names}')
@@ -289,7 +294,7 @@ def _check_source(run, f, digest):
         raise ValueError(f"{f['title']} at {f['path']} makes no numbers of a picture: "
                          'its weights hold NaN or infinity; fetch it again')
     seconds, digest = time.perf_counter() - t, model.origin['sha256'][:16]
-    run.say(f"        {f['title']}: {f['path']}, SHA-256 {digest}.., {seconds:.0f} s")
+    run.say(f"        {f['title']} ({ROLES[f['role']].licence}): {f['path']}, SHA-256 {digest}.., {seconds:.0f} s")
     for note in model.origin['notes']:
         run.say(f'          {note}')
     return model.origin

@@ -365,12 +365,12 @@ def run_command(
     out = out or f"runs/{_name_of(pairs, preset)}{'-rehearsal' if given.get('rehearse') else ''}"
     preset = preset or usual_preset(out, pairs)
     places = MODEL_PLACES if models is None else (models, )
+    if preset == 'zeroshot' and download:
+        given.setdefault('bank', BANK_ADDRESS)  # CC0
     if dry_run:
         return _dry_run(out, preset, pairs, given, places, download)
     real = PRESETS.get(preset, {}).get('start') == 'real'
     weights = dict(models=places, download=download) if real else {}
-    if preset == 'zeroshot' and download:
-        given.setdefault('bank', BANK_ADDRESS)
     return _farewell(walk(out, preset, pairs, **weights, **given))
 
 # %% ../nbs/08_run.ipynb #plan-by-names

@@ -158,7 +158,7 @@ def _scores_part(run):
     scores = read_json(run/'scores.json') if (run/'scores.json').exists() else {}
     if not scores:
         return 'No scores: there was no picture with a known prompt to score.\n'
-    mean, n = scores['test']['mean_vector'], scores['drawn_again']['pictures']
+    mean, n = scores['test']['mean_vector'], scores.get('drawn_again', {}).get('pictures', 'the')
     lines = ['| model | mean cosine | skill | 95 % interval |', '|---|---|---|---|']
     for name, s in sorted(scores['test'].items(), key=lambda kv: kv[1]):
         lo, hi = scores['intervals'][name]
@@ -188,6 +188,8 @@ timm's models Apache-2.0 unless their page says otherwise, BLIP BSD-3-Clause, Mi
 """
 
 def _data_part(run):
+    if not run.has_prompts:
+        return f'Not known here: its prompts stayed elsewhere. Preset `{run.args.get("preset")}`.'
     table = run.pairs()[0]
     counts = table.source.value_counts()
     what = 'prompts, without pictures' if not run.pictured else 'pictures with their prompts'
