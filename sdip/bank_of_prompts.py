@@ -45,15 +45,15 @@ def bank_changed(run) -> str:
     other = [s for s, digest in _digests(run).items() if before.get(s) != digest]
     return f"the lists of prompts have changed ({', '.join(other)})" if other else ''
 
-# %% ../nbs/08_bank_of_prompts.ipynb #make-bank
+# %% ../nbs/08_bank_of_prompts.ipynb #say-minutes
 def _say_minutes(run, prompts, encoder, n=128):
     "What the targets will cost, by a first batch, where that is minutes"
     start = time.perf_counter()
     encoder(prompts[:n])
     minutes = (time.perf_counter() - start)/min(n, len(prompts))*len(prompts)/60
     if minutes > 1:
-        run.say(f'        {len(prompts):,} prompts: about {minutes:.0f} minutes for their targets, by the first '
-                f'{n}, and CLIP reads them once')
+        run.say(f'        {len(prompts):,} prompts: about {minutes:.0f} minutes for their targets, '
+                f'by the first {n}, and CLIP reads them once')
 
 def _from_hub(run):
     "Which files of the hub a bank is made of: revision and SHA-256"
@@ -66,6 +66,7 @@ def _from_hub(run):
             found[s] = f'revision {revision}, SHA-256 {sha256(file)}'
     return found
 
+# %% ../nbs/08_bank_of_prompts.ipynb #make-bank
 _MOST = 100_000  # prompts of a bank, where nobody says how many
 _FAMILY = .7  # cosine from which two prompts belong to one family, as in `group_split`
 

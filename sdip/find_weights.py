@@ -208,7 +208,8 @@ def survey_text(
     "What is there, what is missing and how to get it, disk and memory"
     gb = {f['role']: f['gb'] for f in found}
     lines = [line for f in found for line in _network_lines(f, models[0])]
-    trains = any(m['kind'] in ('clip', 'vit') for m in (args.get('members') or dict(clip=dict(kind='clip'))).values())
+    members = args.get('members') or dict(clip=dict(kind='clip'))
+    trains = any(m['kind'] in ('clip', 'vit') for m in members.values())
     lines += [_minilm_line(), _disk_line(gb, out, trains), _memory_line(gb)]
     if args.get('bank'):
         shown = args['bank'] if isinstance(args['bank'], str) else ', '.join(map(str, args['bank']))
@@ -294,7 +295,8 @@ def _check_source(run, f, digest):
         raise ValueError(f"{f['title']} at {f['path']} makes no numbers of a picture: "
                          'its weights hold NaN or infinity; fetch it again')
     seconds, digest = time.perf_counter() - t, model.origin['sha256'][:16]
-    run.say(f"        {f['title']} ({ROLES[f['role']].licence}): {f['path']}, SHA-256 {digest}.., {seconds:.0f} s")
+    name = f"{f['title']} ({ROLES[f['role']].licence})"
+    run.say(f"        {name}: {f['path']}, SHA-256 {digest}.., {seconds:.0f} s")
     for note in model.origin['notes']:
         run.say(f'          {note}')
     return model.origin

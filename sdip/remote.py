@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/00a_remote.ipynb #imports
 import json
 import re
+import shutil
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from .core import atomic_path, path_text, write_json
 from .delimited import COLUMN_NAMES, column_key
-from .hub import Address, cache_folder, fetch_file, hub_error
+from .hub import Address, cache_folder, check_room, fetch_file, hub_error
 from .lock import folder_lock
 from .locate import assemble_pairs
 
@@ -132,9 +133,11 @@ def _unzipped(file, folder):
     try:
         at.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(file) as z, TemporaryDirectory(dir=at.parent, prefix='.tmp-') as tmp:
-            for o in z.infolist():
-                if not o.is_dir():
-                    (Path(tmp)/Path(o.filename).name).write_bytes(z.read(o))
+            files = {Path(o.filename).name: o for o in z.infolist() if not o.is_dir()}
+            check_room(sum(o.file_size for o in files.values())/1e9, at.parent, file)  # as the zip says
+            for name, o in files.items():
+                with z.open(o) as f, open(Path(tmp)/name, 'xb') as g:
+                    shutil.copyfileobj(f, g)  # which stops at the size that was said
             Path(tmp).rename(at)
             Path(tmp).mkdir()  # which is removed at the end
     except zipfile.BadZipFile as e:
