@@ -46,8 +46,9 @@ def bank_changed(run) -> str:
     return f"the lists of prompts have changed ({', '.join(other)})" if other else ''
 
 # %% ../nbs/08_bank_of_prompts.ipynb #say-minutes
-def _say_minutes(run, prompts, encoder, n=128):
+def _say_minutes(run, prompts, encoder, n=256):
     "What the targets will cost, by a first batch, where that is minutes"
+    encoder(prompts[:4])  # which loads it
     start = time.perf_counter()
     encoder(prompts[:n])
     minutes = (time.perf_counter() - start)/min(n, len(prompts))*len(prompts)/60
