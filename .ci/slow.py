@@ -758,12 +758,13 @@ def test_follow_a_version():
     kaggle.states, kaggle.failed = ['RUNNING'], 'Your notebook tried to allocate more memory than is available.'
     assert 'version 1 is running' in sh('sdip_push', '07_submit', '--submit', 'x', status=1, **kaggle.env)
     assert 'version 1 is running' in sh('sdip_push', '07_submit', '--output', 'more', status=1, **kaggle.env)
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would not
     with open('log.txt', 'w') as f:
         run = subprocess.Popen(['sdip_push', '07_submit', '--last', '--wait'], stdout=f, stderr=subprocess.STDOUT,
-                               env={**os.environ, **kaggle.env})
+                               env={**os.environ, **kaggle.env}, preexec_fn=listens)
     wait_for(lambda: 'running' in Path('log.txt').read_text())
     run.send_signal(signal.SIGINT)
-    assert run.wait() == 130 and 'it goes on running at https://' in Path('log.txt').read_text()
+    assert run.wait(60) == 130 and 'it goes on running at https://' in Path('log.txt').read_text()
     kaggle.states = ['ERROR']
     out = sh('sdip_push', '07_submit', '--last', '--wait', status=1, **kaggle.env)
     assert 'line 39' in out and 'ended with error: Your notebook tried to allocate' in out, out
