@@ -1520,7 +1520,8 @@ def test_original_submitted():
     inputs = attach('old', data__world='world', data__weights='nets')
     networks = {f'{role}_from': inputs/'weights'/role for role in ('clip', 'vit', 'captioner', 'ranker')}
     said = papermill('08_run', 'kernel-run', 'original', 'sessions/original', INPUT=inputs,
-                     OUT=Path('sessions/original/run').resolve(), PRESET='original', CHANGES=networks)
+                     OUT=Path('temp/run').resolve(), KEEP=Path('sessions/original/run').resolve(),
+                     PRESET='original', CHANGES=networks)
     assert said.startswith('pairs: ') and 'ensemble over' in said, said
     shutil.rmtree('mounts/old')
     attach('new', **{'notebook__sdip-08-run': 'sessions/original'}, data__weights='nets')

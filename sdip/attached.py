@@ -7,11 +7,14 @@ __all__ = []
 
 # %% ../nbs/08c_attached.ipynb #imports
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from .core import read_json, sha256
+from .assets import run_files
 from .preprocess import pick_device
 from .kaggle import take_up
 from .finetune_clip import read_held_out
@@ -238,10 +241,22 @@ def load_attached(
     return _of_folders(found, ratios, device)
 
 # %% ../nbs/08c_attached.ipynb #run-attached
+def _copy_for_prediction(run, keep):
+    "What prediction reads of a run, in a folder that appears when it is whole"
+    part = keep.with_name(f'.tmp-{keep.name}')
+    shutil.rmtree(part, ignore_errors=True)  # of a copy that was killed
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, file in run_files(run, Path(tmp)).items():
+            (part/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, part/name)
+    part.rename(keep)
+    print(f'{keep}: what prediction reads of the run')
+
 def run_attached(
         inputs,  # folder of what is attached
         out,  # run folder; an unfinished run goes on there
         preset: str = 't4',  # see `sdip.presets`
+        keep=None,  # folder that gets what prediction reads, where `out` is lost with the session
         **changes,  # more arguments of `walk`, such as clip_from='..' where another network is meant
 ):  # `Run`
     "A run on all attached pairs, with attached networks. ValueError: no pairs, or a network is not there"
@@ -251,4 +266,6 @@ def run_attached(
     take_up(inputs, out)
     run = walk(out, preset, sources, **dict(models=[inputs]) | changes)
     print(scoreboard_text(run))
+    if keep is not None:
+        _copy_for_prediction(run.folder, Path(keep))
     return run

@@ -366,11 +366,11 @@ def sdip_interrogate(
         captioner: str = None,  # blip:FOLDER, coca:FOLDER or coca:NAME:PRETRAINED; default: the model's own
         clip: str = None,  # another CLIP: a folder, hf-hub:ORG/NAME, or NAME:PRETRAINED
         run: str = None,  # finished run folder: its whole ensemble guesses; --mode best: the nearest text
-        download: bool = False,  # without run and model: fetch CLIP and prompts once, and answer with these
         cache: str = None,  # folder where embedded phrase lists are kept for the next time
         work: str = None,  # folder where finished pictures are kept: a killed run goes on from there
         csv: str = None,  # CSV to write; without it the prompts are printed
         force: bool = False,  # replace a CSV that is there
+        download: bool = False,  # without run and model: fetch CLIP and prompts once, and answer with these
 ):
     "Put pictures into words"
     from sdip.folder import interrogate_files
@@ -484,11 +484,11 @@ def sdip_run(
 def sdip_predict(
         images: _several('+'),  # pictures, or folders of pictures
         run: Param(type=str, action='append') = None,  # runs or saved models; default: one for photographs
-        download: bool = False,  # without a run: fetch CLIP and prompts once (4 GB), and answer with these
         out: str = 'submission.csv',  # submission to write: imgId_eId,val
         truth: str = None,  # CSV of the same form with the true embeddings, to score against
         deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean
         force: bool = False,  # replace a submission that is there
+        download: bool = False,  # without a run: fetch CLIP and prompts once (4 GB), and answer with these
 ):
     "Predict the prompt embeddings of pictures"
     import time
@@ -511,8 +511,8 @@ def sdip_predict(
 @_command('the page is closed, and what was uploaded is deleted')
 def sdip_show(
         run: str = None,  # a finished run folder; default: what --download made, else a small model
-        download: bool = False,  # without a run: fetch CLIP and prompts once, and answer with these
         port: int = None,  # of the page on 127.0.0.1; default: the first free one from 7860
+        download: bool = False,  # without a run: fetch CLIP and prompts once, and answer with these
 ):
     "A local page in the browser: drop pictures, read guesses, compare prompts"
     from sdip.show import serve
