@@ -1510,7 +1510,8 @@ def test_trained_on_kaggle_and_submitted():
     attach('old', **{f'notebook__sdip-{name}': f'sessions/{name}' for name in trained})
     said = submitted('old', 'both', dict(clip=1, vit=.4))
     assert 'clip 1, vit 0.4 (ratios as given)' in said and '1 filled with the training mean' in said, said
-    assert all(Path(f'sessions/{name}/{name}/valid.npz').stat().st_size for name in trained), 'no rows for ratios'
+    assert 'ratios searched on 40 validation rows in common' in sh(
+        'sdip_predict', 'competition/images', '--run', 'sessions/clip/clip', '--run', 'sessions/vit/vit')
 
 def test_original_submitted():
     """A run of the original by 08_run's own cells, on small networks of the true formats that are attached, becomes
