@@ -295,19 +295,20 @@ def _load_heaps(metas, places):  # -> {place: pairs}, of places that hold pictur
     return {p: _join_pairs(parts) for p, parts in mine.items() if parts}
 
 # %% ../nbs/00a_sources.ipynb #load-all
-def _load_all(sources, options):
+def _load_all(sources, options):  # paths, and addresses on the hub as text
     "Every source, heaps of DiffusionDB with the metadata that is among the sources"
-    for path in sources:
+    local = [s for s in sources if isinstance(s, Path)]
+    for path in local:
         if not path.exists():
             raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
                              "DiffusionDB's parts, tars, or pictures with their prompts")
-    if len(sources) == 1 or not any(map(_metadata_files, sources)):
+    if len(sources) == 1 or not any(map(_metadata_files, local)):
         return _join_pairs([_load_one(s, options) for s in sources], sources)
-    kinds = {p: with_warnings(_kind_of_source, p)[0][1] for p in sources}
-    metas = [p for p in sources if kinds[p] == 'heaps']
+    kinds = {p: with_warnings(_kind_of_source, p)[0][1] for p in local}
+    metas = [p for p in local if kinds[p] == 'heaps']
     if not metas:
         return _join_pairs([_load_one(s, options) for s in sources], sources)
-    found = _load_heaps(metas, [p for p in sources if kinds[p] in ('pictures', 'heaps') and p.is_dir()])
+    found = _load_heaps(metas, [p for p in local if kinds[p] in ('pictures', 'heaps') and p.is_dir()])
     rest = [p for p in sources if p in found or p not in metas]
     return _join_pairs([found[p] if p in found else _load_one(p, options) for p in rest], rest)
 
@@ -331,7 +332,7 @@ def load_pairs(
     if twice:
         raise ValueError(f"{first_few(twice)} is given twice: name each source once")
     options = dict(image_col=image_col, prompt_col=prompt_col, images=images, unpack=unpack, spare=spare)
-    return _load_all([Path(s) for s in sources], options)
+    return _load_all([s if read_address(s) else Path(s) for s in sources], options)
 
 # %% ../nbs/00a_sources.ipynb #is-foreign
 _FOREIGN = {'run.json', 'ensemble.json', 'open_clip_config.json', 'sample_submission.csv'}
