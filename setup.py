@@ -8,7 +8,8 @@ parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('offline', 'generate', 'ui', 'hub', 'dev')}
+end = '_requirements'
+extras = {k.removesuffix(end): shlex.split(v) for k, v in cfg.items() if k.endswith(end)}
 extras['dev'] = sum(extras.values(), [])
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
