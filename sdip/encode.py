@@ -19,6 +19,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from .core import atomic_path, hash_items, read_json, right_shape, write_json
+from .engines import pick_engine, run_shards
 from .lock import read_fields, shared_folder
 
 # %% ../nbs/00f_encode.ipynb #encode-distinct
@@ -200,14 +201,10 @@ def _amp(encoder, amp):
     return torch.autocast('cuda', dtype=torch.float16) if on else nullcontext()
 
 # %% ../nbs/00f_encode.ipynb #encode-checked
-_ENGINES = ('local', )
-
-def _check_encode(items, engine, shard_size, i, m):
+def _check_encode(items, shard_size, i, m):
     "ValueError for arguments that make no sense"
     if isinstance(items, (str, bytes, os.PathLike)):
         raise ValueError(f"items is one {type(items).__name__}, expected a list: write [item]")
-    if engine not in _ENGINES:
-        raise ValueError(f"engine is {engine!r}; known are {list(_ENGINES)}")
     if len(items) == 0:
         raise ValueError("items is empty: there is nothing to encode")
     if shard_size < 1:
@@ -229,21 +226,30 @@ def _encode_shard(items, encoder, out, k, lo, tag, amp):
     _write_shard(out, k, rows.astype(np.float16), tag)
 
 # %% ../nbs/00f_encode.ipynb #encode-todo
-def _encode_todo(few, todo, encoder, out, tag, amp):
-    "Compute the shards (k, lo, hi) of `todo` that are not on disk, under a progress bar on a terminal"
-    size = sum(hi - lo for _, lo, hi in todo)
-    with tqdm(total=size, desc='encode', unit='item', disable=None if todo else True) as bar:
-        for k, lo, hi in todo:
-            if _read_shard(out, k, hi - lo, tag) is None:
-                _encode_shard(few[lo:hi], encoder, out, k, lo, tag, amp)
-            bar.update(hi - lo)
+def _encode_missing(encoder, out, tag, amp, k, given):
+    "Compute shard k, `given` its first number and its items, unless it lies on disk"
+    lo, items = given
+    if _read_shard(out, k, len(items), tag) is None:
+        _encode_shard(items, encoder, out, k, lo, tag, amp)
+
+def _encoding(encoder, out, tag, amp):
+    "What a worker of an engine does with a shard"
+    return partial(_encode_missing, encoder, out, tag, amp)
+
+def _encode_todo(few, todo, make, engine, out):
+    "Compute shards {k: (lo, hi)}, under a progress bar on a terminal"
+    size = {k: hi - lo for k, (lo, hi) in todo.items()}
+    inputs = lambda k: (todo[k][0], few[slice(*todo[k])])
+    with tqdm(total=sum(size.values()), desc='encode', unit='item', disable=None if todo else True) as bar:
+        for k, _ in run_shards(make, todo, engine, [out], inputs):
+            bar.update(size[k])
 
 # %% ../nbs/00f_encode.ipynb #encode
 def encode(
     items,  # list of n strings, paths or arrays: what `encoder` takes
     encoder,  # callable: list -> (b, d); NaN rows are allowed
     out,  # folder of the result
-    engine: str = 'local',  # where the shards are computed; only 'local' so far
+    engine='local',  # where the shards are computed, see `run_shards`
     shard_size: int = 8192,  # distinct items a shard: what a killed run loses at most
     shard: tuple = None,  # (i, m): only every m-th shard, from the i-th on: one of m processes or machines
     key: str = None,  # names the encoder, where it has no .fingerprint
@@ -253,16 +259,16 @@ def encode(
     """Encode once, keep on disk, compute on the next call only what is missing or damaged
 
     ValueError: `out` holds other items or another encoder; arguments that make no sense"""
-    n, out, (i, m) = len(items), Path(out), shard or (0, 1)
-    _check_encode(items, engine, shard_size, i, m)
+    n, out, engine, (i, m) = len(items), Path(out), pick_engine(engine), shard or (0, 1)
+    _check_encode(items, shard_size, i, m)
     few, which = _distinct_items(items)
     plan, rows = _plan(items, names, few, encoder, shard_size, key), _Occurrences(which)
     spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
     with shared_folder(out, partial(_claim, out, plan)) as old:
         _refuse_strays(out, _tag(plan))
         intact, whole = _intact(joined := _read_joined(out, n), old, spans, rows)
-        todo = [(k, *spans[k]) for k in range(i, len(spans), m) if k not in intact]
-        _encode_todo(few, todo, encoder, out, _tag(plan), amp)
+        todo = {k: spans[k] for k in range(i, len(spans), m) if k not in intact}
+        _encode_todo(few, todo, partial(_encoding, encoder, out, _tag(plan), amp), engine, out)
         if shard is None and not whole:
             _join_shards(out, plan, spans, rows, joined)
     if shard is not None:
