@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/00e_cluster.ipynb #imports
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -264,6 +265,16 @@ class Crew:
         for worker in self.idle + [worker for worker, _ in self.busy.values()]:
             self.ray.kill(worker)
 
+# %% ../nbs/00e_cluster.ipynb #reason
+def reason(
+    e,  # Ray's error
+) -> str:  # one line
+    "Why a worker died, from what Ray says in paragraphs"
+    text = ' '.join(str(e).split())
+    found = re.search(r'(?:exit detail: |died because |dead because )(.*?)(?: Some common| The process| \(1\)|$)',
+                      text)
+    return (found[1] if found else text)[:300]
+
 # %% ../nbs/00e_cluster.ipynb #crew-next
 @patch
 def _mourn(self: Crew, worker, k, e):
@@ -272,7 +283,7 @@ def _mourn(self: Crew, worker, k, e):
     if self.node.pop(worker, None) not in (None, *alive):
         return ''
     self.deaths[k] += 1
-    why = ' '.join(str(e).split())[:300]
+    why = reason(e)
     if self.deaths[k] > 1 and isinstance(e, self.ray.exceptions.OutOfMemoryError):
         raise MemoryError(f'shard {k}: a machine ran out of memory twice; give it {LOWER} ({why})')
     if k is None and self.deaths[k] > 1:
@@ -330,8 +341,11 @@ def work(
         self._dismiss()
 
 # %% ../nbs/00e_cluster.ipynb #session
+_DEATHS = 'A worker died or was killed|Raylet is terminated'  # lines of Ray about what we say ourselves
+
 def import_ray():
     "The module; ImportError names what brings it"
+    os.environ.setdefault('RAY_DEDUP_LOGS_SKIP_REGEX', _DEATHS)
     try:
         import ray
     except ImportError:
@@ -367,6 +381,7 @@ def _connect(ray, address):
         raise ValueError(f"the cluster at {address} differs: {' '.join(str(e).split())}; "
                          "install the same on both") from e
 
+# %% ../nbs/00e_cluster.ipynb #session-head
 @contextmanager
 def session(
     address: str,  # 'local', 'auto' or 'host:port'

@@ -6,19 +6,19 @@
 __all__ = ['encode']
 
 # %% ../nbs/00f_encode.ipynb #imports
-import json
 import os
-import zlib
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from .core import atomic_path, hash_items, read_json, right_shape, write_json
+from .array_shards import (intact_shards, join_shards, load_report, load_shard, Occurrences, read_joined,
+                               refuse_strays, save_report, save_shard, shard_tag)
+from .core import hash_items, path_text, read_json, visible, write_json
 from .engines import pick_engine, run_shards
 from .lock import read_fields, shared_folder
 
@@ -30,21 +30,6 @@ def _distinct_items(items):
     seen = {}
     which = np.fromiter((seen.setdefault(o, len(seen)) for o in items), np.int64, len(items))
     return list(seen), which
-
-# %% ../nbs/00f_encode.ipynb #encode-occurrences
-class _Occurrences:
-    "Which rows of the whole hold which distinct items"
-    def __init__(self, which):
-        self.which, self.order = which, np.argsort(which, kind='stable')
-
-    def __call__(self, lo, hi):
-        "Rows that hold the distinct items lo..hi, by item"
-        return self.order[slice(*np.searchsorted(self.which, (lo, hi), sorter=self.order))]
-
-    def first(self, lo, hi):
-        "The first row of each of the distinct items lo..hi"
-        rows = self(lo, hi)
-        return rows[np.r_[True, np.diff(self.which[rows]) > 0]]
 
 # %% ../nbs/00f_encode.ipynb #encode-fingerprint
 def _object_of(encoder):
@@ -62,14 +47,14 @@ def _fingerprint(encoder, key):
     return key if owner is encoder else f'{key} {encoder.__name__}'
 
 # %% ../nbs/00f_encode.ipynb #encode-plan
-def _plan(items, names, few, encoder, shard_size, key):
+def _plan(items, names, few, encoder, shard_size, key, dtype):
     "The manifest of a job: two jobs of one plan give the same bytes"
     owner = _object_of(encoder)
     prep = getattr(owner, 'prep', None)
     names = items if names is None else names
     return dict(encoder=_fingerprint(encoder, key), weights=getattr(owner, 'sha256', None),
                 preprocessing=prep and prep.to_dict(), items=hash_items(names), n=len(items),
-                distinct=len(few), shard_size=shard_size, dtype='float16')
+                distinct=len(few), shard_size=shard_size, dtype=np.dtype(dtype).name)
 
 # %% ../nbs/00f_encode.ipynb #encode-claim
 def _claim(out, plan):
@@ -84,115 +69,6 @@ def _claim(out, plan):
                          "or delete this one")
     return old
 
-# %% ../nbs/00f_encode.ipynb #encode-shards
-def _tag(plan):
-    "Encoder and items of a plan, for a shard's name: '1234abcd-5678ef90'"
-    encoder = [plan['encoder'], plan['weights'], json.dumps(plan['preprocessing'])]
-    items = [plan[k] for k in ('items', 'n', 'distinct', 'shard_size', 'dtype')]
-    return f'{hash_items(encoder)[:8]}-{hash_items(items)[:8]}'
-
-def _crc(a):
-    "Checksum of an array's bytes, 8 hexadecimal digits"
-    return f'{zlib.crc32(np.ascontiguousarray(a).view(np.uint8)):08x}'
-
-def _write_shard(out, k, a, tag):
-    "Move shard k into its place"
-    with atomic_path(out/f'shard-{k:05d}.{tag}.{_crc(a)}.npy') as tmp:
-        np.save(tmp, a, allow_pickle=False)
-
-def _read_shard(out, k, size, tag):
-    "Shard k if its file is whole, else None; damaged files are removed"
-    for p in sorted(out.glob(f'shard-{k:05d}.{tag}.*.npy')):
-        try:
-            a = np.load(p, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            a = np.zeros((0, 0), np.float16)
-        if len(a) == size and _crc(a) == p.name.split('.')[2]:
-            return a
-        p.unlink(missing_ok=True)
-
-# %% ../nbs/00f_encode.ipynb #encode-foreign
-def _refuse_strays(out, tag):
-    "ValueError where shards of another model, or of other items, lie in this folder"
-    for p in sorted(out.glob('shard-*.npy')):
-        theirs = p.name.split('.')[1].split('-')
-        for what, a, b in zip(('encoder', 'items'), theirs, tag.split('-')):
-            if a != b:
-                raise ValueError(f"{p} was made with {what} {a}, this job has {what} {b}: "
-                                 "it was copied from another job; delete it, or choose another folder")
-
-# %% ../nbs/00f_encode.ipynb #encode-joined
-def _read_joined(out, n):
-    "The joined file as a read-only map, None if it is missing or not whole"
-    try:
-        a = np.load(out/'emb.npy', mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError, EOFError):
-        return None
-    return a if len(a) == n and a.dtype == np.float16 else None
-
-def _crc_all(a, block=1 << 16):
-    "Checksum of a long array, a block of rows at a time"
-    crc = 0
-    for lo in range(0, len(a), block):
-        crc = zlib.crc32(np.ascontiguousarray(a[lo:lo + block]).view(np.uint8), crc)
-    return f'{crc:08x}'
-
-def _intact(joined, old, spans, rows):
-    "(numbers of the shards whose rows in the joined file are as they were written, whether all rows are)"
-    crcs = old.get('crcs')
-    if joined is None or not isinstance(crcs, list) or len(crcs) != len(spans):
-        return set(), False
-    if _crc_all(joined) == old.get('crc'):
-        return set(range(len(spans))), True
-    return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == crcs[k]}, False
-
-# %% ../nbs/00f_encode.ipynb #encode-join
-def _join_shards(out, plan, spans, rows, joined):
-    "Write emb.npy from shards, and from the rows of the old one that are still good"
-    def shard(k):  # (b, d)
-        lo, hi = spans[k]
-        made = _read_shard(out, k, hi - lo, _tag(plan))
-        return joined[rows.first(lo, hi)] if made is None else made
-
-    widths = {shard(k).shape[1] for k in range(len(spans))}
-    if len(widths) != 1:
-        raise ValueError(f"{out} holds shards of widths {sorted(widths)}, expected one: "
-                         "delete the folder, encode again")
-    d, crcs = widths.pop(), []
-    with atomic_path(out/'emb.npy') as tmp:
-        emb = open_memmap(tmp, mode='w+', dtype=np.float16, shape=(plan['n'], d))
-        for k, (lo, hi) in enumerate(spans):
-            part, at = shard(k), rows(lo, hi)
-            emb[at] = part[rows.which[at] - lo]  # (distinct, d) -> all their rows
-            crcs.append(_crc(part))
-        crc = _crc_all(emb)
-        emb.flush()
-        del emb
-    write_json(dict(plan, d=d, crc=crc, crcs=crcs), out/'manifest.json')
-    for p in out.glob(f'shard-*.{_tag(plan)}.*.npy'):
-        p.unlink(missing_ok=True)
-
-# %% ../nbs/00f_encode.ipynb #encode-reports
-def _save_report(out, k, lo, encoder):
-    "Keep what the encoder reported about shard k, with numbers of the distinct items"
-    said = getattr(_object_of(encoder), 'report', None) or []
-    file = out/f'report-{k:05d}.json'
-    if said:
-        write_json([dict(r, row=int(r['row']) + lo) for r in said], file)
-    else:
-        file.unlink(missing_ok=True)
-
-def _load_report(out, encoder, rows):
-    "Hand all reports back to the encoder, one line for each row of the whole"
-    if not hasattr(_object_of(encoder), 'report'):
-        return
-    lines = []
-    for p in sorted(out.glob('report-*.json')):
-        said = read_json(p)
-        with right_shape(p):
-            lines += [dict(r, row=int(i)) for r in said for i in rows(r['row'], r['row'] + 1)]
-    _object_of(encoder).report = lines
-
 # %% ../nbs/00f_encode.ipynb #encode-amp
 def _amp(encoder, amp):
     "Half precision arithmetic where the encoder lies on CUDA"
@@ -201,7 +77,9 @@ def _amp(encoder, amp):
     return torch.autocast('cuda', dtype=torch.float16) if on else nullcontext()
 
 # %% ../nbs/00f_encode.ipynb #encode-checked
-def _check_encode(items, shard_size, i, m):
+_DTYPES = 'float16', 'float32'
+
+def _check_encode(items, shard_size, i, m, dtype):
     "ValueError for arguments that make no sense"
     if isinstance(items, (str, bytes, os.PathLike)):
         raise ValueError(f"items is one {type(items).__name__}, expected a list: write [item]")
@@ -211,38 +89,104 @@ def _check_encode(items, shard_size, i, m):
         raise ValueError(f"shard_size is {shard_size}, expected at least 1 item")
     if not 0 <= i < m:
         raise ValueError(f"shard is {(i, m)}, expected (i, m) with 0 <= i < m")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(_DTYPES)}")
 
 # %% ../nbs/00f_encode.ipynb #encode-shard
-def _encode_shard(items, encoder, out, k, lo, tag, amp):
-    "Compute shard k; write what was reported, then the rows"
+def _hand_report(encoder, lines):
     if hasattr(_object_of(encoder), 'report'):
-        _object_of(encoder).report = []  # of other work
+        _object_of(encoder).report = lines
+
+def _encode_shard(encoder, out, plan, amp, k, given):
+    "Compute shard k, `given` its first number and its items; write what was reported, then the rows"
+    lo, items = given
+    if load_shard(out, k, len(items), shard_tag(plan)) is not None:
+        return
+    _hand_report(encoder, [])  # what it says is of other work
     with _amp(encoder, amp):
         rows = np.asarray(encoder(items))
     if rows.ndim != 2 or len(rows) != len(items):
         raise ValueError(f"the encoder gave {rows.shape} for {len(items)} items, "
                          f"expected ({len(items)}, d)")
-    _save_report(out, k, lo, encoder)
-    _write_shard(out, k, rows.astype(np.float16), tag)
+    save_report(out, k, lo, getattr(_object_of(encoder), 'report', None))
+    save_shard(out, k, rows.astype(plan['dtype']), shard_tag(plan))
+
+def _encoding(encoder, out, plan, amp):
+    "What a worker of an engine does with a shard"
+    return partial(_encode_shard, encoder, out, plan, amp)
 
 # %% ../nbs/00f_encode.ipynb #encode-todo
-def _encode_missing(encoder, out, tag, amp, k, given):
-    "Compute shard k, `given` its first number and its items, unless it lies on disk"
-    lo, items = given
-    if _read_shard(out, k, len(items), tag) is None:
-        _encode_shard(items, encoder, out, k, lo, tag, amp)
+def _run_spans(few, spans, make, engine, out, update=lambda n: None):
+    "Compute shards {k: (lo, hi)}; numbers of those that killed two workers -> why"
+    dead, inputs = {}, lambda k: (spans[k][0], few[slice(*spans[k])])
+    first = few[0]
+    is_file = isinstance(first, (str, os.PathLike)) and os.path.isfile(first)
+    needed = [out, first] if is_file else [out]  # pictures lie where all workers see them
+    for k, _ in run_shards(make, spans, engine, needed, inputs, dead.__setitem__):
+        update(spans[k][1] - spans[k][0])
+    return dead
 
-def _encoding(encoder, out, tag, amp):
-    "What a worker of an engine does with a shard"
-    return partial(_encode_missing, encoder, out, tag, amp)
+# %% ../nbs/00f_encode.ipynb #poison-parts
+def _cut(lo, hi, most=128):
+    "A span in parts, {first item: span}"
+    step = -(-(hi - lo)//most)
+    return {a: (a, min(a + step, hi)) for a in range(lo, hi, step)}
 
-def _encode_todo(few, todo, make, engine, out):
+def _find_poison(few, spans, make, engine, out):
+    "({item: why it is left out}, {first item: span} of parts that are good) of spans that kill"
+    good, bad = {}, {}
+    while spans:
+        parts = {k: span for lo, hi in spans for k, span in _cut(lo, hi).items()}
+        dead = _run_spans(few, parts, make, engine, out)
+        good |= {k: span for k, span in parts.items() if k not in dead}
+        bad |= {k: why for k, why in dead.items() if parts[k] == (k, k + 1)}
+        spans = [parts[k] for k in dead if k not in bad]
+    return bad, good
+
+# %% ../nbs/00f_encode.ipynb #poison
+def _name(item, i):
+    return path_text(item) if isinstance(item, (str, os.PathLike)) else f'item {i}'
+
+def _patched(few, lo, hi, at, parts, bad, plan):
+    "Rows of a shard from its good parts, NaN elsewhere; what was reported of it"
+    tag, rows = shard_tag(plan), None
+    for a, b in parts:
+        part = load_shard(at, a, b - a, tag)
+        if rows is None:
+            rows = np.full((hi - lo, part.shape[1]), np.nan, plan['dtype'])
+        rows[a - lo:b - lo] = part
+    said = [r for a, _ in parts for p in at.glob(f'report-{a:05d}.json') for r in read_json(p)]
+    for i in sorted(bad.keys() & {*range(lo, hi)}):
+        name = _name(few[i], i)
+        said.append(dict(row=i, image=name, error=f'{name}: it killed its worker twice ({bad[i]})'))
+    return rows, said
+
+# %% ../nbs/00f_encode.ipynb #poison-shards
+def _without_poison(few, spans, encoder, engine, out, plan, amp):
+    "Write shards that kill their workers: a NaN row and a line in the report for each item that does"
+    at = out/'parts'
+    bad, good = _find_poison(few, spans.values(), partial(_encoding, encoder, at, plan, amp), engine, at)
+    for k, (lo, hi) in spans.items():
+        parts = [span for span in good.values() if lo <= span[0] < hi]
+        if not parts:
+            raise RuntimeError(f'each item of shard {k} killed its worker twice ({bad[lo]}): '
+                               'it is not the items that do it')
+        rows, said = _patched(few, lo, hi, at, parts, bad, plan)
+        save_report(out, k, 0, said)
+        save_shard(out, k, rows, shard_tag(plan))
+    for i in sorted(bad):
+        print(f'{visible(_name(few[i], i))}: it killed its worker twice, its row is NaN ({bad[i]})')
+    shutil.rmtree(at)
+
+# %% ../nbs/00f_encode.ipynb #encode-parts-todo
+def _encode_todo(few, todo, encoder, engine, out, plan, amp):
     "Compute shards {k: (lo, hi)}, under a progress bar on a terminal"
-    size = {k: hi - lo for k, (lo, hi) in todo.items()}
-    inputs = lambda k: (todo[k][0], few[slice(*todo[k])])
-    with tqdm(total=sum(size.values()), desc='encode', unit='item', disable=None if todo else True) as bar:
-        for k, _ in run_shards(make, todo, engine, [out], inputs):
-            bar.update(size[k])
+    make, size = partial(_encoding, encoder, out, plan, amp), sum(hi - lo for lo, hi in todo.values())
+    if todo:
+        with tqdm(total=size, desc='encode', unit='item', disable=None) as bar:
+            dead = _run_spans(few, todo, make, engine, out, bar.update)
+        if dead:
+            _without_poison(few, {k: todo[k] for k in dead}, encoder, engine, out, plan, amp)
 
 # %% ../nbs/00f_encode.ipynb #encode
 def encode(
@@ -255,23 +199,24 @@ def encode(
     key: str = None,  # names the encoder, where it has no .fingerprint
     names=None,  # n strings that stand for the items in the manifest; None: the items themselves
     amp: bool = True,  # half precision on CUDA, for an encoder that does not choose its own
-) -> np.ndarray:  # (n, d) float16, read-only memory map; None when `shard` is given
+    dtype: str = 'float16',  # of the rows; 'float32' keeps all digits
+) -> np.ndarray:  # (n, d), read-only memory map; None when `shard` is given
     """Encode once, keep on disk, compute on the next call only what is missing or damaged
 
     ValueError: `out` holds other items or another encoder; arguments that make no sense"""
     n, out, engine, (i, m) = len(items), Path(out), pick_engine(engine), shard or (0, 1)
-    _check_encode(items, shard_size, i, m)
+    _check_encode(items, shard_size, i, m, dtype)
     few, which = _distinct_items(items)
-    plan, rows = _plan(items, names, few, encoder, shard_size, key), _Occurrences(which)
+    plan, rows = _plan(items, names, few, encoder, shard_size, key, dtype), Occurrences(which)
     spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
     with shared_folder(out, partial(_claim, out, plan)) as old:
-        _refuse_strays(out, _tag(plan))
-        intact, whole = _intact(joined := _read_joined(out, n), old, spans, rows)
+        refuse_strays(out, shard_tag(plan))
+        intact, whole = intact_shards(joined := read_joined(out, n, dtype), old, spans, rows)
         todo = {k: spans[k] for k in range(i, len(spans), m) if k not in intact}
-        _encode_todo(few, todo, partial(_encoding, encoder, out, _tag(plan), amp), engine, out)
+        _encode_todo(few, todo, encoder, engine, out, plan, amp)
         if shard is None and not whole:
-            _join_shards(out, plan, spans, rows, joined)
+            join_shards(out, plan, spans, rows, joined)
     if shard is not None:
         return None
-    _load_report(out, encoder, rows)
-    return _read_joined(out, n)
+    _hand_report(encoder, load_report(out, rows))
+    return read_joined(out, n, dtype)

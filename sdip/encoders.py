@@ -109,10 +109,15 @@ class TargetEncoder:
         rough: bool = False,  # in bfloat16 where the device has it: cosines of 0.99998, in half the time
     ):
         self.device, self.sha256 = pick_device(device), MINILM_SHA256
-        self.tokens = tokens or (65536 if self.device.type == 'cuda' else 2048)
+        self._tokens = tokens
         self.model = _sentence_transformer(_check_minilm(minilm_folder(path)), self.device)
         self.rough = rough and _has_bf16(self.device)
         self.fingerprint = f"all-MiniLM-L6-v2 {MINILM_SHA256[:16]}{' bf16' if self.rough else ''}"
+
+    @property
+    def tokens(self):
+        "Word pieces a batch, where the encoder is now"
+        return self._tokens or (65536 if self.device.type == 'cuda' else 2048)
 
 # %% ../nbs/00e_encoders.ipynb #target-batches
 @patch

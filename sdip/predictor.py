@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .cluster import move_to
 from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, row_cosine, sha256, visible
 from .data import ImageError, read_image
 from .hub import local_folder
@@ -72,26 +73,6 @@ class FoldModel:
         rows = [m.predict(images, **given) for m in self.models]
         self.report, self.words = self.models[0].report, getattr(self.models[0], 'words', None)
         return mean_rows(rows)
-
-# %% ../nbs/08a_predictor.ipynb #move-to
-def move_to(
-        model,  # a saved model, or a thing that holds networks
-        device,  # torch's
-):
-    "Move every network that a model holds, and tell the model where it is"
-    from torch import nn
-    todo, seen = [model], set()
-    while todo:
-        o = todo.pop()
-        if isinstance(o, nn.Module):
-            o.to(device)
-        elif id(o) not in seen and type(o).__module__.startswith('sdip.'):
-            seen.add(id(o))
-            if 'device' in vars(o):
-                o.device = device
-            todo += vars(o).values()
-        elif isinstance(o, (list, tuple)):
-            todo += o
 
 # %% ../nbs/08a_predictor.ipynb #on-card
 class OnCard:
