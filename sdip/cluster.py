@@ -271,8 +271,7 @@ def reason(
 ) -> str:  # one line
     "Why a worker died, from what Ray says in paragraphs"
     text = ' '.join(str(e).split())
-    found = re.search(r'(?:exit detail: |died because |dead because )(.*?)(?: Some common| The process| \(1\)|$)',
-                      text)
+    found = re.search('.*(?:exit detail: |(?:died|dead) because )(.*?)(?: Some common|$)', text)
     return (found[1] if found else text)[:300]
 
 # %% ../nbs/00e_cluster.ipynb #crew-next
@@ -290,6 +289,7 @@ def _mourn(self: Crew, worker, k, e):
         raise RuntimeError(f'a worker died twice while it loaded: {why}')
     return why
 
+# %% ../nbs/00e_cluster.ipynb #crew-next-end
 @patch
 def _next(self: Crew):
     "(shard, None: a worker has loaded; answer; why it died, None: it lives) of the next call that ends"

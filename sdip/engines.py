@@ -57,7 +57,8 @@ def run(
         fit = places(ray.nodes(), self.threads, gpus)
         _check_room(fit, self, gpus)
         check_nodes(ray, fit, shared)
-        blob, need = ray.put(packed(make, ray.cloudpickle.Pickler)), dict(num_cpus=self.threads, num_gpus=gpus)
+        blob = ray.put(packed(make, ray.cloudpickle.Pickler))
+        need = dict(num_cpus=self.threads, num_gpus=gpus)
         crew = Crew(ray, blob, self.workers or sum(fit.values()), need, self.patience)
         yield from crew.work(todo, inputs, on_poison)
 
