@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 import uuid
+import warnings
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,13 +127,15 @@ def packed(
 
     class Pickler(pickler):
         def reducer_override(self, o):
-            if type(o).__name__ == 'TypedStorage' and o.device.type != 'cpu':
+            if type(o).__name__ == 'TypedStorage' and o._untyped_storage.device.type != 'cpu':
                 return o.cpu().__reduce__()
             other = getattr(super(), 'reducer_override', None)
             return other(o) if other else NotImplemented
 
     out = io.BytesIO()
-    Pickler(out).dump(o)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's of its own TypedStorage
+        Pickler(out).dump(o)
     return out.getvalue()
 
 # %% ../nbs/00e_cluster.ipynb #move-to
