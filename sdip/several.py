@@ -13,7 +13,6 @@ import numpy as np
 from fastcore.basics import patch
 
 from .core import EMB_DIM, row_cosine
-from .finetune_clip import read_held_out
 from .ensemble import Ensemble, fit_ensemble
 
 # %% ../nbs/06c_several.ipynb #common-rows
@@ -154,6 +153,7 @@ def several_of(
         ratios: dict | None = None,  # name of a folder -> ratio; None: searched where that is possible
 ) -> Several:
     "Saved models as one. ValueError: a folder twice, a damaged one, ratios of other models"
+    from sdip.finetune_clip import read_held_out  # brings fastai, which one run does not need
     names = dict(zip(folder_names(folders), folders))
     ensemble, how = find_blend({m: read_held_out(f) for m, f in names.items()}, ratios)
     return Several({m: load(names[m]) for m, r in ensemble.ratios.items() if r > 0}, ensemble, how)
