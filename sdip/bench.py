@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from tqdm import tqdm
 
 from .measure import compare, measure, threads
-from .bench_data import (alike, bench_feed, bench_walk, blocked_product, crowd, grammar_anchors,
-                             prompts_like_diffusiondb, usual_recipe)
+from .bench_data import (alike, bench_feed, bench_submission, bench_walk, blocked_product, crowd,
+                             grammar_anchors, prompts_like_diffusiondb, usual_recipe)
 
 # %% ../nbs/09_benchmarks.ipynb #benches
 BENCHES = {}
@@ -25,10 +26,11 @@ def bench(
         name: str,  # as `--only` knows it
         rows: int,  # by default: some seconds of work
         full: int,  # the size at which its promise is made
+        minutes: float,  # that it takes there, on two cores of an AMD EPYC
 ):  # a decorator
     "Add a function of its number of rows to the benchmarks"
     def add(f):
-        BENCHES[name] = f, rows, full
+        BENCHES[name] = f, rows, full, minutes
         return f
 
     return add
@@ -36,21 +38,26 @@ def bench(
 # %% ../nbs/09_benchmarks.ipynb #run-benches
 def run_benches(
     only: list | None = None,  # names; None: all
-    rows: int | None = None,  # of each; None: its default
+    rows: int | list | None = None,  # sizes of each; None: its default
     full: bool = False,  # at the size where the promise is made
     n_threads: int = 2,  # of torch, faiss and numpy
     options: dict | None = None,  # name -> further arguments of that benchmark
+    show=None,  # called with a list of `Comparison` as soon as a benchmark has them
 ) -> list:  # of `Comparison`
-    "Run benchmarks one after the other; ValueError for an unknown name"
-    unknown = [o for o in only or [] if o not in BENCHES]
-    if unknown:
+    "Run benchmarks one after the other, under a bar; ValueError for an unknown name"
+    if unknown := [o for o in only or [] if o not in BENCHES]:
         raise ValueError(f"no benchmark named {', '.join(unknown)}: known are {', '.join(BENCHES)}")
-    out = []
-    for name, (f, default, whole) in BENCHES.items():
-        if only and name not in only:
-            continue
-        with threads(n_threads):
-            out += f(rows or (whole if full else default), **(options or {}).get(name, {}))
+    out, sizes = [], [rows] if isinstance(rows, int) else rows
+    with threads(n_threads), tqdm(list(only or BENCHES), unit='bench', disable=None) as bar:
+        for name in bar:
+            bar.set_description(name)
+            f, default, whole, _ = BENCHES[name]
+            new = [c for n in sizes or [whole if full else default]
+                   for c in f(n, **(options or {}).get(name, {}))]
+            out += new
+            if show:
+                with bar.external_write_mode():
+                    show(new)
     return out
 
 # %% ../nbs/09_benchmarks.ipynb #finetune-work
@@ -168,7 +175,7 @@ def _equal_predictions(a, b):
     assert np.abs(a - b).max() < 1e-2, f'predictions differ by {np.abs(a - b).max():.4f}'
 
 # %% ../nbs/09_benchmarks.ipynb #finetune-bench
-@bench('finetune', 64, 768)
+@bench('finetune', 64, 768, 2)
 def bench_finetune(
         rows: int,  # pictures
 ) -> list:  # of `Comparison`
@@ -288,7 +295,7 @@ def _climb_bench(n, n_phrases):
                    lambda: counted('ours', best), lambda: counted('plain', chain), same, turns=1)
 
 # %% ../nbs/09_benchmarks.ipynb #interrogator-bench
-@bench('interrogator', rows=20_000, full=100_970)
+@bench('interrogator', rows=20_000, full=100_970, minutes=1)
 def bench_interrogator(
         rows: int,  # phrases of the longest list
 ) -> list:  # of `Comparison`
@@ -334,7 +341,7 @@ def _same_neighbours(ours, flat):
     return f'{differ.sum()} of {differ.size:,} ids differ' + (', all of them ties' if differ.any() else '')
 
 # %% ../nbs/09_benchmarks.ipynb #knn-bench
-@bench('knn', 5_000, 100_000)
+@bench('knn', 5_000, 100_000, 1)
 def bench_knn(
         rows: int,  # keys in the bank
 ) -> list:  # of `Comparison`
@@ -367,7 +374,7 @@ def _ours_encode(prompts, encoder):
     with TemporaryDirectory() as tmp:
         return np.array(encode(prompts, encoder, tmp), np.float32)
 
-@bench('encode', rows=300, full=4000)
+@bench('encode', rows=300, full=4000, minutes=2)
 def bench_encode(
         rows: int,  # prompts
 ) -> list:  # of `Comparison`
@@ -416,7 +423,7 @@ def _dedup_against_plain(x, threshold, ours, turns):
     return [product, recipe]
 
 # %% ../nbs/09_benchmarks.ipynb #dedup-bench
-@bench('dedup', rows=8_000, full=100_000)
+@bench('dedup', rows=8_000, full=100_000, minutes=2)
 def bench_dedup(
         rows: int,  # embeddings
         threshold: float = .95,  # cosine from which two rows are duplicates
@@ -461,7 +468,7 @@ def _reblend_search(preds, targ, min_gain=1e-4):
     return w, score
 
 # %% ../nbs/09_benchmarks.ipynb #ensemble-bench
-@bench('ensemble', rows=1000, full=20_000)
+@bench('ensemble', rows=1000, full=20_000, minutes=1)
 def bench_ensemble(
         n: int,  # rows
 ) -> list:  # of `Comparison`
@@ -486,57 +493,6 @@ def bench_ensemble(
     return [compare('ratios of 5 models', 're-blending at each step', n, ours,
                     lambda: _reblend_search(preds, targ), same, turns=2)]
 
-# %% ../nbs/09_benchmarks.ipynb #submission-plain
-def _pandas_write(ids, emb, path):
-    names = [f'{i}_{k}' for i in ids for k in range(emb.shape[1])]
-    pd.DataFrame(dict(imgId_eId=names, val=emb.ravel())).to_csv(path, index=False)
-    return path
-
-def _pandas_read(path):
-    table = pd.read_csv(path)
-    parts = table.imgId_eId.str.rsplit('_', n=1, expand=True)
-    wide = table.assign(id=parts[0], k=parts[1].astype(int)).pivot(index='id', columns='k', values='val')
-    return wide.index.tolist(), wide.to_numpy(np.float32)
-
-# %% ../nbs/09_benchmarks.ipynb #submission-same
-def _written(ids, emb):
-    "A check of two files: what ours holds is what was written"
-    from sdip.core import row_cosine
-    from sdip.csv_file import check_submission, read_submission
-
-    def check(a, b):
-        lost = float(1 - row_cosine(read_submission(a)[1], emb).min())
-        assert lost < 1e-6 and read_submission(b)[0] == ids
-        faults, cost = measure(lambda: check_submission(a, ids))
-        assert not faults, faults
-        mine, theirs = (f.stat().st_size/1e6 for f in (a, b))
-        return (f'cosine lost at most {lost:.0e}; {mine:.0f} MB, pandas {theirs:.0f} MB; '
-                f'check {cost.cpu:.1f} CPU s')
-
-    return check
-
-def _read_alike(a, b):
-    assert a[0] == b[0] and np.array_equal(a[1], b[1])
-
-# %% ../nbs/09_benchmarks.ipynb #submission-bench
-@bench('submission', rows=400, full=16_000)
-def bench_submission(
-        n: int,  # pictures
-) -> list:  # of `Comparison`
-    "Write and read a submission of n pictures"
-    import tempfile
-    from sdip.core import EMB_DIM, unit
-    from sdip.csv_file import read_submission, write_submission
-    emb = unit(np.random.default_rng(0).normal(size=(n, EMB_DIM)))
-    ids = [f'{i:09x}' for i in range(n)]
-    with tempfile.TemporaryDirectory() as d:
-        mine, theirs = Path(d)/'mine.csv', Path(d)/'theirs.csv'
-        wrote = compare('submission written', 'pandas to_csv', n, lambda: write_submission(ids, emb, mine),
-                        lambda: _pandas_write(ids, emb, theirs), _written(ids, emb), turns=2)
-        read = compare('submission read', 'pandas read_csv and pivot', n, lambda: read_submission(mine),
-                       lambda: _pandas_read(mine), _read_alike, turns=2)
-    return [wrote, read]
-
 # %% ../nbs/09_benchmarks.ipynb #others
-bench('feed', 64, 512)(bench_feed)
-bench('walk', 240, 11600)(bench_walk)
+BENCHES |= dict(submission=(bench_submission, 400, 16_000, 1), feed=(bench_feed, 64, 512, 1),
+                walk=(bench_walk, 240, 11600, 7))

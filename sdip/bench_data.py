@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 
 import sdip
 from .core import read_json
-from .measure import Comparison, compare
+from .measure import Comparison, compare, measure
 
 # %% ../nbs/09_bench_data.ipynb #encode-prompts
 # quantiles of words a prompt, DiffusionDB sample (its longest: 281)
@@ -221,6 +222,55 @@ def bench_feed(
                       f'needs {cores["ours"]} core(s), plain {cores["plain"]}')
             found.append(c)
     return found
+
+# %% ../nbs/09_bench_data.ipynb #submission-plain
+def _pandas_write(ids, emb, path):
+    names = [f'{i}_{k}' for i in ids for k in range(emb.shape[1])]
+    pd.DataFrame(dict(imgId_eId=names, val=emb.ravel())).to_csv(path, index=False)
+    return path
+
+def _pandas_read(path):
+    table = pd.read_csv(path)
+    parts = table.imgId_eId.str.rsplit('_', n=1, expand=True)
+    wide = table.assign(id=parts[0], k=parts[1].astype(int)).pivot(index='id', columns='k', values='val')
+    return wide.index.tolist(), wide.to_numpy(np.float32)
+
+# %% ../nbs/09_bench_data.ipynb #submission-same
+def _written(ids, emb):
+    "A check of two files: what ours holds is what was written"
+    from sdip.core import row_cosine
+    from sdip.csv_file import check_submission, read_submission
+
+    def check(a, b):
+        lost = float(1 - row_cosine(read_submission(a)[1], emb).min())
+        assert lost < 1e-6 and read_submission(b)[0] == ids
+        faults, cost = measure(lambda: check_submission(a, ids))
+        assert not faults, faults
+        mine, theirs = (f.stat().st_size/1e6 for f in (a, b))
+        return (f'cosine lost at most {lost:.0e}; {mine:.0f} MB, pandas {theirs:.0f} MB; '
+                f'check {cost.cpu:.1f} CPU s')
+
+    return check
+
+def _read_alike(a, b):
+    assert a[0] == b[0] and np.array_equal(a[1], b[1])
+
+# %% ../nbs/09_bench_data.ipynb #submission-bench
+def bench_submission(
+        n: int,  # pictures
+) -> list:  # of `Comparison`
+    "Write and read a submission of n pictures"
+    from sdip.core import EMB_DIM, unit
+    from sdip.csv_file import read_submission, write_submission
+    emb = unit(np.random.default_rng(0).normal(size=(n, EMB_DIM)))
+    ids = [f'{i:09x}' for i in range(n)]
+    with tempfile.TemporaryDirectory() as d:
+        mine, theirs = Path(d)/'mine.csv', Path(d)/'theirs.csv'
+        wrote = compare('submission written', 'pandas to_csv', n, lambda: write_submission(ids, emb, mine),
+                        lambda: _pandas_write(ids, emb, theirs), _written(ids, emb), turns=2)
+        read = compare('submission read', 'pandas read_csv and pivot', n, lambda: read_submission(mine),
+                       lambda: _pandas_read(mine), _read_alike, turns=2)
+    return [wrote, read]
 
 # %% ../nbs/09_bench_data.ipynb #walk-run
 _NO_KEEPING = 'import sdip.core; sdip.core.keep_memory = lambda: False; '

@@ -527,25 +527,29 @@ _BENCHES = 'finetune interrogator knn encode dedup ensemble submission feed walk
 def sdip_bench(
         only: _several(words=_BENCHES) = None,  # benchmarks to run; default: all
         rows: _several(kind=int) = None,  # sizes of the work, one or several; default: some seconds
-        full: bool = False,  # the size at which each promise is made: minutes
+        full: bool = False,  # the size at which each promise is made: a quarter of an hour
         threads: int = 2,  # of torch, faiss and numpy
         card: int = 300,  # feed: pictures a second that a GPU takes
         before: str = None,  # walk: folder of another version of sdip; default: this one without keep_memory
         plot: str = None,  # a .png or .svg: CPU seconds over rows; needs two sizes or more
         force: bool = False,  # replace a plot that is there
+        history: str = None,  # a .jsonl that gets one line more: today's ratios; says what became worse
 ):
     "Cost of each chapter as a ratio against the baseline, in one run"
     _free(force, plot)
-    from sdip.measure import bench_text, growth_plot
     from sdip.bench import BENCHES, run_benches
-    options = dict(feed=dict(card=card), walk=dict(before=before))
-    found = []
-    for name in only or BENCHES:
-        print(f'{name} ..', flush=True)
-        found += (new := [c for n in rows or [None] for c in run_benches([name], n, full, threads, options)])
-        print(bench_text(new, threads if name == [*(only or BENCHES)][-1] else None), flush=True)
+    from sdip.bench_history import noted
+    from sdip.measure import bench_text, growth_plot, here
+    names, options = only or BENCHES, dict(feed=dict(card=card), walk=dict(before=before))
+    if full and not rows:
+        print(f'about {sum(BENCHES[n][3] for n in names)} minutes on two cores of an AMD EPYC', flush=True)
+    show = lambda new: print(bench_text(new, None), flush=True)
+    found = run_benches(names, rows, full, threads, options, show)
+    print(here(threads))
     if not (rows or full):
         print('small sizes: --full takes those at which each promise is made')
+    if history:
+        print(noted(found, history, threads))
     if plot:
         growth_plot(found).savefig(plot)
         print(f'plot in {plot}')

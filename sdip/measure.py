@@ -163,6 +163,15 @@ def machine() -> str:  # as in 'AMD EPYC, 2 cores, x86_64'
     name = names[0] if names else platform.processor() or 'unknown processor'
     return f'{name}, {os.cpu_count()} cores, {platform.machine()}'
 
+def here(
+        n_threads: int,  # that are used
+) -> str:  # lines of at most 100 columns
+    "Threads, processor and versions"
+    from importlib.metadata import version
+    libs = ' '.join(f'{p} {version(p)}' for p in ('torch', 'faiss-cpu', 'numpy'))
+    said = f'{n_threads} threads, {machine()}; Python {platform.python_version()}, {libs}'
+    return '\n'.join(textwrap.wrap(said, 100))
+
 # %% ../nbs/00k_measure.ipynb #bench-text
 def _beside(way, note):  # lines below a row
     said = f'beside {way}' + (f'; {note}' if note else '')
@@ -173,7 +182,6 @@ def bench_text(
     n_threads: int = 2,  # that they were measured with; None: no line about the machine
 ) -> str:  # lines for a terminal
     "A table of 100 columns, and below it the machine and the versions"
-    from importlib.metadata import version
     mb = lambda v: '' if v is None or np.isnan(v) else f'{v:.0f}'
     form = dict(ours='{:.2f}'.format, plain='{:.2f}'.format, ratio='{:.1f}x'.format, rows='{:,}'.format,
                 ours_mb=mb, plain_mb=mb)
@@ -187,9 +195,7 @@ def bench_text(
     lines = [head] + [line for row, *way in zip(rows, *ways) for line in (row, *_beside(*way))]
     if n_threads is None:
         return '\n'.join(lines)
-    libs = ' '.join(f'{p} {version(p)}' for p in ('torch', 'faiss-cpu', 'numpy'))
-    here = f'{n_threads} threads, {machine()}; Python {platform.python_version()}, {libs}'
-    return '\n'.join(lines + textwrap.wrap(here, 100))
+    return '\n'.join([*lines, here(n_threads)])
 
 # %% ../nbs/00k_measure.ipynb #growth-plot
 def growth_plot(
