@@ -988,6 +988,113 @@ def test_encode_by_three_processes():
         'one/emb.npy').read_bytes(), 'three processes made other bytes than one'
     assert not list(Path('three').glob('shard-*')), 'shards are left over'
 
+RAY_JOB = """
+import hashlib, os, sys, time
+from pathlib import Path
+import numpy as np
+from sdip.encode import encode
+from sdip.engines import Ray
+
+class Digests:
+    fingerprint, report = 'digests', []
+
+    def __call__(self, items):
+        Path('workers', str(os.getpid())).touch()
+        time.sleep(.2)
+        if 'deadly' in items:
+            os.kill(os.getpid(), 9)
+        return np.array([list(hashlib.sha256(o.encode()).digest()) for o in items], np.float32)
+
+out, address, *more = sys.argv[1:]
+if __name__ == '__main__':
+    engine, items = Ray(address) if address else 'local', [f'item {i}' for i in range(150)] + more
+    encode(items, Digests(), out, engine, shard_size=10)
+"""
+
+def ray_nodes():
+    "Three machines of Ray on this one: a head without CPUs, two with two each; a busy machine starts them late"
+    from ray.cluster_utils import Cluster
+    for last in (False, False, True):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=0, include_dashboard=False)
+            nodes = [cluster.add_node(wait=False, num_cpus=2) for _ in range(2)]
+            cluster.wait_for_nodes(150)
+            return cluster, nodes
+        except Exception as e:
+            cluster.shutdown()
+            if last or 'timed out' not in str(e):
+                raise
+
+@contextmanager
+def ray_cluster():
+    cluster, nodes = ray_nodes()
+    try:
+        yield cluster, nodes
+    finally:
+        cluster.shutdown()
+
+def until_shards(out, n, job):
+    wait_for(lambda: len(list(Path(out).glob('shard-*.npy'))) >= n or job.poll() is not None)
+    assert job.poll() is None, 'it had ended before anything could be done to it'
+
+def workers():
+    "Processes that have computed shards, and live"
+    return [int(p.name) for p in Path('workers').iterdir() if Path('/proc', p.name, 'cwd').exists()]
+
+def joined(out):
+    return Path(out, 'emb.npy').read_bytes()
+
+def test_ray():
+    """Three machines of Ray: the bytes of one process, also when a worker is killed, the driver is killed and
+    started again, an item kills its workers, or a machine is gone; no cluster that is unfit is begun with"""
+    os.environ.update(RAY_raylet_start_wait_time_s='150', RAY_USAGE_STATS_ENABLED='0')
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        return print("skipped: Ray is not installed, pip install 'sdip[ray]'")
+    import numpy as np
+    Path('job.py').write_text(RAY_JOB)
+    Path('workers').mkdir()
+    sh(sys.executable, 'job.py', 'one', '')
+    whole = joined('one')
+    with ray_cluster() as (cluster, nodes):
+
+        def start(out, *more):
+            log = open(f'{out}.log', 'w')
+            job = sys.executable, 'job.py', out, cluster.address, *more
+            return subprocess.Popen(job, stdout=log, stderr=subprocess.STDOUT)
+
+        first = start('poison', 'deadly')
+        until_shards('poison', 3, first)
+        os.kill(workers()[0], 9)
+        said = f'{first.wait()} {Path("poison.log").read_text()}'
+        assert said.startswith('0 deadly: it killed its worker twice, its row is NaN (Worker'), said
+        rows = np.load('poison/emb.npy')
+        assert np.isnan(rows[-1]).all() and rows[:-1].tobytes() == np.load('one/emb.npy').tobytes()
+        [line] = json.loads(Path('poison/report-00015.json').read_text())
+        assert (line['image'], line['row']) == ('deadly', 150), line
+
+        second = start('many')
+        until_shards('many', 3, second)
+        second.kill()
+        second.wait()
+        wait_for(lambda: not workers())
+        kept = {p: p.stat().st_mtime_ns for p in Path('many').glob('shard-*.npy')}
+        third = start('many')
+        until_shards('many', len(kept) + 2, third)
+        assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), 'shards were made again'
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert third.wait() == 0 and joined('many') == whole, Path('many.log').read_text()
+
+        Path('old/sdip').mkdir(parents=True)
+        Path('old/sdip/__init__.py').write_text('__version__ = "0.0.1"')
+        cluster.add_node(num_cpus=1, env_vars=dict(PYTHONPATH=str(Path('old').resolve())))
+        refused = start('refused')
+        assert refused.wait() and 'and sdip 0.0.1, this process Python' in Path('refused.log').read_text()
+        assert not list(Path('refused').glob('.tmp*'))
+    wait_for(lambda: not workers())
+
 DECODE = """
 import sdip.decoded as d
 from pathlib import Path

@@ -349,6 +349,8 @@ _DEATHS = 'A worker died or was killed|Raylet is terminated'  # lines of Ray abo
 def import_ray():
     "The module; ImportError names what brings it"
     os.environ.setdefault('RAY_DEDUP_LOGS_SKIP_REGEX', _DEATHS)
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '150')
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     try:
         import ray
     except ImportError:
@@ -367,14 +369,20 @@ def kept_signals():  # to be used by `with`
             signal.signal(number, handler)
 
 # %% ../nbs/00e_cluster.ipynb #connected
+def _start(ray, **how):
+    "Begin Ray on this machine; a busy one may take longer than the 30 s that Ray allows, so twice"
+    for last in (False, True):
+        try:
+            return ray.init(include_dashboard=False, **how)
+        except Exception as e:
+            if last or 'timed out during startup' not in str(e):
+                raise
+            ray.shutdown()
+
 def _connect(ray, address):
     how = dict(address=address, log_to_driver=False, logging_level='ERROR')
-    if address == 'local':
-        os.environ.setdefault('RAY_raylet_start_wait_time_s', '150')  # a first start is slow
-        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-        how['include_dashboard'] = False
     try:
-        ray.init(**how)
+        _start(ray, **how) if address == 'local' else ray.init(**how)
     except (ConnectionError, ValueError) as e:
         raise ValueError(f"no Ray cluster answers at {address!r} ({' '.join(str(e).split())[:200]}): start "
                          "one with ray start, or use --address local") from e

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from .array_shards import (intact_shards, join_shards, load_report, load_shard, Occurrences, read_joined,
@@ -73,8 +72,10 @@ def _claim(out, plan):
 def _amp(encoder, amp):
     "Half precision arithmetic where the encoder lies on CUDA"
     device = getattr(_object_of(encoder), 'device', None)
-    on = bool(amp) and getattr(device, 'type', 'cpu') == 'cuda'
-    return torch.autocast('cuda', dtype=torch.float16) if on else nullcontext()
+    if not amp or getattr(device, 'type', 'cpu') != 'cuda':
+        return nullcontext()
+    import torch
+    return torch.autocast('cuda', dtype=torch.float16)
 
 # %% ../nbs/00f_encode.ipynb #encode-checked
 _DTYPES = 'float16', 'float32'
@@ -162,21 +163,26 @@ def _patched(few, lo, hi, at, parts, bad, plan):
     return rows, said
 
 # %% ../nbs/00f_encode.ipynb #poison-shards
+def _width(folders, tag):
+    "Width of any shard that is there; RuntimeError: there is none"
+    for p in (p for folder in folders for p in folder.glob(f'shard-*.{tag}.*.npy')):
+        return np.load(p, mmap_mode='r').shape[1]
+    raise RuntimeError('each item killed its worker twice: it is not the items that do it')
+
 def _without_poison(few, spans, encoder, engine, out, plan, amp):
     "Write shards that kill their workers: a NaN row and a line in the report for each item that does"
     at = out/'parts'
     bad, good = _find_poison(few, spans.values(), partial(_encoding, encoder, at, plan, amp), engine, at)
     for k, (lo, hi) in spans.items():
         parts = [span for span in good.values() if lo <= span[0] < hi]
-        if not parts:
-            raise RuntimeError(f'each item of shard {k} killed its worker twice ({bad[lo]}): '
-                               'it is not the items that do it')
         rows, said = _patched(few, lo, hi, at, parts, bad, plan)
+        if rows is None:
+            rows = np.full((hi - lo, _width([out, at], shard_tag(plan))), np.nan, plan['dtype'])
         save_report(out, k, 0, said)
         save_shard(out, k, rows, shard_tag(plan))
     for i in sorted(bad):
         print(f'{visible(_name(few[i], i))}: it killed its worker twice, its row is NaN ({bad[i]})')
-    shutil.rmtree(at)
+    shutil.rmtree(at, ignore_errors=True)
 
 # %% ../nbs/00f_encode.ipynb #encode-parts-todo
 def _encode_todo(few, todo, encoder, engine, out, plan, amp):
