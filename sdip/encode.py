@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .array_shards import (intact_shards, join_shards, load_report, load_shard, Occurrences, read_joined,
                                refuse_strays, save_report, save_shard, shard_tag)
 from .core import hash_items, path_text, read_json, visible, write_json
-from .engines import pick_engine, run_shards
+from .engines import find_poison, pick_engine, run_shards
 from .lock import read_fields, shared_folder
 
 # %% ../nbs/00f_encode.ipynb #encode-distinct
@@ -117,32 +117,18 @@ def _encoding(encoder, out, plan, amp):
     return partial(_encode_shard, encoder, out, plan, amp)
 
 # %% ../nbs/00f_encode.ipynb #encode-todo
-def _run_spans(few, spans, make, engine, out, update=lambda n: None):
-    "Compute shards {k: (lo, hi)}; numbers of those that killed two workers -> why"
-    dead, inputs = {}, lambda k: (spans[k][0], few[slice(*spans[k])])
+def _needs(encoder, few):
+    "Files that every worker must see: what the encoder names, and the first picture for all"
     first = few[0]
     is_file = isinstance(first, (str, os.PathLike)) and os.path.isfile(first)
-    needed = [out, first] if is_file else [out]  # pictures lie where all workers see them
-    for k, _ in run_shards(make, spans, engine, needed, inputs, dead.__setitem__):
+    return [*getattr(_object_of(encoder), 'needs', ()), *([first] if is_file else [])]
+
+def _run_spans(few, spans, make, engine, out, needs=(), update=lambda n: None):
+    "Compute shards {k: (lo, hi)}; numbers of those that killed two workers -> why"
+    dead, inputs = {}, lambda k: (spans[k][0], few[slice(*spans[k])])
+    for k, _ in run_shards(make, spans, engine, [out, *needs], inputs, dead.__setitem__):
         update(spans[k][1] - spans[k][0])
     return dead
-
-# %% ../nbs/00f_encode.ipynb #poison-parts
-def _cut(lo, hi, most=128):
-    "A span in parts, {first item: span}"
-    step = -(-(hi - lo)//most)
-    return {a: (a, min(a + step, hi)) for a in range(lo, hi, step)}
-
-def _find_poison(few, spans, make, engine, out):
-    "({item: why it is left out}, {first item: span} of parts that are good) of spans that kill"
-    good, bad = {}, {}
-    while spans:
-        parts = {k: span for lo, hi in spans for k, span in _cut(lo, hi).items()}
-        dead = _run_spans(few, parts, make, engine, out)
-        good |= {k: span for k, span in parts.items() if k not in dead}
-        bad |= {k: why for k, why in dead.items() if parts[k] == (k, k + 1)}
-        spans = [parts[k] for k in dead if k not in bad]
-    return bad, good
 
 # %% ../nbs/00f_encode.ipynb #poison
 def _name(item, i):
@@ -172,7 +158,9 @@ def _width(folders, tag):
 def _without_poison(few, spans, encoder, engine, out, plan, amp):
     "Write shards that kill their workers: a NaN row and a line in the report for each item that does"
     at = out/'parts'
-    bad, good = _find_poison(few, spans.values(), partial(_encoding, encoder, at, plan, amp), engine, at)
+    make = partial(_encoding, encoder, at, plan, amp)
+    run = lambda parts: _run_spans(few, parts, make, engine, at, _needs(encoder, few))
+    bad, good = find_poison(spans.values(), run)
     for k, (lo, hi) in spans.items():
         parts = [span for span in good.values() if lo <= span[0] < hi]
         rows, said = _patched(few, lo, hi, at, parts, bad, plan)
@@ -190,7 +178,7 @@ def _encode_todo(few, todo, encoder, engine, out, plan, amp):
     make, size = partial(_encoding, encoder, out, plan, amp), sum(hi - lo for lo, hi in todo.values())
     if todo:
         with tqdm(total=size, desc='encode', unit='item', disable=None) as bar:
-            dead = _run_spans(few, todo, make, engine, out, bar.update)
+            dead = _run_spans(few, todo, make, engine, out, _needs(encoder, few), bar.update)
         if dead:
             _without_poison(few, {k: todo[k] for k in dead}, encoder, engine, out, plan, amp)
 
