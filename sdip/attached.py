@@ -9,6 +9,7 @@ __all__ = []
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from .core import read_json, sha256
 from .assets import run_files
 from .preprocess import pick_device
-from .kaggle import take_up
+from .kaggle import ROOM, keep_files, session, take_up
 from .finetune_clip import read_held_out
 from .ensemble import Ensemble
 from .several import Several, find_blend, folder_names, given_blend
@@ -241,31 +242,34 @@ def load_attached(
     return _of_folders(found, ratios, device)
 
 # %% ../nbs/08c_attached.ipynb #run-attached
-def _copy_for_prediction(run, keep):
-    "What prediction reads of a run, in a folder that appears when it is whole"
-    part = keep.with_name(f'.tmp-{keep.name}')
-    shutil.rmtree(part, ignore_errors=True)  # of a copy that was killed
+def _keep_for_prediction(run, keep, room):
+    "What prediction reads of a run takes the place of what a next session would go on with"
+    parts = {}
     with tempfile.TemporaryDirectory() as tmp:
         for name, file in run_files(run, Path(tmp)).items():
-            (part/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, part/name)
-    part.rename(keep)
-    print(f'{keep}: what prediction reads of the run')
+            parts.setdefault(name.partition('/')[0], {})[name] = file
+        left = keep_files(parts, keep, room, last='ensemble.json')
+    lost = f"; NO ROOM for {', '.join(left)}, which will be missing" if left else ''
+    print(f'{keep}: what prediction reads of the run{lost}')
 
+# %% ../nbs/08c_attached.ipynb #run-attached-2
 def run_attached(
         inputs,  # folder of what is attached
         out,  # run folder; an unfinished run goes on there
         preset: str = 't4',  # see `sdip.presets`
-        keep=None,  # folder that gets what prediction reads, where `out` is lost with the session
+        keep=None,  # folder of the same name for what must not be lost with the session; None: `out` is not lost
+        hours: float | None = None,  # in which a session with `keep` ends; None: no limit
+        room: float = ROOM,  # GB for all files around `keep`
         **changes,  # more arguments of `walk`, such as clip_from='..' where another network is meant
-):  # `Run`
+):  # `Run`, not finished where the hours were over
     "A run on all attached pairs, with attached networks. ValueError: no pairs, or a network is not there"
     from sdip.run import walk
-    sources = find_sources(inputs)
+    sources, run = find_sources(inputs), None
     print('pairs:', ', '.join(map(str, sources)))
-    take_up(inputs, out)
-    run = walk(out, preset, sources, **dict(models=[inputs]) | changes)
-    print(scoreboard_text(run))
-    if keep is not None:
-        _copy_for_prediction(run.folder, Path(keep))
-    return run
+    with nullcontext() if keep is None else session(out, keep, hours, room):
+        take_up(inputs, out)
+        run = walk(out, preset, sources, **dict(models=[inputs]) | changes)
+        print(scoreboard_text(run))
+    if run is not None and keep is not None:
+        _keep_for_prediction(run.folder, Path(keep), room)
+    return run or Run(out)

@@ -6,10 +6,14 @@
 __all__ = ['setup_notebook']
 
 # %% ../nbs/00_kaggle.ipynb #imports
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/00_kaggle.ipynb #slow
@@ -85,3 +89,152 @@ def take_up(
     partial.rename(out)
     print(f'{out} goes on with {found[0]}')
     return True
+
+# %% ../nbs/00_kaggle.ipynb #bundles
+def _files_below(folder):
+    "path -> file, without hidden ones"
+    out, folder = {}, Path(folder)
+    for at, inside, names in os.walk(folder):
+        inside[:] = [d for d in inside if d[0] != '.']
+        files = [Path(at)/name for name in names if name[0] != '.']
+        out |= {file.relative_to(folder).as_posix(): file for file in files}
+    return out
+
+def _bundles(work):
+    "What is of use only as a whole: name -> {path: file}"
+    rest, out = _files_below(work), {}
+    for receipt in sorted(f for f in rest if f.startswith('receipts/') and f.endswith('.json')):
+        said = json.loads(rest[receipt].read_text(encoding='utf-8'))
+        mine = [receipt, *said['files'], *said.get('logs', ())]
+        out[Path(receipt).stem] = {f: rest.pop(f) for f in mine if f in rest}
+    for f, file in rest.items():
+        out.setdefault('/'.join(f.split('/')[:2]), {})[f] = file
+    return out
+
+# %% ../nbs/00_kaggle.ipynb #put-copy
+def _put_copy(file, at):
+    "A copy that appears as a whole, with the time of its file"
+    at.parent.mkdir(parents=True, exist_ok=True)
+    part = at.with_name(f'.tmp-{at.name}')
+    shutil.copyfile(file, part)
+    now = file.stat()
+    os.utime(part, ns=(now.st_atime_ns, now.st_mtime_ns))
+    part.replace(at)
+
+def _is_copy(file, at):
+    a, b = file.stat(), at.stat()
+    return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
+
+def _size_of(folder):
+    return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())
+
+# %% ../nbs/00_kaggle.ipynb #fitting
+def _fitting(bundles, room):
+    "({path: file} of the smallest bundles that fit together, names of the others with their sizes)"
+    sizes = {name: sum(f.stat().st_size for f in files.values()) for name, files in bundles.items()}
+    chosen, left, used = {}, [], 0
+    for name in sorted(sizes, key=sizes.get):
+        used += sizes[name]
+        if used <= room:
+            chosen |= bundles[name]
+        else:
+            left.append(f'{name} ({sizes[name]/1e9:.1f} GB)')
+    return chosen, left
+
+# %% ../nbs/00_kaggle.ipynb #copy-in-order
+def _copy_in_order(files, keep, free, last):
+    "Copy files, the smallest first; old copies go where there is no room beside them"
+    size, there = ({f: p.stat().st_size for f, p in o.items()} for o in (files, _files_below(keep)))
+    used = sum(there.values())
+    todo = [f for f in files if f not in there or not _is_copy(files[f], keep/f)]
+    todo.sort(key=lambda f: (f == last, size[f]))
+    for i, f in enumerate(todo):
+        for old in todo[i:]:
+            if used + size[f] <= free:
+                break
+            used -= there.pop(old, 0)
+            (keep/old).unlink(missing_ok=True)
+        _put_copy(files[f], keep/f)
+        used += size[f] - there.pop(f, 0)
+
+# %% ../nbs/00_kaggle.ipynb #keep-files
+ROOM = 19.  # GB; Kaggle keeps 20 of a session, the notebook itself included
+
+def keep_files(
+    bundles: dict,  # name -> {path in `keep`: file}, each of use only as a whole
+    keep,  # folder that gets them, and then holds nothing else
+    room: float = ROOM,  # GB that all files of the folder around `keep` may take together
+    last: str = '',  # path of a file that says that all others are there
+) -> list:  # names of what found no room
+    "Copy what is new, without ever taking more than the room"
+    keep = Path(keep)
+    keep.mkdir(parents=True, exist_ok=True)
+    own = _size_of(keep)
+    free = min(1e9*room - _size_of(keep.parent) + own, shutil.disk_usage(keep).free + own)
+    files, left = _fitting(bundles, free)
+    for p in [p for p in keep.rglob('*') if p.is_file()]:
+        if p.relative_to(keep).as_posix() not in files:
+            p.unlink()  # of work that is finished since, or of a copy that was killed
+    _copy_in_order(files, keep, free, last)
+    return left
+
+# %% ../nbs/00_kaggle.ipynb #session
+class _Over(BaseException):
+    "The hours of a session are over"
+
+@contextmanager
+def _alarm(seconds):
+    "Raise `_Over` in the block after some seconds, and again a minute later should it be lost"
+    if seconds is None:
+        yield
+        return
+    def over(*_):
+        raise _Over
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 60)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+# %% ../nbs/00_kaggle.ipynb #keep-now
+def _keep_now(work, keep, room):
+    "What is left out, and why, as a line"
+    try:
+        left = keep_files(_bundles(work), keep, room)
+    except (OSError, ValueError) as e:  # the work must go on; the next copy may do
+        return f'{keep}: not all could be copied, {type(e).__name__}: {e}'
+    return f"{keep}: no room for {', '.join(left)}, to be done again" if left else ''
+
+def _keep_on(work, keep, room, minutes, ended):
+    while not ended.wait(60*minutes):
+        if (Path(work)/'run.json').exists():
+            _keep_now(work, keep, room)
+
+# %% ../nbs/00_kaggle.ipynb #session-2
+@contextmanager
+def session(
+    work,  # folder of a run, lost when the session ends
+    keep,  # folder for what the next session goes on with; of the same name, for `take_up`
+    hours: float | None = None,  # in which the block ends; None: no limit
+    room: float = ROOM,  # GB, as for `keep_files`
+    minutes: float = 10.,  # between two copies
+):
+    "Keep what the block does. When the hours are over the block ends without an error, and a line says so"
+    ended, whole = threading.Event(), False
+    thread = threading.Thread(target=_keep_on, args=(work, keep, room, minutes, ended), daemon=True)
+    thread.start()
+    try:
+        with _alarm(hours and 3600*hours):
+            yield
+        whole = True
+    except _Over:
+        print(f'The {hours:.3g} hours of this session are over. Attach its output to a new session of the '
+              'same notebook, and it goes on there')
+    finally:
+        ended.set()
+        thread.join()
+        if not whole and (Path(work)/'run.json').exists() and (said := _keep_now(work, keep, room)):
+            print(said)

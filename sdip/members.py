@@ -466,7 +466,8 @@ def trains(
     s: Stage,  # of a run
 ) -> bool:  # False also for a class of the caller's own, which another process could not import
     "Does a stage train a member of a built-in kind, whole or one fold?"
-    return getattr(s.do, 'func', None) is _fit_part and s.member['kind'] in MEMBER_KINDS
+    fit = getattr(s.do, 'func', None)  # by name: a notebook that has run before in this process has its own
+    return getattr(fit, '__name__', '') == '_fit_part' and s.member['kind'] in MEMBER_KINDS
 
 # %% ../nbs/08_members.ipynb #join-folds
 def _join_folds(run, name):
