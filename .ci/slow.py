@@ -1636,6 +1636,57 @@ def test_original_submitted():
     said = submitted('new', 'original')
     assert 'clip 1, knn 1, vit 0.4, interrogator 0.2 (ratios of the run)' in said and 'answered them all' in said, said
 
+def one_session(name, inputs, member, end):
+    "In a process of its own: 08_run's call, ended by its hours or by Kaggle in the middle of a member's training"
+    import signal, threading
+    from functools import partial
+    import sdip.attached
+    sys.stdout = open(f'{name}.txt', 'w', buffering=1)
+    sdip.attached.session = partial(sdip.attached.session, minutes=.001)
+    networks = {f'{role}_from': inputs/'datasets/ada/weights'/role for role in ('clip', 'vit', 'captioner', 'ranker')}
+    out, keep = Path('temp/run').resolve(), Path(name, 'run').resolve()
+
+    def ends():
+        while not Path(keep if end == 'SIGKILL' else out, member, 'checkpoint.pt').exists():
+            time.sleep(.01)
+        os.kill(os.getpid(), getattr(signal, end))
+
+    if end:
+        threading.Thread(target=ends, daemon=True).start()
+    steps = [f'{m}.{o}' for m in ('clip', 'vit') for o in ('unfreezing=((1, 1), (None, 5))', 'minutes=0')]
+    print(sdip.attached.run_attached(inputs, out, 'original', keep, 9, .05, **networks, set=steps))
+
+def test_session_goes_on():
+    """Three sessions of 08_run, the first ended by its hours, the second killed, each in the middle of a training,
+    leave in a small room what the next goes on with: the predictions are those of one session"""
+    from multiprocessing import get_context
+    import numpy as np
+    from sdip.playground import make_pairs
+    from sdip.predictor import load_predictor
+    from sdip.find_weights import random_stand_ins
+    import sdip.attached, sdip.run  # noqa: F401  # once for all sessions
+    make_pairs('world', n_train=40, n_valid=32, n_test=8, per_prompt=1, progress=False)
+    random_stand_ins('nets')
+    pictures, said = sorted(Path('world/images').iterdir())[:3], {}
+    for name, attached, member, end, status in (('whole', None, '', '', 0), ('first', None, 'clip', 'SIGALRM', 0),
+                                                ('second', 'first', 'vit', 'SIGKILL', -9), ('third', 'second', '', '', 0)):
+        shutil.rmtree('mounts', ignore_errors=True)
+        shutil.rmtree('temp', ignore_errors=True)
+        earlier = {f'notebook__{attached}': attached} if attached else {}
+        inputs = attach('new', data__world='world', data__weights='nets', **earlier)
+        child = get_context('fork').Process(target=one_session, args=(name, inputs, member, end))
+        child.start()
+        child.join()
+        said[name] = Path(f'{name}.txt').read_text()
+        assert child.exitcode == status, said[name]
+        left = {p.relative_to(Path(name, 'run')).as_posix() for p in Path(name, 'run').rglob('*') if p.is_file()}
+        assert f'{member}/checkpoint.pt' in left if end else 'ensemble.json' in left and 'pairs.parquet' not in left, left
+    assert 'hours of this session are over' in said['first'] and 'not finished' in said['first'], said['first']
+    done = {name: text.count('done before') for name, text in said.items()}
+    assert done == dict(whole=0, first=0, second=6, third=8), done
+    whole, third = (load_predictor(f'{name}/run').predict(pictures) for name in ('whole', 'third'))
+    assert np.abs(whole - third).max() < 1e-5, np.abs(whole - third).max()
+
 # Models from elsewhere: what is old still answers, what is damaged is named, what is foreign is not run
 
 FIXTURES = ROOT/'.ci/fixtures'
