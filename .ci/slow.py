@@ -898,8 +898,8 @@ def run_pushed(name, text, input, out, python):
         return f'{name}: {e}'
 
 def test_pushed_notebooks_run():
-    """What the server got of the eight chapters runs from the attached wheel, in both of Kaggle's layouts,
-    and 07 leaves a submission"""
+    """What the server got of the pushed chapters runs from the attached wheel, in both of Kaggle's layouts, and 07
+    leaves the same submission in both"""
     from concurrent.futures import ThreadPoolExecutor
     from sdip.playground import draw
     from sdip.csv_file import check_submission
@@ -908,7 +908,8 @@ def test_pushed_notebooks_run():
     copy_clone()
     sh('sdip_push', '--assets', '--run', '../run', '--wheels', wheels, '--to', '../assets')
     kaggle.has_sent('sdip-code', 'sdip-wheels', 'sdip-assets')
-    for name in CHAPTERS:
+    chapters = [*CHAPTERS, '08_run']
+    for name in chapters:
         sh('sdip_push', name, **kaggle.env)
     os.chdir('..')
     Path('images').mkdir()
@@ -917,10 +918,10 @@ def test_pushed_notebooks_run():
     Path('images/c0ffee000.png').write_text('not a picture')
     Path('as_on_kaggle').mkdir()
     Path('as_on_kaggle/sitecustomize.py').write_text(AS_ON_KAGGLE.format(root=str(ROOT)))
-    pushed = {n: kaggle.kernels[f"ada/sdip-{n.replace('_', '-')}"][0]['text'] for n in CHAPTERS}
+    pushed = {n: kaggle.kernels[f"ada/sdip-{n.replace('_', '-')}"][0]['text'] for n in chapters}
     python = os.environ.get('KAGGLE_PYTHON', sys.executable)
-    jobs = [(name, 'new') for name in CHAPTERS
-            ] + [(name, 'old') for name in CHAPTERS if name[:2] in ('00', '01', '06', '07')]
+    jobs = [(name, 'new') for name in chapters
+            ] + [(name, 'old') for name in chapters if name[:2] in ('00', '01', '06', '07')]
     before = {p: p.stat().st_mtime_ns for p in Path('assets').rglob('*')}
     inputs = {layout: mount(layout, Path('assets'), Path('images')) for layout in ('old', 'new')}
     with ThreadPoolExecutor(2) as pool:
@@ -936,6 +937,8 @@ def test_pushed_notebooks_run():
         assert check_submission(f'working/{layout}/07_submit/submission.csv', 'images') == []
         left = {o.name for p in Path('working', layout).iterdir() if p.is_dir() for o in p.iterdir()}
         assert left == {'submission.csv'}, f'what the chapters left: {left}'
+    new, old = (Path(f'working/{layout}/07_submit/submission.csv').read_bytes() for layout in ('new', 'old'))
+    assert new == old, 'the two layouts gave two submissions'
 
 def test_deadline():
     """A prediction that must be done at once, one that has a little time, one that has plenty: each file

@@ -40,6 +40,8 @@ def attached_weights(
         fault = f"; {found['fault']}" if found['fault'] else ''
         raise ValueError(f'{looked}{fault}: attach a data set or a Kaggle model with the files of {o.repo} '
                          f'({o.gb} GB, {o.licence}), or say in WEIGHTS where it lies')
+    if found['fault']:
+        print(found['fault'])
     return found['path']
 
 # %% ../nbs/08c_attached.ipynb #train
@@ -98,6 +100,14 @@ def _digest(folder):
     return tuple(sha256(folder/name) for name in ('config.json', 'run.json', 'ensemble.json', 'photo.json')
                  if (folder/name).exists())
 
+def _whole(copies):
+    "The first of several copies that is as long as the longest; shorter ones are named"
+    sizes = [sum(p.stat().st_size for p in Path(c).rglob('*') if p.is_file()) for c in copies]
+    for copy, size in zip(copies, sizes):
+        if size < max(sizes):
+            print(f'{copy} left aside: it is shorter than its copy {copies[sizes.index(max(sizes))]}')
+    return copies[sizes.index(max(sizes))]
+
 # %% ../nbs/08c_attached.ipynb #find-models-2
 def find_models(
         inputs,  # folder of what is attached
@@ -114,8 +124,8 @@ def find_models(
         if kind == 'unfinished':
             unfinished.append(at)
         elif kind:
-            found.setdefault(_digest(at), at)
-    return sorted(found.values()), unfinished
+            found.setdefault(_digest(at), []).append(at)
+    return sorted(_whole(copies) for copies in found.values()), unfinished
 
 # %% ../nbs/08c_attached.ipynb #lost
 class Lost:

@@ -54,6 +54,7 @@ def _taken(path, role):
     "What is said of a place; of several networks there, the one that fits the role"
     file, fault = weights_in(path)
     inside = [n for n in networks_in([path]) if n.sign] if file is None else []
+    inside = [n for n in inside if not n.fault] or inside
     alike = [n for n in inside if n.sign.split(' ')[0] == ROLES[role].sign.split(' ')[0]]
     for fits in [n for n in alike if n.sign == ROLES[role].sign], alike, inside:
         if len(fits) == 1:
@@ -81,10 +82,18 @@ def _fitting(role, there, digest):
     if digest:
         alike = [n for n in there if n.file and not n.fault and n.sign.split(' ')[0] == o.sign.split(' ')[0]]
         return [n for n in alike if sha256(n.file) == digest][:1]
-    found = [n for n in there if n.sign == o.sign]
-    found = found or [n for n in there if n.sign and n.sign == o.sign.rsplit(' ', 1)[0] != o.sign]
-    whole = [n for n in found if not n.fault]
-    return distinct_networks(whole) if len(whole) > 1 else whole or found
+    said = [n for n in there if n.sign == o.sign]
+    unsaid = [n for n in there if n.sign and n.sign == o.sign.rsplit(' ', 1)[0] != o.sign]
+    for found in said, unsaid:
+        if whole := [n for n in found if not n.fault]:
+            return distinct_networks(whole)
+    return (said or unsaid)[:1]
+
+def _left_aside(role, there, taken):
+    "What is said of damaged networks of the same kind beside one that was taken"
+    kind = ROLES[role].sign.split(' ')[0]
+    faults = [n.fault for n in there if n.fault and n is not taken and n.sign.split(' ')[0] in ('', kind)]
+    return f'left aside: {first_few(faults)}' if faults else ''
 
 def _beside(there):
     "Texts about other networks and damaged files, for a message"
@@ -113,7 +122,8 @@ def find_outside(
         fault = f'{len(found)} different networks are a {o.sign!r}: {some}; say which, with --{role} PATH'
         return out | dict(looked=looked, fault=fault)
     if found:
-        return out | _taken(found[0].path, role)
+        aside = dict(fault=_left_aside(role, there, found[0])) if not found[0].fault else {}
+        return out | aside | _taken(found[0].path, role)
     looked.append(f'the Hugging Face cache, for {repo}')
     cached = _in_cache(repo)
     if cached and (not digest or sha256(weights_in(cached)[0]) == digest):
