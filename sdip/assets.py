@@ -21,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from .account import accepted, kaggle_client, server_words, state_of
 from .core import atomic_path, read_json, sha256, write_json
@@ -167,10 +168,22 @@ def _mean_of(run, tmp):
     np.save(tmp/'mean.npy', np.load(run/'emb/targets.npy')[train].mean(0))
     return tmp/'mean.npy'
 
+# %% ../nbs/07_assets.ipynb #run-rows
+def _rows_of(run, tmp):
+    "The blend's validation rows, on which ratios beside other models are searched"
+    from sdip.finetune_clip import save_held_out
+    from sdip.several import held_out_rows
+    rows = held_out_rows(run)
+    if rows is None:
+        return {}
+    table = pd.DataFrame(dict(id=rows['ids'], group=rows['group']))
+    save_held_out(tmp, table, rows['emb'], rows['targets'])
+    return {'valid.npz': tmp/'valid.npz'}
+
 # %% ../nbs/07_assets.ipynb #run-files
 def run_files(
     run,  # a finished run folder
-    tmp,  # gets the file of the mean
+    tmp,  # gets the files of the mean and of the validation rows
 ) -> dict:  # path in the run -> file
     "What prediction reads of a run; ValueError: it is not finished"
     run = Path(run)
@@ -190,7 +203,7 @@ def run_files(
     names = ['run.json', 'ensemble.json', 'scores.json', 'receipts/ensemble.json',
              *(f'receipts/{stage}.json' for stage in sorted(folders))]
     files |= {f: (run/f).absolute() for f in names if (run/f).is_file()}
-    return files | {'emb/mean.npy': _mean_of(run, tmp)}
+    return files | _rows_of(run, tmp) | {'emb/mean.npy': _mean_of(run, tmp)}
 
 # %% ../nbs/07_assets.ipynb #model-files
 def model_files(

@@ -18,9 +18,8 @@ from .core import read_json, sha256
 from .assets import run_files
 from .preprocess import pick_device
 from .kaggle import ROOM, keep_files, session, take_up
-from .finetune_clip import read_held_out
 from .ensemble import Ensemble
-from .several import Several, find_blend, folder_names, given_blend
+from .several import Several, find_blend, folder_names, given_blend, held_out_rows
 from .artifacts import Run
 from .report import scoreboard_text
 from .sources import find_sources
@@ -219,7 +218,7 @@ def _known_mean(folder):
 def _rows(folder):
     "Held-out rows, or None where there are none that can be read"
     try:
-        return read_held_out(folder)
+        return held_out_rows(folder)
     except ValueError as e:
         print(f'{e}; its ratio is not searched')
 

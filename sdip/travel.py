@@ -124,6 +124,7 @@ def travel_files(
     files = {f.split('/', 1)[1] if f.startswith('run/') else f.split('/', 2)[2]: p
              for f, p in model_files([folder], tmp).items()}
     if not prompts:
+        files.pop('valid.npz', None)  # names of pictures, and what their prompts embed to
         _at_home(files, folder, tmp)
     if prompts and (folder/'run.json').exists():
         files.pop('emb/mean.npy')
