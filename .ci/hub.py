@@ -18,9 +18,12 @@ class Repo:
 
 class Hub:
     """`repos`: (kind, 'org/name') -> `Repo`; `seen`: (method, path) of all requests. `gated`, `cut`: names of
-    repositories that ask for consent, and path -> bytes after which a download breaks off, once"""
+    repositories that ask for consent, and path -> bytes after which a download breaks off, once. `damaged`,
+    `fails`: path of a file that comes with another byte, or with HTTP 500, as often as they say; `read_only`: of
+    the token"""
     def __init__(self):
         self.repos, self.seen, self.gated, self.cut, self.uploads, self.html = {}, [], set(), {}, {}, False
+        self.damaged, self.fails, self.read_only = {}, {}, False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,6 +72,8 @@ class Hub:
         if m := re.fullmatch(r'(?:/(datasets))?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
             return self.missing(h, m[1] or 'models', m[2]) or self.file(h, self.repos[m[1] or 'models', m[2]],
                                                                         m[4])
+        if self.read_only and (path == '/api/repos/create' or '/preupload/' in path or '/commit/' in path):
+            return h.answer(403, dict(error='Forbidden: this token may only read'))
         if path == '/api/repos/create':
             said = json.loads(body)
             kind, name = said.get('type', 'model') + 's', f"{said.get('organization') or 'me'}/{said['name']}"
@@ -91,6 +96,11 @@ class Hub:
             return h.answer(200)
         h.answer(404, {})
 
+    def counted(self, faults, name):
+        "Does this request meet a fault? Each counts down"
+        faults[name] = faults.get(name, 0) - 1
+        return faults[name] >= 0
+
     def file(self, h, repo, name):
         if name not in repo.files:
             return h.answer(404, {}, X_Error_Code='EntryNotFound', X_Repo_Commit=repo.sha)
@@ -99,6 +109,10 @@ class Hub:
         if m := re.fullmatch(r'bytes=(\d+)-.*', h.headers.get('Range') or ''):
             first = int(m[1])
             said['Content_Range'] = f'bytes {first}-{len(data) - 1}/{len(data)}'
+        if h.command == 'GET' and self.counted(self.fails, name):
+            return h.answer(500, dict(error='Internal Server Error'))
+        if h.command == 'GET' and self.counted(self.damaged, name):
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if h.command == 'GET' and (end := self.cut.pop(name, None)):
             h.send_response(206 if first else 200)
             for k, v in (said | dict(Content_Length=len(data) - first)).items():
@@ -125,7 +139,8 @@ class Hub:
     def api(self, h, kind, name, rest, body):
         repo, what = self.repos[kind, name], rest.split('/')[0]
         if what in ('', 'revision'):
-            return h.answer(200, dict(id=name, sha=repo.sha, tags=[],
+            card = re.search('^license: (.+)$', repo.files.get('README.md', b'').decode(), re.M)
+            return h.answer(200, dict(id=name, sha=repo.sha, tags=[], cardData=card and dict(license=card[1]) or {},
                                       private=bool(getattr(repo, 'private', False)), downloads=0, likes=0,
                                       siblings=[dict(rfilename=f) for f in repo.files]))
         if what == 'tree':

@@ -3005,6 +3005,48 @@ print(*sorted(pairs.prompt), sep='; ')"""
     assert shown.count('a red fox number') == 3 and 'picture, 0 kB' in shown
     assert 'no such repository' in sh('sdip_run', '--pairs', 'hf-dataset:a/none', '--peek', status=1, **there)
 
+def test_hub_faults():
+    """What comes from the hub is compared with what it announced, its own faults and a token without rights are said
+    in our words, a licence is printed with what is fetched, and a repeated call goes on"""
+    from hub import Hub
+    hub = Hub()
+    os.environ.pop('HF_HUB_OFFLINE', None)
+    there = dict(HF_ENDPOINT=hub.url, HF_HOME=str(Path('hf').resolve()), HF_HUB_DISABLE_XET='1', HF_TOKEN='hf_x',
+                 HF_HUB_DOWNLOAD_TIMEOUT='2',
+                 https_proxy='http://127.0.0.1:9', http_proxy='', no_proxy='127.0.0.1')
+    card = b'---\nlicense: cc0-1.0\n---\nprompts\n'
+    hub.add('datasets', 'a/list', **{'README.md': card, 'prompts.csv': b'prompt\n' + b'a red fox\n'*50_000})
+    hub.add('models', 'a/model', **{'config.json': b'{}', 'model.safetensors': bytes(1_000_000)})
+
+    def asked(name, *more):
+        code = f"""from sdip.hub import fetch_file, local_folder, read_address
+try:
+    a = '{name}'
+    print('came', local_folder(a) if a.startswith('hf-hub') else fetch_file(read_address(a)))
+except ValueError as e:
+    print('ValueError:', e)"""
+        return sh(sys.executable, '-c', code, **there)
+
+    hub.damaged['prompts.csv'] = 1
+    said = asked('hf-dataset:a/list')
+    assert 'licence: cc0-1.0' in said and 'damaged on its way, and removed; repeat' in said, said
+    hub.fails['prompts.csv'] = 99
+    said = asked('hf-dataset:a/list')
+    assert "the hub's own fault (HTTP 500): repeat" in said, said
+    hub.fails.clear()
+    hub.cut['prompts.csv'] = 100_000
+    said = asked('hf-dataset:a/list')
+    assert 'came' in said, said
+    hub.damaged['model.safetensors'] = 1
+    said = asked('hf-hub:a/model')
+    assert 'model.safetensors has SHA-256' in said and 'licence: unknown' in said, said
+    assert 'came' in asked('hf-hub:a/model')
+    Path('model').mkdir()
+    Path('model/config.json').write_text(json.dumps(dict(kind='vit_regressor')))
+    hub.read_only = True
+    said = sh('sdip_push', '--hub', 'me/mine', '--run', 'model', status=1, **there)
+    assert 'hf-hub:me/mine was not sent: HF_TOKEN may not do that' in said and 'Traceback' not in said, said
+
 def test_models_travel():
     """A run is sent to the hub and loaded in an empty folder, with equal predictions; a second time from the
     cache alone. What was sent names no path, and the hub's refusal is one line"""

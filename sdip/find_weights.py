@@ -70,8 +70,9 @@ def _taken(path, role):
 def _in_cache(repo):
     "The repository's folder in the Hugging Face cache, or None"
     from huggingface_hub import try_to_load_from_cache
+    repo, _, revision = repo.partition('@')
     for name in WEIGHT_FILES:
-        file = try_to_load_from_cache(repo, name)
+        file = try_to_load_from_cache(repo, name, revision=revision or None)
         if isinstance(file, str):
             return Path(file).parent
 
@@ -112,7 +113,7 @@ def find_outside(
     "Look for one network, without opening it"
     o, repo = ROLES[role], str(given or ROLES[role].repo).removeprefix('hf-hub:')
     out = dict(role=role, title=o.title, path=None, file=None, gb=o.gb, looked=[], fault='')
-    if given and (Path(given).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repo)):
+    if given and (Path(given).exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?', repo)):
         return out | _taken(given, role)  # a path, not an address
     looked = [*map(str, models)]
     there = [] if repo != o.repo else networks_in(models) if there is None else there

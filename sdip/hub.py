@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00a_hub.ipynb #imports
+import errno
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .core import first_few
+from .core import first_few, sha256
 
 # %% ../nbs/00a_hub.ipynb #address
 _KINDS = {'hf-hub': 'model', 'hf-dataset': 'dataset'}
@@ -58,15 +59,28 @@ _REMEDIES = dict(
     JSONDecodeError='what answered is not the hub: a proxy, or a page to log in? check HF_ENDPOINT',
     DisabledRepoError='its owner or the hub has closed it: take another')
 
+_AGAIN = 'repeat the same command, what has come is not fetched again'
+
+def _of_status(e):
+    "Remedy for the number of an HTTP answer, None for others"
+    status = getattr(getattr(e, 'response', None), 'status_code', None) or 0
+    said = {401: 'HF_TOKEN is not valid: make a new token',
+            403: 'HF_TOKEN may not do that: make a token with the right, to send one that may write',
+            429: 'too many requests: wait some minutes'}
+    return said.get(status) or (f"the hub's own fault (HTTP {status}): {_AGAIN}" if status >= 500 else None)
+
 def hub_error(
     address,  # that was asked for
     e: Exception,  # of huggingface_hub
+    what: str = 'cannot be had',  # how it ended
 ) -> ValueError:
     "One line for a person"
     names = [c.__name__ for c in type(e).__mro__]
-    remedy = next((_REMEDIES[n] for n in names if n in _REMEDIES), None)
+    remedy = next((_REMEDIES[n] for n in names if n in _REMEDIES), None) or _of_status(e)
+    if getattr(e, 'errno', None) == errno.ENOSPC:
+        remedy = f'no space is left on the disk: make room, or set HF_HOME to another disk; then {_AGAIN}'
     said = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no words'])[0][:160]}"
-    return ValueError(f"{address} cannot be had: {remedy or f'{said}; is the hub within reach?'}")
+    return ValueError(f"{address} {what}: {remedy or f'{said}; is the hub within reach?'}")
 
 # %% ../nbs/00a_hub.ipynb #choose-file
 _TABLES = ('.parquet', '.csv', '.tsv', '.jsonl', '.txt')
@@ -97,6 +111,33 @@ def check_room(
         raise ValueError(f"{what} has {gb:.1f} GB, {at} has {free:.1f} GB free: make room, or set HF_HOME "
                          "to a folder on another disk")
 
+# %% ../nbs/00a_hub.ipynb #checked
+def checked(
+    file: Path,  # that was fetched just now, in the hub's cache
+    address,  # for the error
+) -> Path:  # the same
+    "ValueError where a file is not what the hub announced"
+    blob = Path(file).resolve()
+    if re.fullmatch('[0-9a-f]{64}', blob.name) and (digest := sha256(blob)) != blob.name:
+        for p in (Path(file), blob):
+            p.unlink(missing_ok=True)
+        raise ValueError(f'{address}: {Path(file).name} has SHA-256 {digest[:12]}.., the hub announced '
+                         f'{blob.name[:12]}..: damaged on its way, and removed; repeat the same command')
+    return file
+
+# %% ../nbs/00a_hub.ipynb #licence
+def licence(
+    address: Address,
+) -> str:  # 'unknown' where the card says none
+    "What the card of a repository says"
+    from huggingface_hub import HfApi
+    try:
+        info = HfApi().repo_info(address.repo, repo_type=address.kind, revision=address.revision)
+        said = (info.card_data or {}).get('license')
+    except Exception:  # the download itself will say what is wrong
+        said = None
+    return ', '.join(said) if isinstance(said, list) else said or 'unknown'
+
 # %% ../nbs/00a_hub.ipynb #fetch
 def _asked(f, address, *args, **given):
     "What huggingface_hub answers. ValueError: its error, in our words"
@@ -121,14 +162,14 @@ def fetch_file(
     at = _asked(hf_hub_url, address, address.repo, name, **where)
     size = _asked(get_hf_file_metadata, address, at).size or 0
     check_room(size/1e9, constants.HF_HUB_CACHE, f'{address}:{name}')
-    print(f'{address}:{name}, {size/1e6:.0f} MB', flush=True)
-    return Path(_asked(hf_hub_download, address, address.repo, name, **where))
+    print(f'{address}:{name}, {size/1e6:.0f} MB; licence: {licence(address)}', flush=True)
+    return checked(Path(_asked(hf_hub_download, address, address.repo, name, **where)), address)
 
 # %% ../nbs/00a_hub.ipynb #fetch-folder
 _SAFE = ('*.json', '*.safetensors', '*.npy', '*.npz', '*.parquet', '*.csv')
 
-def _missing_gb(address, where):
-    "Size of the files that are data and not in the cache; 0 where the hub cannot be reached"
+def _missing(address, where):
+    "File -> bytes of those that are data and not in the cache; {} where the hub cannot be reached"
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
     try:
@@ -136,10 +177,10 @@ def _missing_gb(address, where):
     except (HfHubHTTPError, ValueError):
         raise
     except Exception:  # of httpx or requests
-        return 0  # the cache may have it all
+        return {}  # the cache may have it all
     files = {f.path: f.size for f in tree if getattr(f, 'size', 0) and any(fnmatch(f.path, p) for p in _SAFE)}
     here = {f: isinstance(try_to_load_from_cache(address.repo, f, **where), str) for f in files}
-    return sum(size for f, size in files.items() if not here[f])/1e9
+    return {f: size for f, size in files.items() if not here[f]}
 
 def fetch_folder(
     address: Address,  # of a model
@@ -147,11 +188,15 @@ def fetch_folder(
     "The files of a repository that are data. ValueError: it cannot be had, does not fit, or has none"
     from huggingface_hub import constants, snapshot_download
     where = dict(repo_type=address.kind, revision=address.revision)
-    if not constants.HF_HUB_OFFLINE:
-        check_room(_asked(_missing_gb, address, address, where), constants.HF_HUB_CACHE, address)
+    missing = {} if constants.HF_HUB_OFFLINE else _asked(_missing, address, address, where)
+    if missing:
+        check_room(sum(missing.values())/1e9, constants.HF_HUB_CACHE, address)
+        print(f'{address}, {sum(missing.values())/1e6:.0f} MB; licence: {licence(address)}', flush=True)
     folder = Path(_asked(snapshot_download, address, address.repo, allow_patterns=[*_SAFE], **where))
     if not folder.is_dir() or not any(folder.iterdir()):
         raise ValueError(f"{address} has no {', '.join(_SAFE)}: it holds nothing that can be loaded here")
+    for name in missing:
+        checked(folder/name, address)
     return folder
 
 # %% ../nbs/00a_hub.ipynb #local-folder

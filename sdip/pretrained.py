@@ -17,7 +17,7 @@ import torch
 from .core import SAVE_AGAIN, atomic_path, sha256, write_json
 from .lock import read_fields
 from .preprocess import Preprocess
-from .hub import hub_error
+from .hub import Address, fetch_file, hub_error
 
 # %% ../nbs/00d_pretrained.ipynb #clip-names
 CLIP_CONFIG, CLIP_WEIGHTS = 'open_clip_config.json', 'open_clip_model.safetensors'
@@ -133,18 +133,20 @@ def hub_folder(
     weights=_CLIP_FILES,  # names of the file of weights, best first
 ) -> Path:  # folder in the cache, with weights in the best format there is, and the small files beside them
     "A repository of the Hugging Face hub as a folder; ValueError where it cannot be had"
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-    name = repo.removeprefix('hf-hub:')
-    local, said = name == repo, 'no weights among its files'
+    from huggingface_hub import list_repo_files, snapshot_download
+    name, _, revision = repo.removeprefix('hf-hub:').partition('@')
+    where = dict(revision=revision or None)
+    local, said = not repo.startswith('hf-hub:'), 'no weights among its files'
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES], local_files_only=local))
+        small = dict(allow_patterns=[*_SMALL_FILES], local_files_only=local)
+        folder = Path(snapshot_download(name, **small, **where))
         if not local and not any((folder/f).is_file() for f in weights):
-            there = list_repo_files(name)
+            there = list_repo_files(name, **where)
             for f in [f for f in weights if f in there][:1]:
-                hf_hub_download(name, f)
+                fetch_file(Address('model', name, file=f, **where))
     except Exception as e:  # of many kinds: no such repository, no network, not allowed
         if not local:
-            raise hub_error(repo, e) from None
+            raise (e if str(repo) in str(e) else hub_error(repo, e)) from None
         folder, said = None, f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
     if folder and any((folder/f).is_file() for f in weights):
         return folder

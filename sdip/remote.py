@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import zipfile
+import zlib
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from .core import atomic_path, path_text, write_json
 from .delimited import COLUMN_NAMES, column_key
-from .hub import Address, cache_folder, check_room, fetch_file, hub_error
+from .hub import Address, cache_folder, check_room, fetch_file, hub_error, licence
 from .lock import folder_lock
 from .locate import assemble_pairs
 
@@ -133,15 +135,20 @@ def _unzipped(file, folder):
     try:
         at.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(file) as z, TemporaryDirectory(dir=at.parent, prefix='.tmp-') as tmp:
-            files = {Path(o.filename).name: o for o in z.infolist() if not o.is_dir()}
+            inside = [o for o in z.infolist() if not o.is_dir()]
+            files = {Path(o.filename).name: o for o in inside}
+            if len(files) < len(inside):
+                twice = next(o.filename for o in inside if files[Path(o.filename).name] is not o)
+                raise ValueError(f'{file} holds two files called {Path(twice).name}, in two folders: unpack it '
+                                 'yourself, and name the folder')
             check_room(sum(o.file_size for o in files.values())/1e9, at.parent, file)  # as the zip says
             for name, o in files.items():
                 with z.open(o) as f, open(Path(tmp)/name, 'xb') as g:
                     shutil.copyfileobj(f, g)  # which stops at the size that was said
             Path(tmp).rename(at)
             Path(tmp).mkdir()  # which is removed at the end
-    except zipfile.BadZipFile as e:
-        raise ValueError(f'{file} is no zip ({e}): fetch it again') from e
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # cut, damaged, with a password
+        raise ValueError(f'{file} is no zip that can be read ({e}): fetch it again') from e
     return at
 
 # %% ../nbs/00a_remote.ipynb #dataset-place
@@ -155,6 +162,16 @@ def dataset_place(
     return Path(unpack or cache_folder()/'datasets')/name
 
 # %% ../nbs/00a_remote.ipynb #streams
+@contextmanager
+def _in_our_words(address):
+    "ValueError for whatever breaks a stream: rows that have come are not fetched again"
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as e:  # of httpx, fsspec, pyarrow, the disk
+        raise hub_error(address, e) from None
+
 def _streams(address):
     "Split -> function of n -> its rows without the first n"
     try:
@@ -163,7 +180,7 @@ def _streams(address):
         raise ValueError(f"{address} needs the library datasets: pip install 'sdip[hub]'") from None
     try:
         parts = load_dataset(address.repo, revision=address.revision, streaming=True)
-    except Exception as e:
+    except Exception as e:  # also ValueErrors of its own
         raise hub_error(address, e) from None
     return {name: part.decode(False).skip for name, part in parts.items()}
 
@@ -186,9 +203,11 @@ def fetch_pairs(
             streams = _streams(address)
             if split not in (None, *streams):
                 raise ValueError(f"{address} has no split {split!r}, it has {', '.join(streams)}")
+            print(f'{address}; licence: {licence(address)}', flush=True)
             for name in [split] if split else streams:
-                save_stream(streams[name], name, place, address, most, image_col=image_col,
-                            prompt_col=prompt_col)
+                with _in_our_words(address):
+                    save_stream(streams[name], name, place, address, most, image_col=image_col,
+                                prompt_col=prompt_col)
             write_json(dict(address=str(address)), note)
     return _pairs_in(place, address, split, most)
 
@@ -201,6 +220,8 @@ def peek(
     def shown(v):
         return f'picture, {len(_picture_bytes(v))/1e3:.0f} kB' if _is_picture(v) else v
 
-    found = [dict(split=name) | {c: shown(v) for c, v in row.items()}
-             for name, rest in _streams(address).items() for row in islice(rest(0), n)]
+    streams = _streams(address)
+    with _in_our_words(address):
+        found = [dict(split=name) | {c: shown(v) for c, v in row.items()}
+                 for name, rest in streams.items() for row in islice(rest(0), n)]
     return pd.DataFrame(found)

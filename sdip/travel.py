@@ -250,7 +250,7 @@ def _upload(address, folder, public):
         if not open_to_all:
             api.upload_folder(repo_id=address.repo, folder_path=folder, commit_message='sdip')
     except Exception as e:
-        raise hub_error(address, e) from None
+        raise hub_error(address, e, 'was not sent') from None
     if open_to_all:
         raise ValueError(f'{address} is there already and everybody can see it, so nothing was sent: add '
                          '--public, or take another name')
