@@ -17,17 +17,16 @@ from fastcore.basics import patch
 from numpy.lib.format import open_memmap
 
 from .core import atomic_path, hash_items, read_json, write_json
+from .tars import file_stat
 from .preprocess import Preprocess, image_batches
 
 # %% ../nbs/00e_decoded.ipynb #picture-key
 def _picture_key(img):
     "32 hexadecimal digits that change with the picture; None: there is no such file"
     if isinstance(img, (str, os.PathLike)):
-        try:
-            s = os.stat(img)
-        except OSError:
+        if (found := file_stat(img)) is None:
             return None
-        img = f'{os.path.abspath(img)} {s.st_size} {s.st_mtime_ns}'
+        img = f'{os.path.abspath(img)} {found[0]} {found[1]}'
     elif isinstance(img, bytearray):
         img = bytes(img)
     return hash_items([img])[:32]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .core import regular_file
+from .tars import open_file
 from .data import IMAGE_FORMATS
 from .delimited import decode_text
 from .prompts import OPEN_CHOICE
@@ -319,7 +319,7 @@ def _exif_fields(data):
 def _png_fields(path):
     "Text chunks of a PNG; a damaged one is skipped"
     fields = {}
-    with open(path, 'rb') as f:
+    with open_file(path) as f:
         if f.read(8) != b'\x89PNG\r\n\x1a\n':
             return fields
         while len(head := f.read(8)) == 8:
@@ -343,15 +343,13 @@ def _png_fields(path):
 
 # %% ../nbs/00a_metadata.ipynb #picture-fields
 def picture_fields(
-    path,  # a picture file
+    path,  # a picture file, or one inside a tar
 ) -> dict:  # {place: text}: a PNG's chunks by keyword, UserComment, a GIF's comment; {} where there are none
     "All text that a picture carries"
-    path = Path(path)
     try:
-        regular_file(path)
         if fields := _png_fields(path):
             return fields
-        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as im:
+        with warnings.catch_warnings(), open_file(path) as f, Image.open(f, formats=IMAGE_FORMATS) as im:
             warnings.simplefilter('ignore')
             comment = im.info.get('comment') if im.format == 'GIF' else None
             return {'UserComment': _comment(comment)} if comment else _exif_fields(im.getexif())

@@ -12,7 +12,8 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from .core import first_few, regular_file
+from .core import first_few
+from .tars import open_file
 from .data import IMAGE_FORMATS
 
 # %% ../nbs/00_prompts.ipynb #open-choice
@@ -114,7 +115,7 @@ def clean_prompts(
 # %% ../nbs/00_prompts.ipynb #picture-sizes
 def _picture_size(path):
     try:
-        with Image.open(regular_file(path), formats=IMAGE_FORMATS) as im:
+        with open_file(path) as f, Image.open(f, formats=IMAGE_FORMATS) as im:
             return im.size
     except Exception:
         return 0, 0

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .core import path_text, text_path
+from .tars import file_stat, split_member
 from .data import PAIR_COLUMNS, check_pairs, find_images, relative_paths
 from .tables import find_column, read_table, text_cells, to_numbers
 from .locate import (assemble_pairs, Finder, folders_in, ids_from_paths, is_picture, number_captions,
@@ -153,7 +154,9 @@ def _moved_images(images, root):
     for image in images:
         at = os.path.dirname(image)
         if at not in here:
-            here[at] = not image.startswith(('../', '/')) or os.path.isdir(os.path.join(root, text_path(at)))
+            place = os.path.join(root, text_path(at))
+            inside = not image.startswith(('../', '/'))
+            here[at] = inside or os.path.isdir(place) or split_member(f'{place}/x') is not None
         p = None if here[at] else find(os.fspath(text_path(image)))
         out.append(relative_paths([p], root)[0] if p else image)
     return out
@@ -230,4 +233,4 @@ def sample_pictures(
         image, id_col = (find_column(table, k, needed=False) for k in ('image', 'id'))
         ids = [_text_or_none(v) for v in table.rows[id_col]] if id_col else None
         found = _table_pictures(table, None, image, ids) if len(pick) else []
-    return [p for p in found if p and p.is_file()]
+    return [p for p in found if p and file_stat(p)]

@@ -6,13 +6,14 @@
 __all__ = ['load_pairs', 'fingerprint']
 
 # %% ../nbs/00a_sources.ipynb #imports
+import hashlib
 import os
 import re
-import stat
 import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .core import atomic_path, first_few, hash_items, path_text, sha256
+from .tars import file_bytes, file_stat
 from .data import check_pairs, find_images, image_paths, relative_paths, with_warnings
 from .delimited import COLUMN_NAMES
 from .tables import TABLE_EXTS, read_table, table_suffix
@@ -28,7 +30,7 @@ from .metadata import prompts_report, read_prompt
 from .published import (DIFFUSIONDB_METADATA, coco_pairs, diffusiondb_pairs, diffusiondb_parts,
                             heap_pairs, is_metadata, metadata_prompts)
 from .rows import SPLIT_NAMES, has_numbered, sample_pictures, table_pairs
-from .shards import TAR_EXTS, tar_rows
+from .shards import TAR_EXTS, tar_pairs
 from .hub import read_address
 from .remote import fetch_pairs
 
@@ -117,8 +119,11 @@ def _folder_tables(folder):
     return good
 
 # %% ../nbs/00a_sources.ipynb #kinds
-def _tars_in(path):
-    return [path/n for n in folders_in(path)[1] if n.lower().endswith(TAR_EXTS)]
+def _tars_in(path):  # a folder, a tar, or a pattern such as data/*.tar
+    if path.is_dir():
+        return [path/n for n in folders_in(path)[1] if n.lower().endswith(TAR_EXTS)]
+    found = [str(path)] if path.exists() else sorted(glob(str(path)))
+    return [Path(f) for f in found if f.lower().endswith(TAR_EXTS)]
 
 def _picture_folders(path):  # yields Path
     "Folders that hold pictures, itself first, but for what came out of tars"
@@ -234,10 +239,7 @@ def _load_kind(path, kind, options):  # -> pairs; options of `load_pairs`
     elif kind == 'coco':
         pairs = coco_pairs(path, options['images'])
     elif kind == 'tars':
-        spare = options['spare']
-        root = Path(options['unpack'] or (root if spare is None or os.access(root, os.W_OK) else spare))
-        tars = _tars_in(path) if path.is_dir() else [path]
-        pairs = assemble_pairs(tars[0].parent, tar_rows(tars, root))
+        return tar_pairs(_tars_in(path), options['unpack'], options['spare'])
     else:
         pairs = _picture_folder(path)
     pairs.attrs['root'] = str(root)
@@ -299,7 +301,7 @@ def _load_all(sources, options):  # paths, and addresses on the hub as text
     "Every source, heaps of DiffusionDB with the metadata that is among the sources"
     local = [s for s in sources if isinstance(s, Path)]
     for path in local:
-        if not path.exists():
+        if not path.exists() and not _tars_in(path):
             raise ValueError(f"{path} does not exist, expected a table of pairs, or a folder with a table, "
                              "DiffusionDB's parts, tars, or pictures with their prompts")
     if len(sources) == 1 or not any(map(_metadata_files, local)):
@@ -314,12 +316,12 @@ def _load_all(sources, options):  # paths, and addresses on the hub as text
 
 # %% ../nbs/00a_sources.ipynb #load-pairs
 def load_pairs(
-    source,  # folder or file, see the table above, or hf-dataset:org/name; or a list of them
+    source,  # folder, file, or pattern of tars, see the table above; hf-dataset:org/name; or a list of them
     image_col: str = None,  # a table's column of paths, absolute or relative to its folder; None: guessed
     prompt_col: str = None,  # a table's column of prompts; None: guessed
     images=None,  # folder of the pictures, where a table or COCO's JSON is elsewhere
-    unpack=None,  # folder to unpack tars into; None: beside them
-    spare=None,  # folder to unpack tars into where their own cannot be written
+    unpack=None,  # folder to unpack tars into; None: plain ones stay, packed ones go beside
+    spare=None,  # folder to unpack packed tars into where their own cannot be written
 ) -> pd.DataFrame:  # attrs['root']: the folder of `image`; attrs['read']: how prompts in pictures were read
     "Read pairs of picture and prompt from any of the usual places. ValueError names file, line and remedy"
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
@@ -477,22 +479,21 @@ def _read_note(note):  # -> {place: row}; {} where there is none
         return {}  # damaged, or of another form: all is read again
 
 # %% ../nbs/00a_sources.ipynb #picture-digests-2
+def _digest(file):
+    return sha256(file) if os.path.lexists(file) else hashlib.sha256(file_bytes(file)).hexdigest()
+
 def _picture_digests(files, note):
     "SHA-256 of each picture, read only if size or time changed since the note; '' if it cannot be read"
     now, rows, known = time.time_ns(), [], _read_note(note)
     for f in tqdm(files, desc='fingerprint', disable=None if len(files) > 2000 else True):
-        try:
-            found = os.stat(f)
-        except OSError:
-            found = None
+        found = file_stat(f)
         place = path_text(os.path.realpath(f))
-        plain = found is not None and stat.S_ISREG(found.st_mode)  # a device could be read for ever
-        here = (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if plain else (-1, -1, -1)
+        here = found or (-1, -1, -1)
         old = known.get(place)
         same = old is not None and (old.size, old.mtime, old.ctime) == here
         same = same and max(here[1:]) < old.noted - 2_000_000_000
         try:
-            digest = '' if not plain else old.sha256 if same else sha256(f)
+            digest = '' if not found else old.sha256 if same else _digest(f)
         except (OSError, ValueError):
             digest = ''
         rows.append((place, *here, now, digest))

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00_core_tars.ipynb #imports
+import io
 import os
 import stat
 import tarfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import atomic_path, hash_items
+from .core import atomic_path, hash_items, regular_file, text_path
 
 # %% ../nbs/00_core_tars.ipynb #member-name
 def member_name(
@@ -52,7 +53,7 @@ def read_index(
     for file in _index_places(tar):
         try:
             table = pd.read_parquet(file)
-            said, (image, *numbers) = table.attrs['tar'], (table[c] for c in _COLUMNS)
+            said, numbers = table.attrs['tar'], [table[c] for c in _COLUMNS][1:]
             fits = 'size' in said and all(now.get(k) == v for k, v in said.items())
         except Exception:
             continue  # none there, or damaged, or of another form
@@ -62,7 +63,7 @@ def read_index(
 # %% ../nbs/00_core_tars.ipynb #write-index
 def write_index(
     tar,  # the file
-    table: pd.DataFrame,  # a row each sample: image, the member's name or None; offset and size, bytes
+    table: pd.DataFrame,  # a row a sample: image, its name by `path_text` or None; offset and size, bytes
     own: bool = False,  # was the tar made together with its index? Then its size is enough
     **said,  # what else is to be known of the tar
 ):
@@ -76,6 +77,8 @@ def write_index(
             return
         except OSError:
             continue
+        except ValueError:  # half of a character in a prompt
+            return
 
 # %% ../nbs/00_core_tars.ipynb #scan
 def _scan(tar):
@@ -100,7 +103,8 @@ def _members(tar, stamp):  # stamp: so that a tar that has changed is looked at 
         names, offset, size = _scan(tar)
     else:
         table = table[table.image.notna()]
-        names, offset, size = table.image.tolist(), table.offset.to_numpy(), table['size'].to_numpy()
+        names = [text_path(i) for i in table.image]
+        offset, size = table.offset.to_numpy(), table['size'].to_numpy()
     names = np.array([os.fsencode(n) for n in names], np.bytes_)
     order = np.argsort(names, kind='stable')
     return names[order], offset[order], size[order]
@@ -167,6 +171,15 @@ def file_bytes(
     with open(m.tar, 'rb') as f:
         f.seek(m.offset)
         return f.read(m.size)
+
+# %% ../nbs/00_core_tars.ipynb #open-file
+def open_file(
+    path,  # of a file, or of a member of a tar
+):  # a binary file, for `with`
+    "Open what a path names. OSError as `open` says it; ValueError: a pipe or device, no such member"
+    if not os.path.lexists(path) and split_member(path):
+        return io.BytesIO(file_bytes(path))
+    return open(regular_file(path), 'rb')
 
 # %% ../nbs/00_core_tars.ipynb #file-stat
 def file_stat(
