@@ -37,8 +37,13 @@ def picture_seed(
     return int(hash_items([prompt, k, seed])[:8], 16)
 
 # %% ../nbs/00i_generate.ipynb #jobs
-def _jobs(prompts, settings, per_prompt, seed):
-    "(id, group, prompt, seed) of every picture"
+def paint_jobs(
+    prompts,  # distinct strings
+    settings: dict,  # of the painter
+    per_prompt: int,  # pictures of each
+    seed: int,  # another value, other pictures
+):  # yields (id, group, prompt, seed) of every picture
+    "What is to be painted"
     said = json.dumps(settings, sort_keys=True)
     for group, prompt in enumerate(prompts):
         for k in range(per_prompt):
@@ -46,16 +51,26 @@ def _jobs(prompts, settings, per_prompt, seed):
             yield hash_items([prompt, own, k, said])[:16], group, prompt, own
 
 # %% ../nbs/00i_generate.ipynb #save-with-parameters
+def parameters_text(
+    prompt: str,  # as it was painted
+    settings: dict,  # of the painter, with the seed
+) -> str:
+    "What a picture says of itself"
+    rest = dict(settings)
+    return format_parameters(prompt, rest, rest.pop('Negative prompt', ''))
+
 def _save_with_parameters(image, path, prompt, settings):
     "A PNG with its `parameters`, whole or not at all"
-    info, rest = PngInfo(), dict(settings)
-    info.add_text('parameters', format_parameters(prompt, rest, rest.pop('Negative prompt', '')))
+    info = PngInfo()
+    info.add_text('parameters', parameters_text(prompt, settings))
     with atomic_path(path) as tmp:
         image.save(tmp, pnginfo=info)
 
 # %% ../nbs/00i_generate.ipynb #usable
-def _usable(prompts):
-    "Distinct clean prompts in order; the rest counted"
+def usable_prompts(
+    prompts,  # list of strings
+) -> list:  # distinct and clean, in order; a line counts what is left out
+    "ValueError: one string, or no prompt that can be painted"
     if isinstance(prompts, str):
         raise ValueError("prompts is one string, expected a list: write [prompt]")
     cleaned, reasons = clean_prompts(prompts)
@@ -112,7 +127,7 @@ def generate(
         raise ValueError(f"shard is {(i, n)}, expected (i, n) with 0 <= i < n")
     if per_prompt < 1:
         raise ValueError(f"per_prompt is {per_prompt}, expected 1 or more")
-    jobs = list(_jobs(_usable(prompts), painter.settings, per_prompt, seed))
+    jobs = list(paint_jobs(usable_prompts(prompts), painter.settings, per_prompt, seed))
     check_own_pairs(out, [j[0] for j in jobs])
 
     def path(id):
@@ -144,14 +159,30 @@ class StableDiffusion:
         "ValueError: sizes or steps that make no sense; ImportError: no diffusers"
         _check_painter(made, saved, steps)
         self.model, self.steps, self.guidance, self.negative = str(model), steps, guidance, negative
-        self.made, self.saved = made, saved
-        self.device, self.pipe = pick_device(device), None
-        self.bs = bs or (8 if self.device.type == 'cuda' else 1)
+        self.made, self.saved, self.asked = made, saved, (bs, device)
+        self._settle()
         name = Path(model).name if Path(model).is_dir() else str(model)  # a folder may move
         self.settings = {'Steps': steps, 'Sampler': 'DPM++ 2M', 'CFG scale': guidance,
                          'Size': f'{made}x{made}', 'Saved size': f'{saved}x{saved}', 'Model': name}
         if negative:
             self.settings['Negative prompt'] = negative
+
+# %% ../nbs/00i_generate.ipynb #settle
+@patch
+def _settle(self: StableDiffusion):
+    "The device and the batch size of this machine; nothing is loaded yet"
+    bs, device = self.asked
+    self.device, self.pipe = pick_device(device), None
+    self.bs = bs or (8 if self.device.type == 'cuda' else 1)
+
+@patch
+def __getstate__(self: StableDiffusion):
+    return {k: v for k, v in self.__dict__.items() if k not in ('device', 'pipe', 'bs')}
+
+@patch
+def __setstate__(self: StableDiffusion, state):  # in a worker, whose machine may have another device
+    self.__dict__.update(state)
+    self._settle()
 
 # %% ../nbs/00i_generate.ipynb #check-painter
 def _check_painter(made, saved, steps):
