@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import features, Image, ImageOps
 
 from .core import atomic_path, first_few, path_text, text_path
-from .tars import file_bytes, split_member
+from .tars import file_bytes, MemberError, split_member
 
 # %% ../nbs/00_data.ipynb #image-error
 IMAGE_EXTS = ('.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.gif', '.bmp', '.tif', '.tiff',
@@ -175,7 +175,7 @@ def _is_empty(src):
     return isinstance(src, (str, os.PathLike)) and os.path.isfile(src) and not os.path.getsize(src)
 
 def _why_unreadable(src, e):  # reason and remedy for whatever opening `src` raised
-    if isinstance(e, ImageError):
+    if isinstance(e, (ImageError, MemberError)):
         return str(e)
     if isinstance(e, FileNotFoundError):
         if os.path.islink(src):
@@ -197,26 +197,15 @@ def _why_unreadable(src, e):  # reason and remedy for whatever opening `src` rai
     said = f'{type(e).__name__}: {e}'
     return f'the file is damaged or cut short ({said}): download or render it again, or leave it out'
 
-# %% ../nbs/00_data.ipynb #read-source
-def _member_bytes(path):
-    "Bytes of a picture inside a tar, None where the path leads through none"
-    if os.path.lexists(path) or split_member(path) is None:
-        return None
-    try:
-        return file_bytes(path)
-    except ValueError as e:
-        raise ImageError(str(e)) from e
-
+# %% ../nbs/00_data.ipynb #read-image
 def _read_source(src, max_pixels, draft):
-    if isinstance(src, np.ndarray):
-        return _to_rgb(_array_image(src), max_pixels)
-    if isinstance(src, Image.Image):
-        return _to_rgb(src, max_pixels)
+    if isinstance(src, (np.ndarray, Image.Image)):
+        return _to_rgb(_array_image(src) if isinstance(src, np.ndarray) else src, max_pixels)
     if not isinstance(src, (str, os.PathLike, bytes, bytearray)):
         raise ImageError('expected a path, bytes, a PIL image or a numpy array')
     inside = isinstance(src, (bytes, bytearray))
-    if not inside and (data := _member_bytes(src)) is not None:
-        src, inside = data, True
+    if not inside and not os.path.lexists(src) and split_member(src):
+        return _read_source(file_bytes(src), max_pixels, draft)
     if not inside and not stat.S_ISREG(mode := os.stat(src).st_mode) and not stat.S_ISDIR(mode):
         # opening it might wait for ever
         raise ImageError('it is a pipe, a socket or a device, expected a file: leave it out')
@@ -228,7 +217,6 @@ def _read_source(src, max_pixels, draft):
             raise
         return im
 
-# %% ../nbs/00_data.ipynb #read-image
 def read_image(
     src,  # path, bytes of a file, PIL image, or array (h, w[, 3 or 4]) of uint8, uint16, or floats in 0..1
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures before decoding

@@ -110,6 +110,9 @@ def _members(tar, stamp):  # stamp: so that a tar that has changed is looked at 
     return names[order], offset[order], size[order]
 
 # %% ../nbs/00_core_tars.ipynb #member-class
+class MemberError(ValueError):
+    "A tar that does not hold what its index or a path says; the message names it, and what to do"
+
 @dataclass(frozen=True)
 class Member:
     "Where a member lies"
@@ -143,7 +146,7 @@ _LARGEST_PICTURE = 1 << 28  # bytes
 def find_member(
     path,  # of a member: tar/name
 ) -> Member:  # None: the path leads through no tar
-    "Where a picture in a tar lies. ValueError: the tar has no such member, or a huge one"
+    "Where a picture in a tar lies. MemberError: the tar has no such member, or a huge one"
     halves = split_member(path)
     if halves is None:
         return None
@@ -153,11 +156,11 @@ def find_member(
     want = np.bytes_(os.fsencode(name))
     k = np.searchsorted(names, want, 'right') - 1
     if not len(names) or k < 0 or names[k] != want:
-        raise ValueError(f"{tar} has no member {name!r} ({len(names)} others): is it cut short, or another "
-                         "tar of that name? Load the pairs again, or download it again")
+        raise MemberError(f"{tar} has no member {name!r} ({len(names)} others): is it cut short, or another "
+                          "tar of that name? Load the pairs again, or download it again")
     if size[k] > _LARGEST_PICTURE or offset[k] + size[k] > now['size']:
-        raise ValueError(f"{tar}: member {name!r} is {size[k]:,} bytes at {offset[k]:,} of {now['size']:,}: "
-                         f"the tar is cut short, or {tar}.index is of another: delete that")
+        raise MemberError(f"{tar}: member {name!r} is {size[k]:,} bytes at {offset[k]:,} of {now['size']:,}: "
+                          f"the tar is cut short, or {tar}.index is of another: delete that")
     return Member(tar, int(offset[k]), int(size[k]), now['mtime'], now['ctime'])
 
 # %% ../nbs/00_core_tars.ipynb #member-bytes
