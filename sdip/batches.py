@@ -8,6 +8,7 @@ __all__ = ['PairRows', 'GroupSampler', 'make_loaders', 'Augment']
 # %% ../nbs/00g_batches.ipynb #imports
 import itertools
 import math
+import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +25,10 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from .data import ImageError
+from .tars import split_member
 from .preprocess import decode_workers, image_batches, pick_device, Preprocess
 from .decoded import decoded, Decoded
+from .streamed import TarStream
 
 # %% ../nbs/00g_batches.ipynb #feed
 @dataclass
@@ -121,6 +124,7 @@ class GroupSampler:
             parts: int = 1,  # batches that a step comes in
             rank: int = 0,  # number of this process
             world: int = 1,  # number of processes: each gets its share of every batch
+            stream=None,  # `TarStream` of the pictures: an order that is near to the disk's
     ):
         "ValueError where a step has too few rows for its parts and processes"
         rows = np.arange(len(groups)) if ok is None else np.flatnonzero(ok)
@@ -129,7 +133,7 @@ class GroupSampler:
         self.members = np.split(rows[by], np.flatnonzero(np.diff(inv[by])) + 1)  # a group's rows
         bs = min(bs, len(self.members))
         self.bs = bs - bs % (parts*world)
-        self.seed, self.parts, self.rank, self.world = seed, parts, rank, world
+        self.seed, self.parts, self.rank, self.world, self.stream = seed, parts, rank, world, stream
         if not self.bs:
             raise ValueError(f'a step of {bs} rows cannot be cut into {parts} parts for {world} processes: '
                              'raise bs, or lower accumulate')
@@ -143,11 +147,27 @@ class GroupSampler:
 def __iter__(self: GroupSampler):
     rng = np.random.default_rng([self.seed, self.epoch])
     pick = np.array([m[rng.integers(len(m))] for m in self.members])
+    if self.stream is not None:
+        yield from self._streamed(pick)
+        return
     rng.shuffle(pick)
     for i in range(self.skip, len(self)):
         step, part = divmod(i, self.parts)
         rows = pick[step*self.bs:(step+1)*self.bs]
         yield rows[part*self.world + self.rank::self.parts*self.world].tolist()
+
+# %% ../nbs/00g_batches.ipynb #streamed
+@patch
+def _streamed(self: GroupSampler, pick):
+    "Batches of this process's part of the rows that an epoch shows"
+    mine = self.stream.order(self.seed, self.epoch, self.rank, self.world, pick)
+    b, window = self.bs//self.world, -1
+    for i in range(self.skip, len(self)):
+        step, part = divmod(i, self.parts)
+        if step*b//self.stream.buffer != window:
+            window = step*b//self.stream.buffer
+            self.stream.announce(mine[step*b:(window + 2)*self.stream.buffer])
+        yield mine[step*b:(step + 1)*b][part::self.parts].tolist()
 
 # %% ../nbs/00g_batches.ipynb #processes
 def world_of_processes() -> tuple:  # (number of this process, number of all); (0, 1) alone
@@ -326,6 +346,12 @@ def _in_order(loader):
     return make_loader(loader.dataset, batches, loader.device, loader.n_inp, loader.num_workers)
 
 # %% ../nbs/00g_batches.ipynb #make-loaders-both
+def _stream_of(rows):
+    "The order of pictures that are read from tars at each use; None for others"
+    first = next(iter(rows.images)) if rows.pixels is None else None
+    in_tar = isinstance(first, (str, os.PathLike)) and not os.path.lexists(first) and split_member(first)
+    return TarStream(rows.images) if in_tar else None
+
 def make_loaders(
         train: PairRows,  # rows to learn from
         valid: PairRows,  # rows to watch
@@ -341,7 +367,7 @@ def make_loaders(
     rank, world = world_of_processes()
     ok = np.flatnonzero(valid.ok)
     chunks = [c.tolist() for c in np.array_split(ok, math.ceil(len(ok)*parts/bs))]
-    sampler = GroupSampler(groups, bs, seed, train.ok, parts, rank, world)
+    sampler = GroupSampler(groups, bs, seed, train.ok, parts, rank, world, _stream_of(train))
     device = pick_device(device)
     return DataLoaders(make_loader(train, sampler, device, n_inp, workers),
                        make_loader(valid, chunks, device, n_inp, workers), device=device)

@@ -175,6 +175,19 @@ def file_bytes(
         f.seek(m.offset)
         return f.read(m.size)
 
+# %% ../nbs/00_core_tars.ipynb #member-offsets
+def member_offsets(
+    tar,  # the file
+    names,  # m names of members
+) -> np.ndarray:  # (m,) int64: where each begins, bytes; -1 where there is none
+    "Places of many members. OSError: no tar"
+    known, offset, _ = _members(tar, tuple(_stamp(os.stat(tar)).values()))
+    want = np.array([os.fsencode(n) for n in names], np.bytes_)
+    if not len(known):
+        return np.full(len(want), -1)
+    k = np.searchsorted(known, want).clip(max=len(known) - 1)
+    return np.where(known[k] == want, offset[k], -1)
+
 # %% ../nbs/00_core_tars.ipynb #open-file
 def open_file(
     path,  # of a file, or of a member of a tar
