@@ -7,7 +7,6 @@ __all__ = ['TarStream']
 
 # %% ../nbs/00f_streamed.ipynb #imports
 import os
-from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
