@@ -258,6 +258,7 @@ def paint_file(
     shard: str = None,  # 'i/n', one of n processes or machines, such as '0/4'
     per_prompt: int = 1,  # pictures of each prompt
     seed: int = 0,  # another value, other pictures
+    paint=generate,  # or a function that takes the same arguments
     **how,  # arguments of `StableDiffusion`; None: its default
 ) -> str:  # a line that says what there is
     "What `sdip_generate --prompts` does. ValueError: a shard that is no i/n"
@@ -268,7 +269,8 @@ def paint_file(
     painter = StableDiffusion(**{k: v for k, v in how.items() if v is not None})
     alone = folder_lock(out, 'sdip_generate') if shard is None else nullcontext()  # shards share a folder
     with alone:
-        pairs = generate(said, out, painter, per_prompt, (int(i), int(n)) if shard else None, seed)
+        part = (int(i), int(n)) if shard else None
+        pairs = paint(said, out, painter, per_prompt=per_prompt, shard=part, seed=seed)
     if pairs is None:
         return f'part {shard} is in {out}'
     return f"{len(pairs)} pictures of {pairs['group'].nunique()} prompts in {out}"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .core import encodes, hash_items, write_json
 from .data import save_pairs
 from .engines import run_shards
-from .generate import StableDiffusion, paint_jobs, parameters_text, usable_prompts
+from .generate import paint_file, paint_jobs, parameters_text, StableDiffusion, usable_prompts
 from .lock import read_fields, shared_folder
 from .shards import tar_pairs
 from .tars import read_index, write_index
@@ -300,3 +300,15 @@ def generate_tars(
         for _ in run_shards(_PaintTars(painter, out, form, tag), todo, engine, [out], jobs):
             pass
     return None if shard else _painted_table(out, [out/f'{k:05d}.tar' for k in range(tars)], painter)
+
+# %% ../nbs/00i_generate_tars.ipynb #paint-tars-file
+def paint_tars_file(
+    prompts: str,  # file of prompts: .txt of one a line, or a table
+    out: str,  # folder for the tars
+    kind: str,  # 'jpeg' or 'png'
+    engine='local',  # see `run_shards`
+    **how,  # other arguments of `paint_file`
+) -> str:  # a line that says what there is
+    "What `sdip_generate --prompts FILE --tars` does. ValueError: a shard that is no i/n, an unknown kind"
+    paint = partial(generate_tars, form=TarForm(kind=kind), engine=engine)
+    return paint_file(prompts, out, paint=paint, **how)
