@@ -1504,6 +1504,71 @@ toy = dict(embed_dim=16, vision_cfg=dict(layers=2, width=32, head_width=16, patc
 save_clip(CLIP(**toy), toy, Preprocess.from_dict(CLIP_PREPROCESS | dict(size=16)), 'input/clip-vit-large-patch14')
 '''
 
+TARS = r'''
+"Pictures painted into tars, a twentieth of a second each; and an epoch over them, in any number of processes"
+import json, sys, time
+import numpy as np
+
+class Painter:
+    settings, bs = dict(Steps=1, Model='playground'), 8
+
+    def __call__(self, prompts, seeds):
+        from sdip.playground import draw
+        time.sleep(.05)
+        return [None if 'ghost' in p else draw(p, s % 1000, 64) for p, s in zip(prompts, seeds)]
+
+def paint(out):
+    from sdip.painted import generate_tars, TarForm
+    animals = 'cat dog rabbit elephant owl penguin duck ghost fish whale snail turtle horse dragon'.split()
+    prompts = [f'a {c} {a} {where}' for a in animals for c in ('red', 'blue', 'white')
+               for where in ('at night', 'in the rain', 'on a beach')]
+    print(len(generate_tars(prompts, out, Painter(), form=TarForm(100), per_prompt=2)))
+
+def epoch(out):
+    "What each process sees in epoch 3, and after 7 of its batches"
+    from sdip.batches import make_loaders, PairRows, share_among, world_of_processes
+    from sdip.data import image_paths
+    from sdip.preprocess import Preprocess
+    from sdip.sources import load_pairs
+    rank, world = world_of_processes()
+    pairs, prep = load_pairs(out), Preprocess(32)
+    rows = PairRows(image_paths(pairs), prep, np.arange(len(pairs)), cache_gb=0)
+    dls = make_loaders(rows, rows, range(len(pairs)), 20, seed=1, workers=0, device='cpu')
+    for skip in (0, 7):
+        dls.train.batch_sampler.epoch, dls.train.batch_sampler.skip = 3, skip
+        every = share_among([[y.tolist() for _, y in dls.train]])
+        if rank == 0:
+            with open(f'{skip}.json', 'w') as f:
+                json.dump(every, f)
+
+if __name__ == '__main__':
+    dict(paint=paint, epoch=epoch)[sys.argv[1]](sys.argv[2])
+'''
+
+def test_tars():
+    """Painting into tars, killed -9 twice, ends with the bytes of a run in one piece; an epoch of two
+    processes over them has each picture once at most, and goes on after a break with the same rows"""
+    Path('tars.py').write_text(TARS)
+    said = int(sh(sys.executable, 'tars.py', 'paint', 'whole').split()[-1])
+    assert said == 2*9*13, said
+    for n in (1, 2):
+        work = subprocess.Popen([sys.executable, 'tars.py', 'paint', 'killed'], stderr=subprocess.DEVNULL)
+        part, done = Path(f'killed/.part-0000{n - 1}.tar'), Path(f'killed/0000{n - 1}.tar')
+        wait_for(lambda: done.exists() or part.exists() and part.stat().st_size > 100_000)
+        work.kill()
+        work.wait()
+        assert not Path('killed/pairs.parquet').exists(), 'it was done before it could be killed'
+    sh(sys.executable, 'tars.py', 'paint', 'killed')
+    files = [{f.name: f.read_bytes() for f in Path(d).iterdir()} for d in ('whole', 'killed')]
+    assert files[0] == files[1], [sorted(f) for f in files]
+    sh(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'tars.py', 'epoch',
+       'whole', **NO_CARD)
+    whole, rest = (json.loads(Path(f'{skip}.json').read_text()) for skip in (0, 7))
+    rows = [row for process in whole for batch in process for row in batch]
+    assert len(rows) == len(set(rows)) == said // 20*20, len(rows)
+    assert [len(process) for process in whole] == [said // 20]*2
+    assert rest == [process[7:] for process in whole]
+
 def test_notebook_launcher():
     """In a kernel, `notebook_launcher` trains on two CPU processes: a run that looks at all it does, and
     the real run of 02 as it stands; then one process"""
@@ -2390,6 +2455,21 @@ def fresh(load):
 
     return go
 
+def lying(load):
+    "As they lie, each picture read; the index of the tar before does not count"
+    from contextlib import suppress
+    from sdip.data import ImageError, image_paths, read_image
+
+    def go(path):
+        Path(f'{path}.index').unlink(missing_ok=True)
+        pairs = load(path)
+        for f in image_paths(pairs):
+            with suppress(ImageError):
+                read_image(f)
+        return pairs
+
+    return go
+
 def forged(run, load):
     "As `in_folder`, but every digest of the changed file is changed with it, as a forger would"
     from hashlib import sha256
@@ -2434,7 +2514,8 @@ def readers_of_pairs():
     yield 'read_prompt', said_pictures(), in_folder(said, read_prompt, None), None
     yield 'load_pairs, pictures', said_pictures(), in_folder(said, load_pairs), [said]
     tars = made_folder('tars')
-    yield 'load_pairs, tars', some_tars(), in_folder(tars, fresh(load_pairs), None), ['t.tar', tars]
+    for name, way in dict(tars=lying, unpacked=fresh).items():
+        yield f'load_pairs, {name}', some_tars(), in_folder(tars, way(load_pairs), None), ['t.tar', tars]
     coco = dict(images=[dict(id=i, file_name=f'{i}.png') for i in range(2)],
                 annotations=[dict(image_id=i, caption='c') for i in range(2)])
     files = other_json(json.dumps(coco).encode()).map(lambda data: {'c_val.json': data})
