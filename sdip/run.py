@@ -306,7 +306,8 @@ def _places(pairs):
     given = [pairs] if isinstance(pairs, (str, os.PathLike)) else pairs
     places = [p if read_address(p) else os.path.abspath(p) for p in given]
     for p in places:
-        if not (read_address(p) or os.path.exists(p)):
+        pattern = set(p) & set('*?[')  # of tars: `load_pairs` says where it fits none
+        if not (read_address(p) or pattern or os.path.exists(p)):
             raise ValueError(f'{p} does not exist: give a folder or a table of image and prompt')
     return places[0] if len(places) == 1 else places
 
