@@ -27,7 +27,7 @@ class RegressorLearner(Learner):
         "fastai's; ValueError for callbacks that mix targets"
         if isinstance(cb, MixHandler):
             raise ValueError(f"{type(cb).__name__} mixes a batch's targets, but these have weights beside: "
-                             "take Recipe(augment=('shift', 'light', 'flip')), which changes pictures only")
+                             "take Recipe(augment=('mixup', ))")
         return super().add_cb(cb)
 
     def get_preds(

@@ -21,8 +21,10 @@ from . import __version__
 from .core import EMB_DIM, check_emb, read_json, right_shape, row_cosine, unit
 from .data import image_paths
 from .preprocess import pick_device, Preprocess
-from .batches import Augment, make_loaders, PairRows, share_among, start_alike, world_of_processes
+from .batches import make_loaders, PairRows, share_among, start_alike, world_of_processes
 from .callbacks import Checkpoint, CsvLog, digest, KeepBest, score_of
+from .losses import loss_by_name
+from .mixup import augmentations
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower, undecayed)
@@ -210,8 +212,7 @@ def _callbacks(self: Regressor, dls, checkpoint, logged):
         cbs.append(KeepBest(start, recipe.patience))
     if checkpoint:
         checkpoint.notes = dict(start=start, probe_scores=self.probe_scores)
-    if recipe.augment:
-        cbs.append(Augment(recipe.augment, recipe.seed))
+    cbs += augmentations(recipe.augment, recipe.seed)
     if logged:
         cbs.append(CsvLog())
     return cbs
@@ -231,9 +232,8 @@ def learner(
 ) -> RegressorLearner:  # its `model` is this regressor's `net`
     "Data, head and callbacks in place, before the first step; ValueError for data that cannot be trained on"
     budget = [TimeBudget(recipe.hours)] if recipe.hours is not None else []  # the probe is in it
+    recipe.check()
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
-    if recipe.keep not in ('best', 'last'):
-        raise ValueError(f"keep is {recipe.keep!r}, known are best and last")
     self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
     splits = [_split_rows(pairs, targets, root, self.prep, split, **feed) for split in ('train', 'valid')]
     start_alike(self.net)  # a new head is random
@@ -263,7 +263,8 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
                          checkpoint=checkpoint, cbs=cbs, desc=self.kind, quiet=quiet, cls=RegressorLearner,
-                         watch_raw=recipe.watch_raw, path=checkpoint.file.parent if checkpoint else own.name)
+                         watch_raw=recipe.watch_raw, loss_func=loss_by_name(recipe.loss),
+                         path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder, learn.precision = own, recipe.precision  # the folder goes when the learner goes
     return learn
 

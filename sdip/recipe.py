@@ -13,6 +13,9 @@ from typing import get_args
 
 from fastcore.basics import patch
 
+from .losses import loss_by_name, optimizer_by_name
+from .mixup import read_augmentations
+
 # %% ../nbs/00g_recipe.ipynb #recipe
 @dataclass
 class Recipe:
@@ -29,7 +32,7 @@ class Recipe:
     accumulate: int = 1  # gradient accumulation: parts of a step; less memory, the same step
     grad_checkpoint: bool = False  # recompute activations: a third slower, far less memory
     precision: str = 'auto'  # of the forward pass on CUDA: bf16, fp16, fp32, or what the GPU is made for
-    augment: tuple = ()  # of 'shift', 'light', 'flip'; 'flip' swaps left and right
+    augment: tuple = ()  # of 'shift', 'light', 'flip' (left and right), 'crop', 'jitter', 'mixup'
     probe: bool | None = True  # start from the ridge head; False: from the mean target; None: as it is
     keep: str = 'best'  # weights to end with: of the start and all epochs the 'best', or the 'last'
     watch_raw: bool = False  # score the raw weights too, beside their average: validation costs twice as much
@@ -41,6 +44,8 @@ class Recipe:
     cache: str | None = None  # folder that keeps decoded pictures, for every training at this size
     cache_gb: float = 2.  # without it: up to this size (GB) they are kept in memory
     draft: bool = False  # decode large JPEGs at reduced resolution: faster, slightly other pixels
+    loss: str = 'cosine'  # or 'angular', 'cosine+mse', 'contrastive'
+    optimizer: str = 'adamw'  # or 'madgrad', 'madgradw', 'lion', 'nadamw'
 
 # %% ../nbs/00g_recipe.ipynb #recipe-epochs
 @patch(as_prop=True)
@@ -69,6 +74,8 @@ def rule(
     return f'{epochs}, {self.bs} rows a step{parts}{where}, lr {self.lr:g}'
 
 # %% ../nbs/00g_recipe.ipynb #recipe-outcome
+_LATER = 'draft', 'loss', 'optimizer'  # fields that older checkpoints do not know
+
 @patch(as_prop=True)
 def feed(self: Recipe):
     "How pictures come in: fields of `PairRows`"
@@ -77,8 +84,22 @@ def feed(self: Recipe):
 @patch
 def outcome(self: Recipe):
     "The fields that change what comes out, for a file: no machine's folders, cores and hours"
-    other = {'minutes', 'hours', 'workers', 'cache', 'cache_gb', *(() if self.draft else ['draft'])}
-    return {k: v for k, v in asdict(self).items() if k not in other}
+    other = {'minutes', 'hours', 'workers', 'cache', 'cache_gb'}
+    off = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
+    return {k: v for k, v in asdict(self).items() if k not in other | off}
+
+# %% ../nbs/00g_recipe.ipynb #recipe-check
+@patch
+def check(self: Recipe) -> Recipe:  # itself
+    "ValueError for a name that is not known, or for options that do not go together"
+    loss_by_name(self.loss)
+    optimizer_by_name(self.optimizer)
+    if self.keep not in ('best', 'last'):
+        raise ValueError(f"keep is {self.keep!r}, known are best and last")
+    if 'mixup' in read_augmentations(self.augment)[1] and self.loss == 'contrastive':
+        raise ValueError("augment has mixup and loss is 'contrastive': a mixture of two prompts has no "
+                         "prompt of its own in the batch; leave one of the two out")
+    return self
 
 # %% ../nbs/00g_recipe.ipynb #field-value
 _SPELLED = dict(true=True, false=False, none=None, null=None)
@@ -126,7 +147,7 @@ def change(
         self: Recipe,
         changes,  # {field: value}, or a list of 'field=value' as a shell gives them
 ) -> Recipe:
-    "A recipe with some of its fields set; ValueError: an unknown field, or a value of another type"
+    "A recipe with some of its fields set; ValueError: an unknown field, a value of another type, `check`"
     if not isinstance(changes, dict):
         changes = dict(c.partition('=')[::2] for c in changes or ())
     kinds = {f.name: f.type for f in fields(self)}
@@ -137,4 +158,4 @@ def change(
         if not (isinstance(step, tuple) and len(step) == 2 and isinstance(step[1], int)):
             raise ValueError(f"unfreezing has the step {step!r}, expected (groups or none, epochs), "
                              'such as ((1, 1), (None, 2))')
-    return replace(self, **changed)
+    return replace(self, **changed).check()

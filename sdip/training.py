@@ -28,6 +28,7 @@ from .pretrained import check_fits
 from .batches import DDP, world_of_processes
 from .callbacks import (EMA, amp_callbacks, Checkpoint, cosine, cosine_loss, History, LastWord, OnDevice,
                             TellEpoch, Thaw)
+from .losses import optimizer_by_name
 
 # %% ../nbs/00g_training.ipynb #schedule
 def schedule(
@@ -124,13 +125,13 @@ def make_learner(
     path='.',  # folder of fastai's own callbacks
     cls=Learner,  # a subclass of fastai's
 ) -> Learner:  # `peaks` holds the peak learning rate of each group of parameters
-    "fastai's learner with AdamW and the callbacks of the chapter before"
+    "fastai's learner with the recipe's optimiser and the callbacks of the chapter before"
     ps, lrs, wds = param_groups(groups, recipe.lr, recipe.layer_decay, recipe.weight_decay, undecayed(model))
     cbs = [*_callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet), *cbs]
     if checkpoint:
         cbs.append(checkpoint)
     metrics = [metric] + ([ValueMetric(lambda: learn.ema.raw_score, 'raw')] if watch_raw else [])
-    opt_func = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
+    opt_func = partial(OptimWrapper, opt=optimizer_by_name(getattr(recipe, 'optimizer', 'adamw')))
     learn = cls(dls, model.to(dls.device), loss_func, opt_func=opt_func, splitter=lambda m: ps,
                 metrics=metrics, cbs=cbs, train_bn=False, path=path)
     learn.create_opt()
