@@ -28,6 +28,7 @@ from .mixup import augmentations
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower, undecayed)
+from .adapters import add_lora, base_weights, merge_lora
 from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
 from .base_learner import RegressorLearner
 from .training_hours import TimeBudget
@@ -36,6 +37,7 @@ from .training_hours import TimeBudget
 class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
     kind, history, precision, workers, mean, trained_by = None, None, 'auto', None, None, None
+    lora = None  # adapters, while they train
 
     def __init__(
             self,
@@ -233,6 +235,7 @@ def learner(
     "Data, head and callbacks in place, before the first step; ValueError for data that cannot be trained on"
     budget = [TimeBudget(recipe.hours)] if recipe.hours is not None else []  # the probe is in it
     recipe.check()
+    self._merge()  # what a training that was broken off has left
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
     self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
     splits = [_split_rows(pairs, targets, root, self.prep, split, **feed) for split in ('train', 'valid')]
@@ -248,6 +251,22 @@ def learner(
         self._start_head(features, pairs, splits)
     return self._learner(splits, begun, [*budget, *cbs], quiet or rank > 0, logged=checkpoint and not rank)
 
+# %% ../nbs/02_base_regressor.ipynb #learner-lora
+@patch
+def _adapt(self: Regressor, recipe):
+    "Put adapters into the tower, where the recipe has a rank; the weights that then never train"
+    if not recipe.lora:
+        return ()
+    self.lora = add_lora(self.net.body, recipe.lora, self.prep.size, recipe.seed)
+    return base_weights(self.net.body)
+
+@patch
+def _merge(self: Regressor):
+    "Adapters become part of the tower's weights"
+    if self.lora is not None:
+        merge_lora(self.lora)
+        self.lora = None
+
 # %% ../nbs/02_base_regressor.ipynb #learner-parts
 @patch
 def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
@@ -255,6 +274,7 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     recipe, own = self.recipe, None
     if not checkpoint:
         own = tempfile.TemporaryDirectory(prefix='sdip-')  # for fastai's callbacks
+    frozen = self._adapt(recipe)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
     groups = layer_groups(self.net.body) + [[self.net.head]]
     dls = make_loaders(*splits, splits[0].table.group.to_numpy(), recipe.bs, recipe.seed, recipe.workers,
@@ -263,7 +283,7 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
     cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
                          checkpoint=checkpoint, cbs=cbs, desc=self.kind, quiet=quiet, cls=RegressorLearner,
-                         watch_raw=recipe.watch_raw, loss_func=loss_by_name(recipe.loss),
+                         watch_raw=recipe.watch_raw, frozen=frozen, loss_func=loss_by_name(recipe.loss),
                          path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder, learn.precision = own, recipe.precision  # the folder goes when the learner goes
     return learn
@@ -309,6 +329,7 @@ def keep(
             seen[id(loader), r['row']] = r
     self.history, self.report = learn.history.rows, list(seen.values())
     checkpoint_gradients(self.net.body, False)
+    self._merge()
     self.net.eval().requires_grad_(False)
     return self
 

@@ -338,8 +338,9 @@ class Thaw(Callback):
             self,
             groups,  # list of lists of modules and parameters, input side first
             unfreezing,  # ((depth, epochs), ...): how many top groups train, for how long; depth None: all
+            frozen=(),  # parameters that never train, at whatever depth
     ):
-        self.groups = groups
+        self.groups, self.frozen = groups, frozen
         self.depths = [depth for depth, epochs in unfreezing for _ in range(epochs)]  # one an epoch
 
     def before_train(self):
@@ -349,6 +350,8 @@ class Thaw(Callback):
         for i, group in enumerate(self.groups):
             for part in group:
                 part.requires_grad_(i >= n_frozen)
+        for p in self.frozen:
+            p.requires_grad_(False)
         _set_modes(self.model)
 
 # %% ../nbs/00g_callbacks.ipynb #digest

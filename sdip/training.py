@@ -93,7 +93,7 @@ class TrainRecipe:
     precision: str = 'auto'  # of the forward pass on CUDA: bf16, fp16, fp32, or what the GPU is made for
 
 # %% ../nbs/00g_training.ipynb #learner-callbacks
-def _callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet):
+def _callbacks(dls, prep, groups, recipe, watch_raw, frozen, desc, quiet):
     "The callbacks that every run has, by what the recipe and the loaders ask for"
     parts, world = getattr(dls.train.batch_sampler, 'parts', 1), world_of_processes()[1]
     ema = EMA(recipe.ema_decay, watch_raw)
@@ -104,7 +104,7 @@ def _callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet):
     if world > 1:
         cbs.append(DDP(parts))
     if recipe.unfreezing:
-        cbs.append(Thaw(groups, recipe.unfreezing))
+        cbs.append(Thaw(groups, recipe.unfreezing, frozen))
     return cbs
 
 # %% ../nbs/00g_training.ipynb #make-learner
@@ -124,12 +124,12 @@ def make_learner(
     quiet: bool = False,  # no bar
     path='.',  # folder of fastai's own callbacks
     cls=Learner,  # a subclass of fastai's
+    frozen=(),  # parameters that never train; the recipe has an unfreezing schedule then
 ) -> Learner:  # `peaks` holds the peak learning rate of each group of parameters
     "fastai's learner with the recipe's optimiser and the callbacks of the chapter before"
     ps, lrs, wds = param_groups(groups, recipe.lr, recipe.layer_decay, recipe.weight_decay, undecayed(model))
-    cbs = [*_callbacks(dls, prep, groups, recipe, watch_raw, desc, quiet), *cbs]
-    if checkpoint:
-        cbs.append(checkpoint)
+    cbs = [*_callbacks(dls, prep, groups, recipe, watch_raw, frozen, desc, quiet), *cbs,
+           *([checkpoint] if checkpoint else [])]
     metrics = [metric] + ([ValueMetric(lambda: learn.ema.raw_score, 'raw')] if watch_raw else [])
     opt_func = partial(OptimWrapper, opt=optimizer_by_name(getattr(recipe, 'optimizer', 'adamw')))
     learn = cls(dls, model.to(dls.device), loss_func, opt_func=opt_func, splitter=lambda m: ps,
