@@ -18,12 +18,43 @@ from .batches import share_among
 
 # %% ../nbs/02_backbone.ipynb #build-tower
 def build_tower(
-        config: dict,  # an open_clip model config: embed_dim, vision_cfg, quick_gelu
+        config: dict,  # an open_clip model config: embed_dim, vision_cfg, quick_gelu; img_size for timm
 ) -> nn.Module:  # (b, 3, S, S) -> (b, embed_dim)
     "The image tower of an open_clip model config, with weights still to be loaded"
     from open_clip.model import _build_vision_tower
     vision, quick_gelu = dict(config['vision_cfg']), config.get('quick_gelu', False)
-    return _build_vision_tower(config['embed_dim'], vision | dict(output_tokens=False), quick_gelu)
+    tower = _build_vision_tower(config['embed_dim'], vision | dict(output_tokens=False), quick_gelu)
+    if config.get('img_size'):
+        tower.set_input_size(config['img_size'])
+    return tower
+
+# %% ../nbs/02_backbone.ipynb #check-size
+def _step(tower):
+    "Pixels from one position to the next; 1 where there are no positions"
+    patches = getattr(getattr(tower, 'trunk', tower), 'patch_embed', None)
+    if hasattr(patches, 'feat_ratio'):
+        return patches.feat_ratio()
+    if hasattr(tower, 'attnpool'):
+        return 32
+    return tower.conv1.stride[0] if hasattr(tower, 'positional_embedding') else 1
+
+def check_size(
+        tower: nn.Module,  # of open_clip or timm
+        size: int,  # of the pictures, pixels a side
+        passes: bool = True,  # the tower is of that size already: pass a picture through
+):
+    "ValueError for a size that the tower cannot take, with those that it can"
+    step, name = _step(tower), type(getattr(tower, 'trunk', tower)).__name__
+    if size < step or size % step:
+        low = max(size//step, 1)*step
+        raise ValueError(f'img_size={size}: this {name} takes multiples of {step} pixels, such as {low} and '
+                         f'{low + step}')
+    px = torch.zeros(1, 3, size, size, device=next(tower.parameters()).device)
+    try:
+        return tower.eval()(px) if passes else None
+    except (RuntimeError, AssertionError, ValueError, IndexError) as e:
+        raise ValueError(f'img_size={size}: this {name} cannot take it ({str(e).splitlines()[0][:90]}): '
+                         "leave img_size out for the weights' own size, or try a multiple of 32") from None
 
 # %% ../nbs/02_backbone.ipynb #timm-groups
 def _timm_groups(net):

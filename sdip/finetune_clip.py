@@ -26,32 +26,29 @@ from .encoders import ClipEncoder
 from .batches import world_of_processes
 from .callbacks import Say
 from .split import prepare_pairs
-from .backbone import build_tower, ImageRegressor, ridge
+from .backbone import build_tower, check_size, ImageRegressor, ridge
 from .recipe import Recipe
 from .base_regressor import Regressor
 
 # %% ../nbs/02_finetune_clip.ipynb #at-size
-def _is_bound(vision):
-    "Whether a tower takes pictures of its own size only"
-    import timm
-    trunk = vision.get('timm_model_name')
-    known = trunk and timm.models.get_pretrained_cfg(trunk)
-    return trunk and (not known or known.fixed_input_size or vision.get('timm_pool', '').endswith('attn'))
-
-def _at_size(tower, state, size):
-    "(config, weights) of a tower for pictures of another size; ValueError for one that is bound to its size"
+def _at_size(body, tower, size):
+    "(tower, its config) for pictures of another size; ValueError for a size that it cannot take"
     from open_clip.model import resize_pos_embed
-    vision = tower['vision_cfg']
-    if _is_bound(vision):
-        raise ValueError(f"img_size={size} needs a ViT or a ResNet of open_clip's own, or a ConvNet of timm: "
-                         'leave img_size=None, or take a CLIP that was trained at that size')
-    [place] = [k for k in state if k.endswith('positional_embedding')] or [None]
-    if place:
-        side = size // (vision['patch_size'] if place == 'positional_embedding' else 32)
+    check_size(body, size, passes=False)
+    tower, state = tower | dict(vision_cfg=tower['vision_cfg'] | dict(image_size=size)), body.state_dict()
+    if hasattr(body, 'trunk'):
+        if hasattr(body.trunk, 'set_input_size'):
+            tower = tower | dict(img_size=size)
+            body.set_input_size(size)
+    else:
+        [place] = [k for k in state if k.endswith('positional_embedding')]
+        side = size // (body.conv1.stride[0] if place == 'positional_embedding' else 32)
         table = {'visual.positional_embedding': state[place]}  # (side**2 + 1, width), as in a whole CLIP
         resize_pos_embed(table, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))
-        state = state | {place: table['visual.positional_embedding']}
-    return tower | dict(vision_cfg=vision | dict(image_size=size)), state
+        body = build_tower(tower)
+        body.load_state_dict(state | {place: table['visual.positional_embedding']})
+    check_size(body, size)
+    return body, tower
 
 # %% ../nbs/02_finetune_clip.ipynb #clip-regressor
 class ClipRegressor(Regressor):
@@ -65,17 +62,16 @@ class ClipRegressor(Regressor):
             head: str = 'linear',  # or 'mlp'
             img_size: int | None = None,  # another than the CLIP's, in pixels: positions are interpolated
     ):
-        "ValueError for a tower that cannot be brought to another size"
+        "ValueError for a size that the tower cannot take"
         if not isinstance(clip, ClipEncoder):
             clip = ClipEncoder(clip, device=device)
         said = ('embed_dim', 'vision_cfg', 'quick_gelu')
         self.tower = {k: clip.model_cfg[k] for k in said if k in clip.model_cfg}
-        state, prep = clip.model.visual.state_dict(), clip.prep
+        prep, body = clip.prep, build_tower(self.tower)
+        body.load_state_dict(clip.model.visual.state_dict())
         if img_size not in (None, prep.size):
-            self.tower, state = _at_size(self.tower, state, img_size)
+            body, self.tower = _at_size(body, self.tower, img_size)
             prep = replace(prep, size=img_size)
-        body = build_tower(self.tower)
-        body.load_state_dict(state)
         super().__init__(ImageRegressor(body, clip.dim, head=head), prep, device)
 
 # %% ../nbs/02_finetune_clip.ipynb #clip-load

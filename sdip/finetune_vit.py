@@ -19,7 +19,7 @@ from .encoders import ClipEncoder, shipped
 from .imagenet import PACKAGED, packaged_classifier, timm_folder, timm_network, timm_state, TIMM_FILES
 from .batches import world_of_processes
 from .training import load_weights
-from .backbone import ImageRegressor
+from .backbone import check_size, ImageRegressor
 from .recipe import Recipe
 from .base_regressor import Regressor
 from .finetune_clip import ClipRegressor, finetune
@@ -161,6 +161,8 @@ class VitRegressor(Regressor):
                 name, weights = _named(name, weights)
                 body, prep = build_backbone(name, weights, img_size, **kw)
                 self.tower = dict(name=name, kw=kw)
+            if img_size is not None:
+                check_size(body, img_size)
             net = ImageRegressor(body, body.head_hidden_size, head=head)
         super().__init__(net, prep, device)
 
