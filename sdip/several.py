@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import EMB_DIM, row_cosine
+from .core import EMB_DIM, right_shape, row_cosine
 from .ensemble import Ensemble, fit_ensemble
+from .data import read_parquet
+from .blending import load_preds
 
 # %% ../nbs/06c_several.ipynb #common-rows
 def common_rows(
@@ -146,6 +148,22 @@ def folder_names(
         if len(set(names)) == len(names):
             return names
 
+# %% ../nbs/06c_several.ipynb #held-out-rows
+def held_out_rows(
+        folder,  # of a saved model or a run
+) -> dict | None:  # as of `read_held_out`; None where there are none
+    "Validation rows to search a ratio on. ValueError: a damaged file"
+    run = Path(folder)
+    files = [run/f for f in ('preds/ensemble.valid.npz', 'pairs.parquet', 'emb/targets.npy')]
+    if (run/'valid.npz').exists() or not all(f.exists() for f in files):
+        return read_held_out(run)
+    preds, table = load_preds(files[0]), read_parquet(files[1], ['id', 'group'])
+    place = {i: at for at, i in enumerate(table.id.astype(str))}
+    with right_shape(run):
+        at = np.array([place[i] for i in preds.ids.tolist()], int)
+        targets = np.load(files[2], mmap_mode='r')[at]
+    return dict(ids=preds.ids, group=table.group.to_numpy(int)[at], emb=preds.emb, targets=targets)
+
 # %% ../nbs/06c_several.ipynb #several-of
 def several_of(
         folders,  # of saved models or runs
@@ -155,5 +173,5 @@ def several_of(
     "Saved models as one. ValueError: a folder twice, a damaged one, ratios of other models"
     from sdip.finetune_clip import read_held_out  # brings fastai, which one run does not need
     names = dict(zip(folder_names(folders), folders))
-    ensemble, how = find_blend({m: read_held_out(f) for m, f in names.items()}, ratios)
+    ensemble, how = find_blend({m: held_out_rows(f) for m, f in names.items()}, ratios)
     return Several({m: load(names[m]) for m, r in ensemble.ratios.items() if r > 0}, ensemble, how)
