@@ -274,7 +274,7 @@ def _project(self: FrozenRegressor, parts, rows):
 def _near(self: FrozenRegressor, z, left, centres):
     "Kernel (b, m) of rows and landmarks, but for the factor of what the landmarks leave out"
     z, centres = (torch.as_tensor(a, dtype=torch.float64) for a in (z, centres))
-    far = torch.cdist(z, centres).square().numpy() + left[:, None]  # by torch: sklearn takes a second to import
+    far = torch.cdist(z, centres).square().numpy() + left[:, None]  # sklearn takes a second to import
     return np.exp(-self.gamma*far).astype(np.float32)
 
 def _median_distance(z, left):

@@ -153,6 +153,7 @@ def held_out_rows(
         folder,  # of a saved model or a run
 ) -> dict | None:  # as of `read_held_out`; None where there are none
     "Validation rows to search a ratio on. ValueError: a damaged file"
+    from sdip.finetune_clip import read_held_out  # brings fastai, which one run does not need
     run = Path(folder)
     files = [run/f for f in ('preds/ensemble.valid.npz', 'pairs.parquet', 'emb/targets.npy')]
     if (run/'valid.npz').exists() or not all(f.exists() for f in files):
@@ -171,7 +172,6 @@ def several_of(
         ratios: dict | None = None,  # name of a folder -> ratio; None: searched where that is possible
 ) -> Several:
     "Saved models as one. ValueError: a folder twice, a damaged one, ratios of other models"
-    from sdip.finetune_clip import read_held_out  # brings fastai, which one run does not need
     names = dict(zip(folder_names(folders), folders))
     ensemble, how = find_blend({m: held_out_rows(f) for m, f in names.items()}, ratios)
     return Several({m: load(names[m]) for m, r in ensemble.ratios.items() if r > 0}, ensemble, how)
