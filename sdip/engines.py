@@ -143,10 +143,11 @@ def find_poison(
 def engine_of(
     engine: str = 'local',  # 'local' or 'ray'
     address: str = None,  # of the cluster's head, 'host:port'; 'auto': the one on this machine
-):  # an engine
+):  # 'local', or a `Ray`
     "What `--engine` and `--address` mean. ValueError: an unknown engine, or an address without Ray"
-    if engine == 'ray' and address:
-        return Ray(address)
+    if engine == 'ray':
+        return Ray(address or 'local')
     if address:
         raise ValueError(f'--address {address} names a cluster of Ray: add --engine ray')
-    return pick_engine(engine)
+    pick_engine(engine)
+    return engine

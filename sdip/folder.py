@@ -6,7 +6,9 @@
 __all__ = ['interrogate_folder', 'words_to_csv']
 
 # %% ../nbs/05b_folder.ipynb #imports
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +16,7 @@ import pandas as pd
 
 from .core import atomic_path, hash_items, keep_memory, read_json, right_shape, visible, write_json
 from .data import find_images
+from .engines import run_shards
 from .lock import folder_lock, read_fields
 from .encoders import ClipEncoder, shipped
 from .candidates import read_phrases
@@ -32,19 +35,68 @@ def _claim_folder(out, plan):
                              "another folder, or delete this one")
 
 # %% ../nbs/05b_folder.ipynb #walk-blocks
-def _pass(out, name, blocks, make, work, desc):
-    "A pass over all blocks: a file each, the model made at the first one missing -> files"
+def _file(out, name, lo):
+    return out/f'{name}-{lo:07d}.json'
+
+def _loaded(make, work, *more):
+    "What a worker does: its model is made here, once"
+    return partial(work, make(), *more)
+
+def _run_blocks(out, name, blocks, make, engine, update=lambda n: None):
+    "Blocks {number of the first: (pictures, captions)} that have no file; {number: why} of those that kill"
+    todo, dead = [lo for lo in blocks if not _file(out, name, lo).exists()], {}
+    first = next(iter(blocks.values()))[0][0]
+    update(sum(len(part) for lo, (part, _) in blocks.items() if lo not in todo))
+    needed = [out, first] if Path(first).is_file() else [out]
+    for lo, _ in run_shards(partial(make, out), todo, engine, needed, blocks.get, dead.__setitem__):
+        update(len(blocks[lo][0]))
+    return dead
+
+# %% ../nbs/05b_folder.ipynb #walk-poison
+def _unanswered(name, image, i, why):
+    "What stands for a picture that kills its workers"
+    if name == 'captions':
+        return ['']
+    row = dict(image=image, caption='', prompt='', similarity=None, phrases=[])
+    error = f'{image}: it killed its worker twice ({why})'
+    return dict(rows=[row], report=[dict(row=i, image=image, error=error)])
+
+def _together(parts):
+    "Answers for parts of a block -> for the block"
+    if isinstance(parts[0], list):
+        return sum(parts, [])
+    return {k: [o for p in parts for o in p[k]] for k in ('rows', 'report')}
+
+# %% ../nbs/05b_folder.ipynb #walk
+def _without_poison(out, name, blocks, dead, make, engine):
+    "Blocks that kill their workers, picture by picture"
+    single = {lo + i: ([im], said and [said[i]]) for lo in dead
+              for said in [blocks[lo][1]] for i, im in enumerate(blocks[lo][0])}
+    alone = _run_blocks(out/'parts', name, single, make, engine)
+    for lo in dead:
+        parts = [_unanswered(name, im, i, alone[i]) if i in alone else read_json(_file(out/'parts', name, i))
+                 for i, im in enumerate(blocks[lo][0], lo)]
+        write_json(_together(parts), _file(out, name, lo))
+    shutil.rmtree(out/'parts', ignore_errors=True)
+
+def _pass(out, name, blocks, make, engine, desc):
+    "A pass over all blocks: a file each -> files"
     from tqdm import tqdm
-    files, model = [out/f'{name}-{lo:07d}.json' for lo, _ in blocks], None
-    n = sum(len(part) for _, part in blocks)
-    bar = tqdm(total=n, desc=f'{desc} {name}', unit=' pictures', disable=None if desc else True)
-    for file, (lo, part) in zip(files, blocks):
-        if not file.exists():
-            model = model or make()
-            write_json(work(model, lo, part), file)
-        bar.update(len(part))
-    bar.close()
-    return files
+    n = sum(len(part) for part, _ in blocks.values())
+    with tqdm(total=n, desc=f'{desc} {name}', unit=' pictures', disable=None if desc else True) as bar:
+        if dead := _run_blocks(out, name, blocks, make, engine, bar.update):
+            _without_poison(out, name, blocks, dead, make, engine)
+    return [_file(out, name, lo) for lo in blocks]
+
+# %% ../nbs/05b_folder.ipynb #blocks-work
+def _caption_block(model, out, lo, given):
+    write_json(captions_of(model, given[0]), _file(out, 'captions', lo))
+
+def _ask_block(model, mode, out, lo, given):
+    found = model.interrogate(given[0], mode, given[1])
+    rows = found.astype(object).where(found.notna(), None).to_dict('records')
+    report = [r | dict(row=r['row'] + lo) for r in model.report]
+    write_json(dict(rows=rows, report=report), _file(out, 'words', lo))
 
 # %% ../nbs/05b_folder.ipynb #interrogate-folder
 def interrogate_folder(
@@ -56,6 +108,7 @@ def interrogate_folder(
     key: str = '',  # names models and phrases in the manifest: what was made with others is refused
     block: int = 64,  # pictures a file: what a killed run loses at most
     desc: str = None,  # name of the progress bars
+    engine='local',  # where the blocks are worked on, see `run_shards`
 ) -> Words:  # as `interrogate` gives it; `.attrs['report']` names unreadable pictures
     "Interrogate many pictures, resumable. ValueError: no pictures, or the folder holds other work."
     out, images = Path(out), [str(f) for f in images]
@@ -63,19 +116,11 @@ def interrogate_folder(
         raise ValueError("there are no pictures: name files, or folders that hold some")
     plan = dict(images=hash_items(images), n=len(images), mode=check_mode(mode), key=key)
     _claim_folder(out, plan | dict(captioner=captioner is not None, block=block))
-    blocks = [(lo, images[lo:lo + block]) for lo in range(0, len(images), block)]
-    captions = {}
+    blocks = {lo: (images[lo:lo + block], None) for lo in range(0, len(images), block)}
     if captioner:
-        caption = lambda model, lo, part: captions_of(model, part)
-        found = _pass(out, 'captions', blocks, captioner, caption, desc)
-        captions = {lo: file for (lo, _), file in zip(blocks, found)}
-
-    def words(model, lo, part):
-        found = model.interrogate(part, mode, read_json(captions[lo]) if captions else None)
-        rows = found.astype(object).where(found.notna(), None).to_dict('records')
-        return dict(rows=rows, report=[r | dict(row=r['row'] + lo) for r in model.report])
-
-    return _read_words(out, _pass(out, 'words', blocks, ask, words, desc))
+        found = _pass(out, 'captions', blocks, partial(_loaded, captioner, _caption_block), engine, desc)
+        blocks = {lo: (part, read_json(file)) for (lo, (part, _)), file in zip(blocks.items(), found)}
+    return _read_words(out, _pass(out, 'words', blocks, partial(_loaded, ask, _ask_block, mode), engine, desc))
 
 # %% ../nbs/05b_folder.ipynb #read-words
 def _read_words(out, files):  # -> Words of all blocks
@@ -185,6 +230,7 @@ def interrogate_files(
         csv=None,  # see `tell_words`
         cache=None,  # see `PhraseTable`
         usual=None,  # (lists or None, captioner, cache) -> interrogator, where no model or CLIP is named
+        engine='local',  # see `run_shards`
 ):
     "What `sdip_interrogate` does. ValueError: no pictures, no words, or models that cannot be made."
     keep_memory()
@@ -201,5 +247,5 @@ def interrogate_files(
         return usual(read_phrases(phrases, names or ()) if phrases else None, mute, cache)
 
     with TemporaryDirectory() as tmp, folder_lock(work or tmp, 'sdip_interrogate'):
-        table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures')
+        table = interrogate_folder(files, work or tmp, ask, teller, mode, key, desc='pictures', engine=engine)
     tell_words(table, files, csv)

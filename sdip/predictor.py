@@ -6,6 +6,7 @@
 __all__ = ['RunPredictor', 'load_predictor', 'predict_to_csv']
 
 # %% ../nbs/08a_predictor.ipynb #imports
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .cluster import move_to
-from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, row_cosine, sha256, visible
-from .data import ImageError, read_image
+from .core import (EMB_DIM, hash_items, keep_memory, mean_cosine, path_text, right_shape, row_cosine,
+                       sha256, visible)
+from .data import find_images, ImageError, read_image
+from .encode import encode
 from .hub import local_folder
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
@@ -360,9 +363,26 @@ class RunWords:
                           phrases=[[] for _ in found], expected=text_expected(near, p.expected)))
 
 # %% ../nbs/08a_predictor.ipynb #run-words-2
+class AskRun:
+    "Makes a `RunWords`; a copy in another process loads the run itself"
+    def __init__(
+            self,
+            folder,  # of a finished run
+            predictor=None,  # its `RunPredictor`, where that is loaded
+    ):
+        self.folder, self.predictor = folder, predictor
+        self.__name__ = f'run {sha256(predictor.run/"ensemble.json")[:16]}'  # names the work in its folder
+
+    def __getstate__(self):
+        return vars(self) | dict(predictor=None)
+
+    def __call__(self, lists, captioner, cache):
+        self.predictor = self.predictor or load_predictor(self.folder)
+        return RunWords(self.predictor)
+
 def run_words(
         folder,  # a finished run
-):  # a function that makes a `RunWords`, for `interrogate_files`
+) -> AskRun:  # a function that makes a `RunWords`, for `interrogate_files`
     "What `sdip_interrogate --run` asks. ValueError: no finished run"
     predictor = load_predictor(folder)
     if not isinstance(predictor, RunPredictor):
@@ -370,12 +390,7 @@ def run_words(
                          'sdip_run, or a single interrogator with --model')
     if said := predictor.knows():
         print(said, file=sys.stderr)
-
-    def ask(lists, captioner, cache):
-        return RunWords(predictor)
-
-    ask.__name__ = f'run {sha256(predictor.run/"ensemble.json")[:16]}'  # names the work in its folder
-    return ask
+    return AskRun(folder, predictor)
 
 # %% ../nbs/08a_predictor.ipynb #load-predictor
 def load_predictor(
@@ -468,12 +483,55 @@ def _captioner_elsewhere(folder, path, digest):
                          f'{outside_fault(found)}: put it there')
     return found['path']
 
+# %% ../nbs/08a_predictor.ipynb #saved-rows
+class SavedRows:
+    "An encoder: what a saved model predicts, and the cosine it expects. A copy loads the model itself"
+    def __init__(
+            self,
+            saved,  # as for `load_predictor`
+    ):
+        self.saved, self.model, self.report, self.needs = saved, None, [], []
+        said = [saved] if saved is None or isinstance(saved, (str, Path)) else saved
+        for folder in [local_folder(f) for f in said if f is not None]:
+            self.needs += sorted(folder.glob('*.json'))
+        self.fingerprint = f'rows of {hash_items([str(saved), *map(sha256, self.needs)])[:16]}'
+
+    def __getstate__(self):
+        return vars(self) | dict(model=None)
+
+    def __call__(self, images):
+        self.model = self.model or load_predictor(self.saved)
+        rows = self.model.predict(images)  # (b, 384)
+        self.report = self.model.report
+        expected = getattr(self.model, 'expected', np.full(len(rows), np.nan))
+        return np.column_stack([rows, expected])  # (b, 385)
+
+# %% ../nbs/08a_predictor.ipynb #predicted
+class _Known:
+    "A model that knows its answers"
+    def __init__(self, rows, report):
+        self.rows, self.report = rows, report
+
+    def predict(self, images):
+        return self.rows
+
+def _predicted(images, p, out, until, engine, saved):
+    "Rows by the workers of an engine, kept in `out`.parts until the file is complete"
+    if until is not None:
+        raise ValueError('a deadline needs engine local: the shards of other workers end when they end')
+    rows = SavedRows(saved)
+    kept = encode(find_images(images, stems=True), rows, f'{out}.parts', engine, 256, dtype='float32')
+    p.expected = np.asarray(kept[:, EMB_DIM])
+    return _Known(np.asarray(kept[:, :EMB_DIM]), rows.report)
+
 # %% ../nbs/08a_predictor.ipynb #predict-to-csv
 def predict_to_csv(
         images,  # files and folders of pictures
         p,  # of `load_predictor`: a run's, or the one for photographs
         out,  # submission to write
         until: float = None,  # on `time.monotonic`'s clock, when the file must be there; None: take your time
+        engine='local',  # who predicts, see `run_shards`
+        saved=None,  # with another engine: what `load_predictor` was given; its workers load it
 ) -> dict:  # as of `submit_in_time`
     "Write a checked submission. ValueError: no picture can be read, all models fail, or no mean is known"
     from sdip.submit import submit_in_time
@@ -482,9 +540,13 @@ def predict_to_csv(
         raise ValueError(f'{type(p).__name__} is one model and knows no mean vector for pictures that '
                          'cannot be read: give the run folder')
     models, blend = {'run': p}, None
-    if until is not None and hasattr(p, 'models'):
+    if engine != 'local':
+        models = {'run': _predicted(images, p, out, until, engine, saved)}
+    elif until is not None and hasattr(p, 'models'):
         models, blend = p.models, p.ensemble.predict
-    return submit_in_time(models, images, p.mean_vector(), out, blend, until, always=False)
+    found = submit_in_time(models, images, p.mean_vector(), out, blend, until, always=False)
+    shutil.rmtree(f'{out}.parts', ignore_errors=True)
+    return found
 
 # %% ../nbs/08a_predictor.ipynb #predict-text
 def predict_text(
