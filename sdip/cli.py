@@ -376,19 +376,22 @@ def sdip_interrogate(
         csv: str = None,  # CSV to write; without it the prompts are printed
         force: bool = False,  # replace a CSV that is there
         download: bool = False,  # without run and model: fetch CLIP and prompts once, and answer with these
+        engine: _one_of('local ray') = 'local',  # ray: workers on all CPUs or GPUs, or on a cluster
+        address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
 ):
     "Put pictures into words"
+    from sdip.engines import engine_of
     from sdip.folder import interrogate_files
     from sdip.photo import photo_words
     from sdip.zero_shot import usual_run
-    images = [images] if isinstance(images, str) else images
+    images, by = [images] if isinstance(images, str) else images, engine_of(engine, address)
     _free(force, csv, given=[*images, *(phrases or ()), names])
     models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
     usual = photo_words
     if run := usual_run(run, download, models):
         from sdip.predictor import run_words
         usual = run_words(run)
-    interrogate_files(images, models, mode, work, csv, cache, usual)
+    interrogate_files(images, models, mode, work, csv, cache, usual, by)
 
 # %% ../nbs/07_push.ipynb #push-command
 @_command('what has begun on Kaggle goes on there; what was not sent is sent by the same command')
@@ -494,20 +497,24 @@ def sdip_predict(
         deadline: float = None,  # minutes until the file is complete; what no model reached gets the mean
         force: bool = False,  # replace a submission that is there
         download: bool = False,  # without a run: fetch CLIP and prompts once (4 GB), and answer with these
+        engine: _one_of('local ray') = 'local',  # ray: workers on all CPUs or GPUs, or on a cluster
+        address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
 ):
     "Predict the prompt embeddings of pictures"
     import time
     start = time.monotonic()
     _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
     from sdip.data import find_images
+    from sdip.engines import engine_of
     from sdip.predictor import load_predictor, predict_text, predict_to_csv
     from sdip.submit import time_text
     from sdip.zero_shot import usual_run
-    p, files = load_predictor(usual_run(run, download)), find_images(images, stems=True)
+    by, saved = engine_of(engine, address), usual_run(run, download)
+    p, files = load_predictor(saved), find_images(images, stems=True)
     if line := p.knows() if hasattr(p, 'knows') else '':
         print(line, flush=True)
     print(f"predicting for {len(files)} file{'s' if len(files) != 1 else ''} ..", flush=True)
-    found = predict_to_csv(images, p, out, None if deadline is None else start + 60*deadline)
+    found = predict_to_csv(images, p, out, None if deadline is None else start + 60*deadline, by, saved)
     if slow := time_text(found):
         print(slow)
     print(predict_text(found, p, out, truth))
