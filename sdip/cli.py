@@ -382,12 +382,11 @@ def sdip_interrogate(
     "Put pictures into words"
     from sdip.engines import engine_of
     from sdip.folder import interrogate_files
-    from sdip.photo import photo_words
+    from sdip.photo import photo_words as usual
     from sdip.zero_shot import usual_run
     images, by = [images] if isinstance(images, str) else images, engine_of(engine, address)
     _free(force, csv, given=[*images, *(phrases or ()), names])
     models = dict(model=model, phrases=phrases, names=names, captioner=captioner, clip=clip)
-    usual = photo_words
     if run := usual_run(run, download, models):
         from sdip.predictor import run_words
         usual = run_words(run)

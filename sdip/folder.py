@@ -120,7 +120,8 @@ def interrogate_folder(
     if captioner:
         found = _pass(out, 'captions', blocks, partial(_loaded, captioner, _caption_block), engine, desc)
         blocks = {lo: (part, read_json(file)) for (lo, (part, _)), file in zip(blocks.items(), found)}
-    return _read_words(out, _pass(out, 'words', blocks, partial(_loaded, ask, _ask_block, mode), engine, desc))
+    make = partial(_loaded, ask, _ask_block, mode)
+    return _read_words(out, _pass(out, 'words', blocks, make, engine, desc))
 
 # %% ../nbs/05b_folder.ipynb #read-words
 def _read_words(out, files):  # -> Words of all blocks

@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import path_text, row_cosine, visible
+from .core import EMB_DIM, hash_items, path_text, row_cosine, sha256, visible
+from .data import find_images
+from .encode import encode
+from .hub import local_folder
 from .page import Html, markup, thumbnail
 
 # %% ../nbs/06_prediction.ipynb #picture-name
@@ -176,3 +179,57 @@ def members_of(
         for i in np.flatnonzero(known):
             said[i][model] = float(ratios[model]), float(cosines[i])
     return said
+
+# %% ../nbs/06_prediction.ipynb #saved-rows
+class SavedRows:
+    "An encoder: what a saved model predicts, and the cosine it expects. A copy loads the model itself"
+    def __init__(
+            self,
+            saved,  # folder, hf-hub:org/name, a list of them, None: what `load` takes
+            load,  # function of it that gives the model, such as `load_predictor`
+    ):
+        self.saved, self.load, self.model, self.report = saved, load, None, []
+        said = [saved] if saved is None or isinstance(saved, (str, Path)) else saved
+        folders = [local_folder(f) for f in said if f is not None]
+        self.needs = [f for folder in folders for f in sorted(Path(folder).glob('*.json'))]
+        self.fingerprint = f'rows of {hash_items([str(saved), *map(sha256, self.needs)])[:16]}'
+
+    def __getstate__(self):
+        return vars(self) | dict(model=None)
+
+    def __call__(self, images):
+        self.model = self.model or self.load(self.saved)
+        rows = self.model.predict(images)  # (b, 384)
+        self.report = self.model.report
+        expected = getattr(self.model, 'expected', np.full(len(rows), np.nan))
+        return np.column_stack([rows, expected])  # (b, 385)
+
+# %% ../nbs/06_prediction.ipynb #predict-shards
+class Known:
+    "A model that knows its answers"
+    def __init__(
+            self,
+            rows,  # (n, 384)
+            expected,  # (n,) cosines
+            report,  # of pictures that cannot be read
+    ):
+        self.rows, self.expected, self.report = rows, expected, report
+
+    def predict(
+            self,
+            images,  # the n pictures
+    ) -> np.ndarray:  # (n, 384)
+        "The rows"
+        return self.rows
+
+def predict_shards(
+        images,  # files and folders
+        saved,  # as for `SavedRows`
+        load,  # likewise
+        out,  # folder where shards are kept; of all machines
+        engine,  # see `run_shards`
+) -> Known:
+    "Rows of many pictures by the workers of an engine, resumable. ValueError: see `encode`"
+    reader = SavedRows(saved, load)
+    rows = encode(find_images(images, stems=True), reader, out, engine, 256, dtype='float32')  # (n, 385)
+    return Known(np.asarray(rows[:, :EMB_DIM]), np.asarray(rows[:, EMB_DIM]), reader.report)

@@ -17,10 +17,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .cluster import move_to
-from .core import (EMB_DIM, hash_items, keep_memory, mean_cosine, path_text, right_shape, row_cosine,
-                       sha256, visible)
-from .data import find_images, ImageError, read_image
-from .encode import encode
+from .core import EMB_DIM, keep_memory, mean_cosine, path_text, right_shape, row_cosine, sha256, visible
+from .data import ImageError, read_image
 from .hub import local_folder
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
@@ -30,7 +28,7 @@ from .interrogator import Words
 from .inputs import run_decoder
 from .find_weights import find_outside, load_outside, outside_fault
 from .members import mean_rows
-from .prediction import members_of, Prediction, Predictions, text_expected
+from .prediction import members_of, predict_shards, Prediction, Predictions, text_expected
 from .photo import PhotoPredictor
 from .report import expected_cosines, may_speak, nearest_prompts
 from .decoding import check_rows
@@ -483,48 +481,14 @@ def _captioner_elsewhere(folder, path, digest):
                          f'{outside_fault(found)}: put it there')
     return found['path']
 
-# %% ../nbs/08a_predictor.ipynb #saved-rows
-class SavedRows:
-    "An encoder: what a saved model predicts, and the cosine it expects. A copy loads the model itself"
-    def __init__(
-            self,
-            saved,  # as for `load_predictor`
-    ):
-        self.saved, self.model, self.report, self.needs = saved, None, [], []
-        said = [saved] if saved is None or isinstance(saved, (str, Path)) else saved
-        for folder in [local_folder(f) for f in said if f is not None]:
-            self.needs += sorted(folder.glob('*.json'))
-        self.fingerprint = f'rows of {hash_items([str(saved), *map(sha256, self.needs)])[:16]}'
-
-    def __getstate__(self):
-        return vars(self) | dict(model=None)
-
-    def __call__(self, images):
-        self.model = self.model or load_predictor(self.saved)
-        rows = self.model.predict(images)  # (b, 384)
-        self.report = self.model.report
-        expected = getattr(self.model, 'expected', np.full(len(rows), np.nan))
-        return np.column_stack([rows, expected])  # (b, 385)
-
-# %% ../nbs/08a_predictor.ipynb #predicted
-class _Known:
-    "A model that knows its answers"
-    def __init__(self, rows, report):
-        self.rows, self.report = rows, report
-
-    def predict(self, images):
-        return self.rows
-
-def _predicted(images, p, out, until, engine, saved):
-    "Rows by the workers of an engine, kept in `out`.parts until the file is complete"
+# %% ../nbs/08a_predictor.ipynb #predict-to-csv
+def _by_workers(images, p, out, until, engine, saved):
     if until is not None:
         raise ValueError('a deadline needs engine local: the shards of other workers end when they end')
-    rows = SavedRows(saved)
-    kept = encode(find_images(images, stems=True), rows, f'{out}.parts', engine, 256, dtype='float32')
-    p.expected = np.asarray(kept[:, EMB_DIM])
-    return _Known(np.asarray(kept[:, :EMB_DIM]), rows.report)
+    found = predict_shards(images, saved, load_predictor, f'{out}.parts', engine)
+    p.expected = found.expected
+    return found
 
-# %% ../nbs/08a_predictor.ipynb #predict-to-csv
 def predict_to_csv(
         images,  # files and folders of pictures
         p,  # of `load_predictor`: a run's, or the one for photographs
@@ -541,7 +505,7 @@ def predict_to_csv(
                          'cannot be read: give the run folder')
     models, blend = {'run': p}, None
     if engine != 'local':
-        models = {'run': _predicted(images, p, out, until, engine, saved)}
+        models = {'run': _by_workers(images, p, out, until, engine, saved)}
     elif until is not None and hasattr(p, 'models'):
         models, blend = p.models, p.ensemble.predict
     found = submit_in_time(models, images, p.mean_vector(), out, blend, until, always=False)
