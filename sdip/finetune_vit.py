@@ -163,7 +163,8 @@ class VitRegressor(Regressor):
                 self.tower = dict(name=name, kw=kw)
             if img_size is not None:
                 check_size(body, img_size)
-            net = ImageRegressor(body, body.head_hidden_size, head=head)
+            width = getattr(body, 'head_hidden_size', body.num_features)  # timm 1.0.26 lacks some
+            net = ImageRegressor(body, width, head=head)
         super().__init__(net, prep, device)
 
 # %% ../nbs/03_finetune_vit.ipynb #vit-load
