@@ -238,8 +238,8 @@ def _tell(files, address, public, folder):
     if n := _phrases(files):
         print(f'{n} phrases of an interrogator go along')
     if less := _phrases({f: Path(folder)/f for f in files if f.endswith('phrases.json')}) - n:
-        print(f'{less} phrases that are whole prompts stay here: words and predictions differ a little from '
-              "the run's; --prompts sends all")
+        print(f'{less} phrases that are whole prompts stay here, so the words, and predictions where the '
+              "interrogator has a ratio, will not equal the run's; with --prompts all go along, and they do")
 
 def _upload(address, folder, public):
     from huggingface_hub import HfApi
