@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/08c_attached.ipynb #imports
 import os
-import shutil
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -266,7 +265,7 @@ def run_attached(
         inputs,  # folder of what is attached
         out,  # run folder; an unfinished run goes on there
         preset: str = 't4',  # see `sdip.presets`
-        keep=None,  # folder of the same name for what must not be lost with the session; None: `out` is not lost
+        keep=None,  # folder of the same name for what must not be lost; None: `out` itself stays
         hours: float | None = None,  # in which a session with `keep` ends; None: no limit
         room: float = ROOM,  # GB for all files around `keep`
         **changes,  # more arguments of `walk`, such as clip_from='..' where another network is meant

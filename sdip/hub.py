@@ -59,6 +59,7 @@ _REMEDIES = dict(
     JSONDecodeError='what answered is not the hub: a proxy, or a page to log in? check HF_ENDPOINT',
     DisabledRepoError='its owner or the hub has closed it: take another')
 
+# %% ../nbs/00a_hub.ipynb #hub-error
 _AGAIN = 'repeat the same command, what has come is not fetched again'
 
 def _of_status(e):

@@ -128,6 +128,7 @@ _SMALL_FILES = (CLIP_CONFIG, 'config.json', 'preprocessor_config.json', 'process
 _CLIP_FILES = (CLIP_WEIGHTS, 'open_clip_pytorch_model.safetensors', 'model.safetensors',
                'open_clip_pytorch_model.bin', 'pytorch_model.bin')
 
+# %% ../nbs/00d_pretrained.ipynb #hub-folder-2
 def hub_folder(
     repo: str,  # 'hf-hub:org/name' may download (not with HF_HUB_OFFLINE=1); 'org/name': the cache alone
     weights=_CLIP_FILES,  # names of the file of weights, best first

@@ -139,8 +139,8 @@ def _unzipped(file, folder):
             files = {Path(o.filename).name: o for o in inside}
             if len(files) < len(inside):
                 twice = next(o.filename for o in inside if files[Path(o.filename).name] is not o)
-                raise ValueError(f'{file} holds two files called {Path(twice).name}, in two folders: unpack it '
-                                 'yourself, and name the folder')
+                raise ValueError(f'{file} holds two files called {Path(twice).name}, in two folders: '
+                                 'unpack it yourself, and name the folder')
             check_room(sum(o.file_size for o in files.values())/1e9, at.parent, file)  # as the zip says
             for name, o in files.items():
                 with z.open(o) as f, open(Path(tmp)/name, 'xb') as g:
