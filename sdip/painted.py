@@ -295,9 +295,10 @@ def generate_tars(
     plan, count = _plan(prompts, painter, per_prompt, seed, form), len(prompts)*per_prompt
     tag, tars = hash_items([json.dumps(plan, sort_keys=True)])[:16], -(-count // form.per_tar)
     jobs = partial(_tar_jobs, prompts, painter.settings, per_prompt, seed, form.per_tar)
+    at = out.absolute()  # a worker may stand elsewhere
     with shared_folder(out, partial(_claim, out, plan)):
         todo = [k for k in range(i, tars, n) if not _is_settled(out/f'{k:05d}.tar', tag, partial(jobs, k))]
-        for _ in run_shards(_PaintTars(painter, out, form, tag), todo, engine, [out], jobs):
+        for _ in run_shards(_PaintTars(painter, at, form, tag), todo, engine, [at], jobs):
             pass
     return None if shard else _painted_table(out, [out/f'{k:05d}.tar' for k in range(tars)], painter)
 
