@@ -147,27 +147,20 @@ class GroupSampler:
 def __iter__(self: GroupSampler):
     rng = np.random.default_rng([self.seed, self.epoch])
     pick = np.array([m[rng.integers(len(m))] for m in self.members])
-    if self.stream is not None:
-        yield from self._streamed(pick)
-        return
-    rng.shuffle(pick)
+    if self.stream is None:
+        rng.shuffle(pick)
+        yield from (rows.tolist() for rows in self._cut(pick))
+    else:
+        pick = self.stream.order(self.seed, self.epoch, pick)
+        yield from (rows.tolist() for rows in self.stream.ahead(self._cut(pick)))
+
+@patch
+def _cut(self: GroupSampler, pick):
+    "This process's rows of each part of each step"
     for i in range(self.skip, len(self)):
         step, part = divmod(i, self.parts)
         rows = pick[step*self.bs:(step+1)*self.bs]
-        yield rows[part*self.world + self.rank::self.parts*self.world].tolist()
-
-# %% ../nbs/00g_batches.ipynb #streamed
-@patch
-def _streamed(self: GroupSampler, pick):
-    "Batches of this process's part of the rows that an epoch shows"
-    mine = self.stream.order(self.seed, self.epoch, self.rank, self.world, pick)
-    b, window = self.bs//self.world, -1
-    for i in range(self.skip, len(self)):
-        step, part = divmod(i, self.parts)
-        if step*b//self.stream.buffer != window:
-            window = step*b//self.stream.buffer
-            self.stream.announce(mine[step*b:(window + 2)*self.stream.buffer])
-        yield mine[step*b:(step + 1)*b][part::self.parts].tolist()
+        yield rows[part*self.world + self.rank::self.parts*self.world]
 
 # %% ../nbs/00g_batches.ipynb #processes
 def world_of_processes() -> tuple:  # (number of this process, number of all); (0, 1) alone

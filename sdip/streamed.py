@@ -7,6 +7,7 @@ __all__ = ['TarStream']
 
 # %% ../nbs/00f_streamed.ipynb #imports
 import os
+from collections import deque
 
 import numpy as np
 from fastcore.basics import patch
@@ -29,7 +30,7 @@ def _halves(images):  # -> [(tar or None, name)] of n paths
     return out
 
 # %% ../nbs/00f_streamed.ipynb #chunk-numbers
-_LOOSE = 300  # pictures of a chunk that lie in no tar
+_LOOSE = 160  # pictures of a chunk that lie in no tar
 
 def _chunks(images, size):  # -> ((n,) chunk of each picture, [(tar or None, first byte)] of each chunk)
     rows, chunk, spans = {}, np.zeros(len(images), np.int64), []
@@ -47,13 +48,15 @@ def _chunks(images, size):  # -> ((n,) chunk of each picture, [(tar or None, fir
     return chunk, spans
 
 # %% ../nbs/00f_streamed.ipynb #stream
+_LANES = 16  # a power of two, so that processes read lanes of their own
+
 class TarStream:
     "Orders for pictures in tars, near to sequential on the disk"
     def __init__(
         self,
         images,  # n paths; those in no tar may be among them
-        buffer: int = 4096,  # rows that are shuffled among each other: 400 MB of JPEGs at 512 pixels
-        chunk_mb: float = 32,  # read from end to end, MB
+        buffer: int = 4096,  # rows in use at a time: 400 MB of JPEGs at 512 pixels
+        chunk_mb: float = 16,  # read from end to end, MB
     ):
         self.buffer, self.size = int(buffer), int(chunk_mb*(1 << 20))
         self.chunk, self.spans = _chunks(images, self.size)
@@ -67,21 +70,20 @@ def order(
     self: TarStream,
     seed: int = 0,  # another value, other orders
     epoch: int = 0,  # likewise
-    rank: int = 0,  # number of this process
-    world: int = 1,  # number of processes
     rows=None,  # (m,) rows that take part; None: all n
-) -> np.ndarray:  # rows of this process: m/world of them, one more in some; no row in two processes
-    "One process's rows of an epoch, each once. ValueError: a rank that is not below world"
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank} of {world}, expected 0 to {world - 1}")
+) -> np.ndarray:  # (m,) the same rows, each once
+    "The order of an epoch, the same for any number of processes"
     rows = np.arange(len(self)) if rows is None else np.asarray(rows)
-    place = np.random.default_rng([seed, epoch]).permutation(len(self.spans))
+    rng = np.random.default_rng([seed, epoch])
+    place = rng.permutation(len(self.spans))
     rows = rows[np.argsort(place[self.chunk[rows]], kind='stable')]
-    mine = np.array_split(rows, world)[rank].copy()
-    rng = np.random.default_rng([seed, epoch, rank])
-    for lo in range(0, len(mine), self.buffer):
-        rng.shuffle(mine[lo:lo + self.buffer])
-    return mine
+    lanes = np.full((-(-len(rows)//_LANES), _LANES), -1)  # (rows of a lane, lanes)
+    for i, lane in enumerate(np.array_split(rows, _LANES)):  # the longer ones come first
+        lane = lane.copy()
+        for lo in range(0, len(lane), window := max(1, self.buffer // _LANES)):
+            rng.shuffle(lane[lo:lo + window])
+        lanes[:len(lane), i] = lane
+    return lanes[lanes >= 0]
 
 # %% ../nbs/00f_streamed.ipynb #announce
 @patch
@@ -106,18 +108,40 @@ def announce(
         done += 1
     return done
 
+# %% ../nbs/00f_streamed.ipynb #ahead
+@patch
+def ahead(
+    self: TarStream,
+    batches,  # iterable of (b,) row numbers, in the order in which they are read
+):  # yields the same
+    "Batches, a buffer's worth of them announced before they are asked for"
+    batches, waiting, rows = iter(batches), deque(), 0
+    while True:
+        new = []
+        while rows < self.buffer and (batch := next(batches, None)) is not None:
+            waiting.append(batch)
+            new.append(batch)
+            rows += len(batch)
+        if new:
+            self.announce(np.concatenate(new))
+        if not waiting:
+            return
+        rows -= len(waiting[0])
+        yield waiting.popleft()
+
 # %% ../nbs/00f_streamed.ipynb #batches
 @patch
 def batches(
     self: TarStream,
     bs: int = 64,  # rows of a batch; the last one may be smaller
     skip: int = 0,  # batches of this epoch that a killed run has behind it
-    **order,  # arguments of `order`: seed, epoch, rank, world, rows
+    rank: int = 0,  # number of this process
+    world: int = 1,  # number of processes: each takes its share, no row is in two
+    **order,  # arguments of `order`: seed, epoch, rows
 ):  # yields lists of row numbers
-    "Batches of one process in an epoch; the pictures of the next window are read ahead"
-    mine, window = self.order(**order), -1
-    for lo in range(skip*bs, len(mine), bs):
-        if lo // self.buffer != window:
-            window = lo // self.buffer
-            self.announce(mine[lo:(window + 2)*self.buffer])
-        yield mine[lo:lo + bs].tolist()
+    "Batches of one process in an epoch; pictures are read ahead. ValueError: a rank that is not below world"
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank} of {world}, expected 0 to {world - 1}")
+    mine = self.order(**order)[rank::world]
+    for rows in self.ahead(mine[lo:lo + bs] for lo in range(skip*bs, len(mine), bs)):
+        yield rows.tolist()
