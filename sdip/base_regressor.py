@@ -28,6 +28,7 @@ from .mixup import augmentations
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower, undecayed)
+from .average import blend_states
 from .adapters import add_lora, base_weights, merge_lora
 from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
 from .base_learner import RegressorLearner
@@ -37,7 +38,7 @@ from .training_hours import TimeBudget
 class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
     kind, history, precision, workers, mean, trained_by = None, None, 'auto', None, None, None
-    lora = None  # adapters, while they train
+    lora, start = None, None  # adapters, and the weights at the start, while they are needed
 
     def __init__(
             self,
@@ -213,7 +214,7 @@ def _callbacks(self: Regressor, dls, checkpoint, logged):
         start = self._start_score(dls, checkpoint)
         cbs.append(KeepBest(start, recipe.patience))
     if checkpoint:
-        checkpoint.notes = dict(start=start, probe_scores=self.probe_scores)
+        checkpoint.notes = dict(start=start, probe_scores=self.probe_scores, weights=self.start)
     cbs += augmentations(recipe.augment, recipe.seed)
     if logged:
         cbs.append(CsvLog())
@@ -233,8 +234,7 @@ def learner(
         features: np.ndarray | None = None,  # (n, d) rows of the base CLIP, one a pair, for the ridge probe
 ) -> RegressorLearner:  # its `model` is this regressor's `net`
     "Data, head and callbacks in place, before the first step; ValueError for data that cannot be trained on"
-    budget = [TimeBudget(recipe.hours)] if recipe.hours is not None else []  # the probe is in it
-    recipe.check()
+    budget = [TimeBudget(recipe.hours)] if recipe.check().hours is not None else []  # the probe too
     self._merge()  # what a training that was broken off has left
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
     self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
@@ -249,6 +249,7 @@ def learner(
         self.probe_scores = begun.notes['probe_scores']
     else:
         self._start_head(features, pairs, splits)
+    self._remember(begun)
     return self._learner(splits, begun, [*budget, *cbs], quiet or rank > 0, logged=checkpoint and not rank)
 
 # %% ../nbs/02_base_regressor.ipynb #learner-lora
@@ -266,6 +267,16 @@ def _merge(self: Regressor):
     if self.lora is not None:
         merge_lora(self.lora)
         self.lora = None
+
+@patch
+def _remember(self: Regressor, begun):
+    "The weights at the start, where they will be part of those at the end"
+    if not self.recipe.wise:
+        self.start = None
+    elif begun and begun.state:
+        self.start = begun.notes['weights']
+    else:
+        self.start = {k: v.cpu().clone() for k, v in self.net.state_dict().items()}
 
 # %% ../nbs/02_base_regressor.ipynb #learner-parts
 @patch
@@ -330,6 +341,11 @@ def keep(
     self.history, self.report = learn.history.rows, list(seen.values())
     checkpoint_gradients(self.net.body, False)
     self._merge()
+    if self.start:
+        share = self.recipe.wise
+        now = {k: v.cpu() for k, v in self.net.state_dict().items()}
+        self.net.load_state_dict(blend_states([self.start, now], (share, 1 - share)))
+        self.start = None
     self.net.eval().requires_grad_(False)
     return self
 

@@ -47,6 +47,7 @@ class Recipe:
     loss: str = 'cosine'  # or 'angular', 'cosine+mse', 'contrastive'
     optimizer: str = 'adamw'  # or 'madgrad', 'madgradw', 'lion', 'nadamw'
     lora: int = 0  # rank of adapters beside the tower's frozen linear layers; 0: all weights train
+    wise: float = 0.  # share of the weights at the start in those at the end (WiSE-FT)
 
 # %% ../nbs/00g_recipe.ipynb #recipe-epochs
 @patch(as_prop=True)
@@ -75,7 +76,7 @@ def rule(
     return f'{epochs}, {self.bs} rows a step{parts}{where}, lr {self.lr:g}'
 
 # %% ../nbs/00g_recipe.ipynb #recipe-outcome
-_LATER = 'draft', 'loss', 'optimizer', 'lora'  # fields that older checkpoints do not know
+_LATER = 'draft', 'loss', 'optimizer', 'lora', 'wise'  # fields that older checkpoints do not know
 
 @patch(as_prop=True)
 def feed(self: Recipe):
@@ -99,6 +100,8 @@ def check(self: Recipe) -> Recipe:  # itself
         raise ValueError(f"keep is {self.keep!r}, known are best and last")
     if self.lora < 0:
         raise ValueError(f'lora is {self.lora}, expected the rank of the adapters, such as 16; 0 for none')
+    if not 0 <= self.wise < 1:
+        raise ValueError(f'wise is {self.wise}, expected a share from 0 up to, but not, 1')
     if 'mixup' in read_augmentations(self.augment)[1] and self.loss == 'contrastive':
         raise ValueError("augment has mixup and loss is 'contrastive': a mixture of two prompts has no "
                          "prompt of its own in the batch; leave one of the two out")
