@@ -236,9 +236,20 @@ def _command(left='nothing half-written was left'):
     return decorate
 
 # %% ../nbs/00c_playground.ipynb #painted
-def _painted(prompts, out, tars, **how):
+def _painted(prompts, out, tars, engine, address, **how):
     from sdip.painted import paint_file, paint_tars_file
-    return paint_tars_file(prompts, out, tars, **how) if tars else paint_file(prompts, out, **how)
+    if tars:
+        from sdip.engines import engine_of
+        return paint_tars_file(prompts, out, tars, engine_of(engine, address), **how)
+    if (engine, address) != ('local', None):
+        raise ValueError('--engine and --address paint into tars: add --tars jpeg')
+    return paint_file(prompts, out, **how)
+
+def _drawn(out, prompt, n, per_prompt, loose, size, seed):
+    from sdip.playground import draw_data_set, draw_file
+    if prompt is None:
+        return draw_data_set(out, n, per_prompt, loose, size or 64, seed)
+    return draw_file(out, prompt, size or 256, seed)
 
 # %% ../nbs/00c_playground.ipynb #command
 @_command(_GOES_ON)
@@ -258,18 +269,18 @@ def sdip_generate(
     steps: int = 16,  # with --prompts: sampling steps
     made: int = 768,  # with --prompts: pixels before the picture is reduced to --size
     force: bool = False,  # with --prompt: replace a picture that is there
+    engine: _one_of('local ray') = 'local',  # with --tars, ray: workers on all GPUs or CPUs, or on a cluster
+    address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
 ):
     "Draw a playground dataset, or one prompt; or paint a file of prompts with Stable Diffusion"
     if prompts is not None:
         how = dict(model=model, steps=steps, made=made, saved=size or 512, per_prompt=per_prompt, seed=seed)
-        return print(_painted(prompts, out, tars, prompt_col=prompt_col, shard=shard, **how))
+        return print(_painted(prompts, out, tars, engine, address, prompt_col=prompt_col, shard=shard, **how))
     if model or shard or prompt_col or tars:
         raise ValueError('--model, --shard, --tars, --prompt-col go with --prompts FILE, and there is none')
-    from sdip.playground import draw_data_set, draw_file
-    if prompt is None:
-        return print(draw_data_set(out, n, per_prompt, loose, size or 64, seed))
-    _free(force, out)
-    print(draw_file(out, prompt, size or 256, seed))
+    if prompt is not None:
+        _free(force, out)
+    print(_drawn(out, prompt, n, per_prompt, loose, size, seed))
 
 # %% ../nbs/00h_pretrain.ipynb #command
 @_command(_GOES_ON)
@@ -350,15 +361,16 @@ def sdip_finetune(
         image_col: str = None,  # a table's column of picture paths; default: guessed
         prompt_col: str = None,  # a table's column of prompts; default: guessed
         images: str = None,  # folder of the pictures, where a table lies elsewhere
+        stage: _several('+', again=True) = None,  # files of stages instead of --pairs, see 03_stages
+        soup: _several('+') = None,  # saved models of one tower: average their weights instead of training
 ):
     "Fine-tune a regressor from pictures to prompt embeddings on your own pairs"
-    if not pairs:
-        raise ValueError('--pairs is missing: give a folder of pictures with their prompts, or a table')
-    from sdip.finetune_vit import finetune_files, make_regressor
-    reg = make_regressor(kind, preset, model, weights, head, device, img_size)
+    from sdip.stages import finetune_given
+    made = dict(kind=kind, preset=preset, model=model, weights=weights, head=head, device=device,
+                img_size=img_size)
     where = dict(image_col=image_col, prompt_col=prompt_col, images=images)
     changes = [*(set or ()), *([f'cache={cache}'] if cache else ())]
-    finetune_files(reg, pairs, out or f'runs/{kind}', preset, changes, **where)
+    finetune_given(dict(pairs=pairs, stage=stage, soup=soup), made, out or f'runs/{kind}', changes, where)
 
 # %% ../nbs/05b_folder.ipynb #command
 @_command('finished pictures are kept where --work names a folder')

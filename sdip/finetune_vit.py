@@ -236,13 +236,14 @@ def finetune_files(
         reg: Regressor,  # to train
         pairs,  # folders or tables of pairs
         out,  # folder for the model
-        preset: str,  # one of FINETUNE, whose recipe it begins with
+        preset,  # one of FINETUNE, whose recipe it begins with, or a `Recipe`
         changes,  # of the recipe, as `Recipe.change` takes them
         **where,  # image_col, prompt_col, images, as for `load_pairs`
 ):
     "What `sdip_finetune` does: read, train, print; ValueError as from `load_pairs` and `finetune`"
     from sdip.sources import load_pairs
-    recipe = FINETUNE[preset]['recipe'].change(changes)  # a misprint is found before the pairs are read
+    recipe = preset if isinstance(preset, Recipe) else FINETUNE[preset]['recipe']
+    recipe = recipe.change(changes)  # a misprint is found before the pairs are read
     table = load_pairs(pairs, spare=f'{out}/unpacked', **where)
     if 'read' in table.attrs:
         print(table.attrs['read'])
