@@ -15,7 +15,7 @@ import pandas as pd
 
 from . import __version__
 from .core import atomic_path
-from .measure import Comparison, machine
+from .measure import machine
 
 # %% ../nbs/09_bench_history.ipynb #note-run
 def note_run(
