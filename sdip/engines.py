@@ -167,7 +167,7 @@ class Bill:
     save_ms: float = 13.  # CPU ms to save one
     shard: int = 10_000  # pictures a shard
     load_s: float = 60.  # s until a worker has its model
-    shard_ms: float = 20.  # CPU ms of a shard beyond its work
+    shard_ms: float = 4.  # CPU ms of a shard beyond its work
     lost: int = 10  # workers that die on the way; each costs half a shard, and a load
 
     def table(self) -> dict:
