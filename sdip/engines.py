@@ -180,4 +180,5 @@ class Bill:
                 'card hours': round(cards), 'days on all cards': round(cards/24/self.cards, 1),
                 'of it lost with workers, card hours': round(redone/3600, 1),
                 'CPU hours to save': round(self.n*self.save_ms/3.6e6, 1),
-                'CPU s of the engine': round(shards*self.shard_ms/1000), 'GB': round(self.n*self.kilobytes/1e6)}
+                'CPU s of the engine': round(shards*self.shard_ms/1000),
+                'GB': round(self.n*self.kilobytes/1e6)}
