@@ -158,10 +158,12 @@ class StableDiffusion:
     ):
         "ValueError: sizes or steps that make no sense; ImportError: no diffusers"
         _check_painter(made, saved, steps)
-        self.model, self.steps, self.guidance, self.negative = str(model), steps, guidance, negative
+        local = Path(model).is_dir()
+        self.model = str(Path(model).absolute() if local else model)  # a worker may stand elsewhere
+        self.steps, self.guidance, self.negative = steps, guidance, negative
         self.made, self.saved, self.asked = made, saved, (bs, device)
         self._settle()
-        name = Path(model).name if Path(model).is_dir() else str(model)  # a folder may move
+        name = Path(model).name if local else str(model)  # a folder may move
         self.settings = {'Steps': steps, 'Sampler': 'DPM++ 2M', 'CFG scale': guidance,
                          'Size': f'{made}x{made}', 'Saved size': f'{saved}x{saved}', 'Model': name}
         if negative:
