@@ -3060,7 +3060,8 @@ def test_datasets_from_hub():
     inside = [dict(image=dict(bytes=png(i), path='../../x.png'), text=f'a red fox number {i}') for i in range(7)]
     table = io.BytesIO()
     pd.DataFrame(inside).to_parquet(table)
-    hub.add('datasets', 'a/inside', **{'data/train-0.parquet': table.getvalue()})
+    card = b'---\nlicense: cc-by-4.0\n---\n'
+    hub.add('datasets', 'a/inside', **{'data/train-0.parquet': table.getvalue(), 'README.md': card})
     lines = ''.join(json.dumps(dict(file_name=f'{i}.png', text=f'an owl number {i}')) + '\n' for i in range(2))
     hub.add('datasets', 'a/beside', **{f'train/{i}.png': png(i) for i in range(2)},
             **{'train/metadata.jsonl': lines.encode()})
@@ -3078,7 +3079,8 @@ assert all(read_image(p) is not None for p in image_paths(pairs))
 print(*sorted(pairs.prompt), sep='; ')"""
     whole = '; '.join(['a castle', *(f'a red fox number {i}' for i in range(5)),
                        *(f'an owl number {i}' for i in range(2))])
-    assert whole in sh(sys.executable, '-c', code, **there)
+    said = sh(sys.executable, '-c', code, **there)
+    assert whole in said and 'hf-dataset:a/inside; licence: cc-by-4.0' in said, said
     asked = len(hub.seen)
     assert whole in sh(sys.executable, '-c', code, **there, HF_HUB_OFFLINE='1')
     assert len(hub.seen) == asked, hub.seen[asked:]
