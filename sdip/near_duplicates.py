@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/00j_near_duplicates.ipynb #imports
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,7 +43,12 @@ def _row_norms(x):  # (n, d) array -> (n,) float64, read a block at a time
     return np.concatenate(norms)
 
 # %% ../nbs/00j_near_duplicates.ipynb #row-checks
-def _check_norms(norm, name, ids):  # (n,), what errors call the rows, their ids -> a note for a person
+def check_norms(
+    norm: np.ndarray,  # (n,) lengths of rows
+    name: str,  # what errors call the rows
+    ids=None,  # (n,) their names; None: their numbers
+) -> str:  # what else to know; '' where all is as usual
+    "ValueError: lengths that are NaN or infinite"
     bad = np.flatnonzero(~np.isfinite(norm))
     if len(bad):
         first = [i if ids is None else ids[i] for i in bad[:5].tolist()]
@@ -75,7 +81,7 @@ class Rows:
         self.x = emb if plain else check_emb(emb, name, width=None, finite=False)
         check_emb(self.x[:0], name, width=width)
         norm = _row_norms(self.x)
-        self.note = _check_norms(norm, name, ids)
+        self.note = check_norms(norm, name, ids)
         self.device = pick_device(device)
         if self.device.type != 'cpu':
             self.x = torch.from_numpy(np.array(self.x)).to(self.device)
@@ -108,7 +114,7 @@ def unit(
 
 # %% ../nbs/00j_near_duplicates.ipynb #bank
 @dataclass
-class _Sketched:
+class Sketched:
     "Some rows of a table, with their sketches"
     rows: Rows  # the table
     i: np.ndarray  # (m,) row numbers in it
@@ -119,7 +125,7 @@ class _Sketched:
         return len(self.i)
 
     def __getitem__(self, k):
-        return _Sketched(self.rows, self.i[k], self.s[k], self.code[k])
+        return Sketched(self.rows, self.i[k], self.s[k], self.code[k])
 
     def tiles(self, size):
         return (self[lo:lo + size] for lo in range(0, len(self), size))
@@ -167,12 +173,23 @@ def of(
     x: Rows,  # the table
     i: np.ndarray,  # (m,) row numbers in it
     code=None,  # (m,) what to call them as a parent; None: the row numbers
-) -> _Sketched:
+) -> Sketched:
     "Rows with their sketches, made a block at a time"
     s = [torch.zeros(0, self.lead + _GROUPS, device=x.device)]
     for lo in range(0, len(i), 8192):
         s.append(self(x.unit(i[lo:lo + 8192])))
-    return _Sketched(x, i, torch.cat(s), i if code is None else code)
+    return Sketched(x, i, torch.cat(s), i if code is None else code)
+
+@patch(cls_method=True)
+def restore(
+    cls: Sketch,
+    turn: np.ndarray,  # (d, d) as of a sketch that was made
+    lead: int,  # its leading coordinates
+) -> Sketch:
+    "The same sketch again"
+    self = cls.__new__(cls)
+    self.turn, self.lead = torch.from_numpy(np.float32(turn)), int(lead)
+    return self
 
 # %% ../nbs/00j_near_duplicates.ipynb #cosines
 def pair_cosines(
@@ -196,8 +213,8 @@ def _product(u, v, same):  # (p, w), (q, w) -> (p, q); a row is not paired with 
         s.fill_diagonal_(-4)
     return s
 
-def _by_sketch(a, b, threshold):  # -> (row of a, row of b), tensors (k,), sorted by row
-    s, low = _product(a.s, b.s, a is b), threshold - SLACK  # (p, q)
+def _by_sketch(u, v, threshold):  # (p, w), (q, w) -> (row of u, row of v), tensors (k,), sorted
+    s, low = _product(u, v, u is v), threshold - SLACK  # (p, q)
     if not s.numel():
         return torch.zeros(2, 0, dtype=torch.long)
     hot = (s.amax(1) >= low).nonzero()[:, 0]  # rows with any candidate
@@ -210,13 +227,13 @@ def _in_full(a, b, threshold):  # -> (row of a, row of b, float32 cosine), tenso
     return r, c, s[r, c]
 
 # %% ../nbs/00j_near_duplicates.ipynb #candidates
-def _candidates(a, b, threshold):
+def _candidates(a, b, threshold, rows=None):  # rows (q,) of b; None: all
     "Pairs that may be near: (row of a, row of b, cosine, 0 where not known yet), each (k,), sorted by row"
-    r, c = _by_sketch(a, b, threshold)
-    v = torch.zeros(len(r))
-    full_tile = _FETCH_COST*(len(a) + len(b)) + len(a)*len(b)*a.rows.x.shape[1]
+    r, c = _by_sketch(a.s, b.s if rows is None else b.s.index_select(0, rows), threshold)
+    v, q = torch.zeros(len(r)), len(b if rows is None else rows)
+    full_tile = _FETCH_COST*(len(a) + q) + len(a)*q*a.rows.x.shape[1]
     if 2*_FETCH_COST*len(r) > full_tile:
-        r, c, v = _in_full(a, b, threshold)
+        r, c, v = _in_full(a, b if rows is None else b[rows.cpu().numpy()], threshold)
     return tuple(t.cpu().numpy() for t in (r, c, v))
 
 # %% ../nbs/00j_near_duplicates.ipynb #near
@@ -227,8 +244,8 @@ def _verify(a, b, r, c, v, threshold):  # candidates, as of `_candidates` -> tho
     return r[near], c[near], np.minimum(v[near], 1)  # a float32 product of equal rows may be 1.0000001
 
 def near_pairs(
-    a: _Sketched,  # p rows
-    b: _Sketched,  # q rows
+    a: Sketched,  # p rows
+    b: Sketched,  # q rows
     threshold: float,  # cosine from which two rows are near
 ) -> tuple:  # (row of a, row of b, cosine), each (k,), sorted by row
     "Pairs at or above the threshold; a row is not paired with itself"
@@ -294,31 +311,33 @@ def _greedy_inside(t, best, threshold):  # -> (p,) bool, which rows stay; update
     return alive
 
 # %% ../nbs/00j_near_duplicates.ipynb #cells
-def _centres(x, k):  # -> (k, d) unit centres; (m, d) the unit rows that they were found on
-    import faiss
-    sample = x.unit(np.random.default_rng(0).permutation(len(x))[:16*k])
-    km = faiss.Kmeans(sample.shape[1], k, niter=4, spherical=True, seed=0, min_points_per_centroid=1)
-    km.train(sample.cpu().numpy())
-    return F.normalize(torch.from_numpy(km.centroids).to(x.device)), sample
-
-class _Cells:
+class Cells:
     "Rows clustered around centres; a bound between two clusters rules out pairs across them"
-    def __init__(self, x, threshold, probes=0):  # probes: open so many nearest clusters, without bounds
-        k = int(min(4096, max(1, (.5 if probes else 2)*len(x)**.5)))
-        self.centre, sample = _centres(x, k)  # (k, d)
-        apart = ((2 - 2*self.centre @ self.centre.T).clamp(min=0) + SLACK).sqrt()  # (k, k)
+    def __init__(
+        self,
+        centre: torch.Tensor,  # (k, w) unit rows
+        threshold: float,  # cosine of interest
+        probes: int = 0,  # open so many nearest clusters, without bounds
+        short=lambda u: u,  # function (b, d) unit rows -> (b, w) what is compared with the centres
+    ):
+        self.centre, self.probes, self.short, k = centre, min(probes, len(centre)), short, len(centre)
+        apart = ((2 - 2*centre @ centre.T).clamp(min=0) + SLACK).sqrt()  # (k, k)
         reach = (2 - 2*(threshold-SLACK))**.5  # largest distance of two rows at the threshold
         self.wide = apart*reach + SLACK  # (k, k) along c_i - c_j they differ by no more
-        self.far = torch.full((k, k), -9., device=x.device)  # largest b.(c_j - c_i) of the rows b in cell i
-        self.probes = min(probes, k)
-        self.share = self._open_share(sample, len(x))
+        # (k, k) largest b.(c_j - c_i) of the rows b in cell i
+        self.far = torch.full((k, k), -9., device=centre.device)
+        self.share = 1.  # of all pairs, about how many are left to look at
 
 # %% ../nbs/00j_near_duplicates.ipynb #cells-assign
 @patch
-def assign(self: _Cells, u):  # (b, d) unit rows -> (b,) their cells; (b, k) cells open to them
-    home, opened, far = [], [], self.far.T.contiguous()
-    for part in u.split(1024):
-        s = part @ self.centre.T  # (1024, k)
+def assign(
+    self: Cells,
+    u: torch.Tensor,  # (b, w) unit rows, as `short` gives them
+) -> tuple:  # (b,) int64 their cells; (b, k) bool: cells open to them, as of the rows assigned before
+    "File rows, and note how far the cells reach now"
+    home, opened, most = [], [], self.far.T + self.wide
+    for part in u.split(512):
+        s = part @ self.centre.T  # (512, k)
         h = s.argmax(1)
         home.append(h)
         if self.probes:
@@ -326,60 +345,86 @@ def assign(self: _Cells, u):  # (b, d) unit rows -> (b,) their cells; (b, k) cel
             opened.append(torch.zeros_like(s, dtype=torch.bool).scatter_(1, nearest, True))
             continue
         s = s.gather(1, h[:, None]) - s  # u.(c_h - c_j)
-        opened.append(s - far[h] <= self.wide[h])
-        self.far.index_reduce_(0, h, -s, 'amax')
+        opened.append(s <= most[h])
+        self.far.index_reduce_(0, h, s.neg_(), 'amax')
     return torch.cat(home).cpu().numpy(), torch.cat(opened)
 
 # %% ../nbs/00j_near_duplicates.ipynb #cells-share
-@patch
-def _open_share(self: _Cells, sample, n):  # -> of all pairs of n rows, about how many are left to look at
+def _open_share(cells, sample, n, power):  # (m, w) -> of all pairs of n rows, about how many are left
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'index_reduce')  # torch says once that it is in beta
-        home = np.concatenate([self.assign(u)[0] for u in sample.split(8192)])
-    opened = self.assign(sample[:4096])[1].float().mean(0).cpu()  # (k,)
+        home = np.concatenate([cells.assign(u)[0] for u in sample.split(8192)])
+    opened = cells.assign(sample[:4096])[1].float().mean(0).cpu()  # (k,)
     seen = opened[home].mean().item()
-    return min(1., seen*(n/len(sample))**.6)  # cells of all rows reach further, by about this power
+    return min(1., seen*(n/len(sample))**power)  # cells of all rows reach further
+
+def cells_of(
+    x: Rows,  # the table, or a sample
+    threshold: float,  # cosine of interest
+    sketch=None,  # function (b, d) unit rows -> (b, w), cells of sketches; None: of the rows as they are
+    probes: int = 0,  # see `Cells`
+    n: int = None,  # rows that the cells will hold; None: those of x
+) -> Cells:
+    "Cells around centres of a sample, by k-means"
+    import faiss
+    n, short = n or len(x), sketch or (lambda u: u)
+    k = int(min(4096, len(x), max(1, (.5 if probes else 2)*n**.5)))
+    sample = short(x.unit(np.random.default_rng(0).permutation(len(x))[:16*k]))  # (m, w)
+    km = faiss.Kmeans(sample.shape[1], k, niter=4, spherical=True, seed=0, min_points_per_centroid=1)
+    km.train(sample.cpu().numpy())
+    centre = F.normalize(torch.from_numpy(km.centroids).to(sample.device))
+    cells = Cells(centre, threshold, probes, short)
+    cells.share = _open_share(cells, sample, n, .3 if sketch else .6)
+    return cells
 
 # %% ../nbs/00j_near_duplicates.ipynb #cells-search
 @patch
-def search(self: _Cells, t, opened, bank, home, best, threshold):
-    "Show each row of `t` the rows of `bank` in cells open to it"
-    # opened: (len(t), k) bool; home: (len(bank),) the cells of the bank's rows
+def pairs(
+    self: Cells,
+    t: Sketched,  # p rows
+    opened: torch.Tensor,  # (p, k) bool: cells open to them
+    bank: Sketched,  # q rows
+    home: np.ndarray,  # (q,) their cells
+    threshold: float,  # cosine from which two rows are near
+) -> tuple:  # (row of t, row of bank, cosine), each (m,), sorted by row of bank
+    "Near pairs of rows of `t` with rows of `bank` in cells open to them"
     order, cells = np.argsort(home, kind='stable'), np.arange(len(self.centre) + 1)
     filed, start = bank[order], np.searchsorted(home[order], cells)
-    cell, row = opened.T.nonzero().T.cpu().numpy()
-    first, found = np.searchsorted(cell, cells), []
-    for j in np.flatnonzero((np.diff(start) > 0) & (np.diff(first) > 0)):
-        rows = row[first[j]:first[j + 1]]
-        for lo in range(start[j], start[j + 1], 1024):
-            r, c, v = _candidates(t[rows], filed[lo:min(lo + 1024, start[j + 1])], threshold)
-            if len(r):
-                found.append((rows[r], lo + c, v))
+    opened, found = opened.T.contiguous(), []
+    for j in np.flatnonzero(np.diff(start)):
+        for rows in opened[j].nonzero()[:, 0].split(4096):
+            for lo in range(start[j], start[j + 1], 512):
+                c, r, v = _candidates(filed[lo:min(lo + 512, start[j + 1])], t, threshold, rows)
+                if len(r):
+                    found.append((rows.cpu().numpy()[r], lo + c, v))
     if not found:
-        return
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     r, c, v = _verify(t, filed, *map(np.concatenate, zip(*found)), threshold)
     o = np.argsort(order[c], kind='stable')
-    best.see(r[o], filed.code[c[o]], v[o])
+    return r[o], order[c[o]], v[o]
 
 # %% ../nbs/00j_near_duplicates.ipynb #cells-worth
-CELLS_FROM = 20_000  # rows from which cells save more than they cost
+CELLS_FROM, SKETCHED_FROM = 20_000, 250_000  # rows from which cells save more than they cost
 
 def make_cells(
     x: Rows,  # the table
     threshold: float,  # cosine from which two rows are near
     mode: str,  # 'exact' | 'fast'
-):  # `_Cells`, or None
+):  # `Cells`, or None
     "Cells where they save work"
     if mode == 'fast' and len(x):
-        return _Cells(x, threshold, probes=3)
+        return cells_of(x, threshold, probes=3)
     if x.device.type != 'cpu' or len(x) < CELLS_FROM:
         return None
-    cells = _Cells(x, threshold)
+    cells = cells_of(x, threshold)
+    if cells.share >= .25 and len(x) >= SKETCHED_FROM:
+        cells = cells_of(x, threshold, partial(Sketch(x, threshold), lead=24))
+        return cells if cells.share < .5 else None
     return cells if cells.share < .25 else None
 
 # %% ../nbs/00j_near_duplicates.ipynb #missed
 def missed_share(
-    kept: _Sketched,  # rows in the order in which they were kept
+    kept: Sketched,  # rows in the order in which they were kept
     threshold: float,  # cosine from which two rows are near
     tile: int,  # rows a block
 ) -> tuple:  # (share of kept rows that are near an earlier kept one, on how many rows it was measured)
@@ -397,7 +442,7 @@ class _Kept:
     def __init__(self, x, sketch):
         empty = sketch.of(x, np.zeros(0, np.int64))
         i, s = np.zeros(len(x), np.int64), torch.empty(len(x), empty.s.shape[1], device=x.device)
-        self.n, self.room, self.home = 0, _Sketched(x, i, s, i), np.zeros(len(x), np.int64)
+        self.n, self.room, self.home = 0, Sketched(x, i, s, i), np.zeros(len(x), np.int64)
 
     def rows(self, start=0):
         return self.room[start:self.n]
@@ -421,18 +466,19 @@ def _walk_tiles(todo, home, kept, found, threshold, tile):  # the rows of one bl
 def _walk(x, order, sketch, base, cells, threshold, tile, step):  # -> `_Kept`, `BestMatch` of every row
     kept, best, home = _Kept(x, sketch), BestMatch(len(x)), None
     if cells:
-        base_home = [np.zeros(0, np.int64), *(cells.assign(b.unit())[0] for b in base.tiles(8192))]
-        base_home = np.concatenate(base_home)
+        base_home = [cells.assign(cells.short(b.unit()))[0] for b in base.tiles(8192)]
+        base_home = np.concatenate([np.zeros(0, np.int64), *base_home])
     for lo in tqdm(range(0, len(x), step), desc='dedup', delay=10, disable=None):
         todo = sketch.of(x, order[lo:lo + step])
         found = BestMatch(len(todo))
         if cells:
-            home, opened = cells.assign(todo.unit())
-            cells.search(todo, opened, base, base_home, found, threshold)
-            cells.search(todo, opened, kept.rows(), kept.home[:kept.n], found, threshold)
-        else:
-            _compare(todo, base, found, threshold, tile)
-            _compare(todo, kept.rows(), found, threshold, tile)
+            home, opened = cells.assign(torch.cat([cells.short(b.unit()) for b in todo.tiles(8192)]))
+        for bank, its in ((base, base_home if cells else 0), (kept.rows(), kept.home[:kept.n])):
+            if cells:
+                r, c, v = cells.pairs(todo, opened, bank, its, threshold)
+                found.see(r, bank.code[c], v)
+            else:
+                _compare(todo, bank, found, threshold, tile)
         _walk_tiles(todo, home, kept, found, threshold, tile)
         best.score[todo.i], best.code[todo.i] = found.score, found.code
     return kept, best
@@ -445,10 +491,10 @@ def greedy_walk(
     threshold: float,  # cosine from which two rows are near
     mode: str = 'exact',  # 'exact' | 'fast'
     tile: int = 1024,  # rows a block
-) -> tuple:  # (`_Sketched` of the kept rows, in order; `BestMatch` of every row, base rows called -1, -2, ..)
+) -> tuple:  # (`Sketched` of the kept rows, in order; `BestMatch` of every row, base rows called -1, -2, ..)
     "Keep every row that is not near a row of the base or one that was kept before it"
     cells = make_cells(x, threshold, mode)
-    step = tile*min(16, max(8, len(x) // 60_000))  # rows a block
+    step = tile*min(16, max(8, len(x) // 25_000))  # rows a block
     share = min(1, cells.share + step/len(x)) if cells else 1
     sketch = Sketch(x, threshold, share)
     settled = sketch.of(base, np.arange(len(base)), -1 - np.arange(len(base)))
