@@ -329,20 +329,35 @@ def sdip_dedup(
     mode: _one_of('exact fast') = 'exact',  # fast: for more than two million rows, measures its recall
     minilm: str = None,  # folder of all-MiniLM-L6-v2; else the package, else the hub
     force: bool = False,  # replace files that are there
+    folder: str = None,  # keep embeddings and parts there: a killed call goes on; all workers see it
+    engine: _one_of('local ray') = 'local',  # with --folder: ray: workers on all CPUs, or on a cluster
+    address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
 ):
     "Drop unusable, repeated and near-duplicate prompts from a table"
     from sdip.tables import find_column, read_table, text_cells
     _check_dedup_files(out, dropped, report)
     _free(force, out, dropped, report, given=[table])
+    by = _dedup_engine(folder, engine, address)
     given = read_table(table)
     name = find_column(given, 'prompt', prompt_col or column)
     text_cells(given, name)  # refuses what is no text
+    _dedup_and_write(given, name, minilm, (threshold, priority, mode, folder, by), (out, dropped, report))
+
+# %% ../nbs/01c_dedup_table.ipynb #cli-dedup-work
+def _dedup_engine(folder, engine, address):
+    from sdip.engines import engine_of
+    by = engine_of(engine, address)
+    if engine != 'local' and not folder:
+        raise ValueError(f'--engine {engine} needs --folder: name one that all workers see')
+    return by
+
+def _dedup_and_write(given, name, minilm, how, files):  # how: of `dedup_rows`; files: out, dropped, report
     from sdip.dedup_table import dedup_rows, write_dedup
     from sdip.encoders import TargetEncoder
-    found = dedup_rows(given, TargetEncoder(minilm), name, threshold, priority, mode)
-    write_dedup(given, name, found, out, dropped, report, threshold)
-    files = dict(kept=out, dropped=dropped, report=report)
-    print(found[2], *(f'{what} in {f}' for what, f in files.items() if f), sep='\n')
+    found = dedup_rows(given, TargetEncoder(minilm), name, *how)
+    write_dedup(given, name, found, *files, how[0])
+    files = zip(('kept', 'dropped', 'report'), files)
+    print(found[2], *(f'{what} in {f}' for what, f in files if f), sep='\n')
 
 # %% ../nbs/03_finetune_vit.ipynb #command
 @_command(_GOES_ON)

@@ -8,6 +8,7 @@ __all__ = ['dedup_table', 'dedup_html']
 # %% ../nbs/01c_dedup_table.ipynb #imports
 import re
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from . import __version__
 from .core import atomic_path
 from .page import Html, html_page, html_table, markup
 from .prompts import clean_prompts, duplicate_of
+from .encode import encode
 from .dedup_weighting import dedup
 
 # %% ../nbs/01c_dedup_table.ipynb #unusable
@@ -33,6 +35,14 @@ def _counts(reason):  # (n,), '' for rows that stay -> a line
     counts = ', '.join(f"{(reason == r).sum()} {r}" for r in why)
     return f"{len(reason)} rows: {(reason == '').sum()} kept; {counts or 'nothing unusable'}"
 
+# %% ../nbs/01c_dedup_table.ipynb #dedup-found
+def _found(words, encoder, threshold, rank, mode, folder, engine):  # -> `Dedup` of the prompts
+    if folder is None:
+        return dedup(encoder(words), threshold, rank, mode=mode)
+    encode(words, encoder, Path(folder)/'emb', engine)
+    file = Path(folder)/'emb'/'emb.npy'
+    return dedup(file, threshold, rank, mode=mode, folder=Path(folder)/'pairs', engine=engine)
+
 # %% ../nbs/01c_dedup_table.ipynb #dedup-table
 def dedup_table(
     table,  # DataFrame with a column of prompts
@@ -41,6 +51,8 @@ def dedup_table(
     threshold: float = 0.95,  # cosine of near-duplicates
     priority: str = None,  # a column of numbers, the higher the sooner kept
     mode: str = 'exact',  # see `dedup`
+    folder=None,  # embeddings (in half precision) and parts stay there; a killed call goes on
+    engine='local',  # with `folder`: who works, see `run_shards`
 ) -> tuple:  # (kept, dropped with columns `reason`, `near`, `cosine`: DataFrames; a report)
     "Rows of a table worth keeping, the others with the reason. ValueError: no such column, no usable prompt"
     for c in filter(None, (column, priority)):
@@ -53,7 +65,7 @@ def dedup_table(
                          f"is {column!r} the right column?")
     words = [prompts[i] for i in todo]
     rank = None if priority is None else table[priority].to_numpy()[todo]
-    found = dedup(encoder(words), threshold, rank, mode=mode)
+    found = _found(words, encoder, threshold, rank, mode, folder, engine)
     for i in np.flatnonzero(~found.keep):
         score, row = found.score[i], todo[i]
         reason[row], near[row], cosine[row] = f'near-duplicate {score:.3f}', words[found.parent[i]], score
@@ -69,6 +81,8 @@ def dedup_rows(
     threshold: float = 0.95,  # cosine of near-duplicates
     priority: str = None,  # a column of numbers; an empty cell comes after all numbers
     mode: str = 'exact',  # see `dedup`
+    folder=None,  # see `dedup_table`
+    engine='local',  # with `folder`: who works, see `run_shards`
 ) -> tuple:  # as of `dedup_table`; the frames' indices are row numbers of the table
     "`dedup_table` of a file"
     from sdip.tables import to_numbers
@@ -77,7 +91,7 @@ def dedup_rows(
         likes = to_numbers(table, priority)
         last = np.nanmin(likes, initial=0) - 1
         rows = rows.assign(**{priority: np.where(np.isnan(likes), last, likes)})
-    return dedup_table(rows, encoder, column, threshold, priority, mode)
+    return dedup_table(rows, encoder, column, threshold, priority, mode, folder, engine)
 
 # %% ../nbs/01c_dedup_table.ipynb #bar
 _DEDUP_STYLE = ('td:first-child{white-space:nowrap}.texts td:first-child{white-space:normal}'

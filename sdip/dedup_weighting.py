@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import brentq
 
 from .near_duplicates import check_threshold, greedy_walk, missed_share, Rows
+from .sharded_duplicates import greedy_shards, row_paths, RowFiles, rows_in_memory
 
 # %% ../nbs/01_dedup_weighting.ipynb #order
 def _order(n, priority, ids):  # -> (n,) row numbers: high priority first, then by id, then as they stand
@@ -49,30 +50,56 @@ def _recall(kept, gone, threshold, tile):  # -> a line: of the rows to drop, the
     said = f"recall {gone/(gone + missed):.4f}" if gone + missed else "nothing to find"
     return f"fast mode: {said}, measured on {n} kept rows"
 
+# %% ../nbs/01_dedup_weighting.ipynb #dedup-sharded
+def _check_ways(mode, device, folder, engine):
+    if mode not in ('exact', 'fast'):
+        raise ValueError(f"mode is {mode!r}; known are 'exact' and 'fast'")
+    if folder is None and engine != 'local':
+        raise ValueError(f"engine is {engine!r} without a folder: name one that all workers see")
+    if folder is not None and (mode != 'exact' or device not in (None, 'cpu')):
+        raise ValueError(f"mode is {mode!r} with a folder, on {device or 'cpu'}: blocks are exact, on CPUs")
+
+def _dedup_shards(emb, base, threshold, priority, ids, folder, engine, shard_size):
+    its = [] if base is None else row_paths(base, folder, 'base')
+    files, m = RowFiles([*its, *row_paths(emb, folder, 'emb')]), len(RowFiles(its)) if its else 0
+    n = len(files) - m
+    order = np.concatenate([np.arange(m), m + _order(n, priority, ids)])  # (m + n,) row numbers of the files
+    new = None if (order == np.arange(m + n)).all() else order
+    kept, best, note = greedy_shards(files, folder, threshold, new, m, shard_size, engine)
+    keep, score = np.zeros(m + n, bool), np.full(m + n, np.nan, np.float32)
+    keep[order[kept]], score[order[~kept]] = True, best.score[~kept]
+    parent = np.arange(m + n) - m
+    its = order[best.code[~kept]]  # rows of the files
+    parent[order[~kept]] = np.where(its < m, -1 - its, its - m)
+    return Dedup(keep[m:], parent[m:], score[m:], threshold, note)
+
 # %% ../nbs/01_dedup_weighting.ipynb #dedup
 def dedup(
-    emb,  # (n, d) embeddings of any length, float16 memory maps too; normalised here
+    emb,  # (n, d) embeddings of any length, float16 memory maps too; or .npy files: a path, or a list
     threshold: float = 0.95,  # cosine from which two rows count as the same
     priority=None,  # (n,) numbers, the higher the sooner kept
     ids=None,  # (n,) unique names: they settle ties, the result then does not depend on the rows' order
-    base=None,  # (m, d) rows that are kept in any case, and are not part of the answer
+    base=None,  # (m, d) rows, or files, that are kept in any case, and are not part of the answer
     mode: str = 'exact',  # 'exact': nothing is missed; 'fast': for millions of rows, recall is printed
     tile: int = 1024,  # rows a block: memory for a few tile x tile numbers
     device=None,  # see `pick_device`
+    folder=None,  # work there by blocks in constant memory; a killed call goes on; None: all in memory
+    engine='local',  # with `folder`: who works, see `run_shards`
+    shard_size: int = 200_000,  # with `folder`: rows a block
 ) -> Dedup:
     "Keep rows greedily: no two kept ones are near. ValueError: NaN rows, widths that differ, ids that repeat"
     threshold = check_threshold(threshold)
-    if mode not in ('exact', 'fast'):
-        raise ValueError(f"mode is {mode!r}; known are 'exact' and 'fast'")
-    x = Rows(emb, ids=ids, device=device)
-    y = Rows(x.x[:0] if base is None else base, 'base', width=x.x.shape[1], device=device)
+    _check_ways(mode, device, folder, engine)
+    if folder is not None:
+        return _dedup_shards(emb, base, threshold, priority, ids, folder, engine, shard_size)
+    x = Rows(rows_in_memory(emb), ids=ids, device=device)
+    y = Rows(x.x[:0] if base is None else rows_in_memory(base), 'base', width=x.x.shape[1], device=device)
     kept, best = greedy_walk(x, y, _order(len(x), priority, ids), threshold, mode, tile)
     notes = [x.note, y.note]
     if mode == 'fast' and len(kept):
         notes.append(_recall(kept, len(x) - len(kept), threshold, tile))
         print(notes[-1])
-    keep = np.zeros(len(x), bool)
-    keep[kept.i] = True
+    keep = np.isin(np.arange(len(x)), kept.i)
     parent = np.where(keep, np.arange(len(x)), best.code)
     score = np.where(keep, np.float32(np.nan), best.score)
     return Dedup(keep, parent, score, threshold, '; '.join(filter(None, notes)))
