@@ -6,12 +6,15 @@
 __all__ = ['power_weights', 'softmax_weights', 'rank_weights', 'nearest', 'shares_grid']
 
 # %% ../nbs/04_exact_search.ipynb #imports
+import tempfile
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
-from .core import unit
+from .core import atomic_path, unit
+from .engines import run_shards
 from .bank import bank_spans
 
 # %% ../nbs/04_exact_search.ipynb #power-weights
@@ -100,30 +103,71 @@ def prepare_rows(
 # %% ../nbs/04_exact_search.ipynb #key-blocks
 BLOCK_MB = 160
 
+def _blocks(shelves, bank):  # -> spans of the bank, rows a block, number of blocks
+    spans = [s for s in bank_spans(shelves) if s.bank == bank]
+    n, step = sum(s.hi - s.lo for s in spans), max(1, int(BLOCK_MB*2**20/4/shelves[0].d))
+    return spans, min(n, step), -(-n//step)
+
 def key_blocks(
     shelves,  # list of `Shelf`
     bank: str,  # name of a bank, see `bank_spans`
     mean=None,  # (d,), subtracted from each key
+    only=None,  # numbers of blocks; None: all
 ):  # yields numbers of rows (b,); keys (b, d) float32, valid until the next block
     "A bank's keys, ready to be compared, in blocks of BLOCK_MB."
     import torch
-    spans = [s for s in bank_spans(shelves) if s.bank == bank]
-    d, m = shelves[0].d, 0
-    step = min(sum(s.hi - s.lo for s in spans), max(1, int(BLOCK_MB*2**20/4/d)))
-    x, rows = np.empty((step, d), np.float32), np.empty(step, np.int64)
-    for _, _, shelf, lo, hi, first in spans:
-        while lo < hi:
-            n = min(hi - lo, step - m, 1024)  # what fits into the processor's cache
-            half = torch.from_numpy(np.array(shelf.rows('keys')[lo:lo + n]))
-            torch.from_numpy(x[m:m + n]).copy_(half)
-            rows[m:m + n] = np.arange(first, first + n)
-            prepare_rows(x[m:m + n], mean)
-            m, lo, first = m + n, lo + n, first + n
-            if m == step:
-                yield rows, x
-                m = 0
-    if m:
+    spans, step, n_blocks = _blocks(shelves, bank)
+    x, rows = np.empty((step, shelves[0].d), np.float32), np.empty(step, np.int64)
+    for block in range(n_blocks) if only is None else only:
+        m, start = 0, -block*step  # rows so far; where the span begins
+        for _, _, shelf, lo, hi, first in spans:
+            for a in range(max(0, start), min(step, start + hi - lo), 1024):  # what fits into the cache
+                n = min(1024, step - a, start + hi - lo - a)
+                half = torch.from_numpy(np.array(shelf.rows('keys')[lo + a - start:lo + a - start + n]))
+                torch.from_numpy(x[m:m + n]).copy_(half)
+                rows[m:m + n] = np.arange(n) + first + a - start
+                prepare_rows(x[m:m + n], mean)
+                m += n
+            start += hi - lo
         yield rows[:m], x[:m]
+
+# %% ../nbs/04_exact_search.ipynb #search-block
+def _search_block(x, rows, keys, k, device):  # yields first query; cosines and numbers of rows (b, k)
+    step = max(256, 2**20 // k)  # queries at a time: 12 MB of neighbours
+    for a in range(0, len(x), step):
+        sims, at = nearest(x[a:a + step], keys, min(k, len(keys)), device)
+        yield a, widen_list((sims, rows[at]), k)
+
+class _BlockSearch:
+    "Search block b of a bank; the lists go to a file"
+    def __init__(self, shelves, bank, k, mean, device, folder):
+        self.bank, self.k, self.mean, self.device, self.folder = bank, k, mean, device, folder
+        self.shelves = shelves
+
+    def __call__(self, b):
+        x = np.load(self.folder/'queries.npy', allow_pickle=False)
+        (rows, keys), = key_blocks(self.shelves, self.bank, self.mean, [b])
+        sims, ids = zip(*(found for _, found in _search_block(x, rows, keys, self.k, self.device)))
+        with atomic_path(self.folder/f'{b:05d}.npz') as tmp:
+            np.savez(tmp, sims=np.concatenate(sims), ids=np.concatenate(ids))
+
+# %% ../nbs/04_exact_search.ipynb #search-workers
+def _searched(shelves, bank, x, k, mean, device, engine):  # yields first query; lists, block after block
+    n_blocks = _blocks(shelves, bank)[2]
+    if engine == 'local':
+        for rows, keys in key_blocks(shelves, bank, mean):
+            yield from _search_block(x, rows, keys, k, device)
+        return
+    here = shelves[0].folder.resolve()
+    with tempfile.TemporaryDirectory(prefix='.search-', dir=here) as folder:
+        folder = Path(folder)
+        np.save(folder/'queries.npy', x)
+        make = partial(_BlockSearch, shelves, bank, k, mean, device, folder)
+        for _ in run_shards(make, range(n_blocks), engine, [s.folder for s in shelves]):
+            pass
+        for b in range(n_blocks):
+            with np.load(folder/f'{b:05d}.npz', allow_pickle=False) as found:
+                yield 0, (found['sims'], found['ids'])
 
 # %% ../nbs/04_exact_search.ipynb #search-bank
 def search_bank(
@@ -133,18 +177,16 @@ def search_bank(
     k: int,  # neighbours
     mean=None,  # (d,), subtracted from each key
     device=None,  # as for `nearest`; None: 'cuda' where there is one
+    engine='local',  # who searches, see `run_shards`: all workers see the shelves' folders
 ) -> tuple:  # cosines and numbers of rows (q, k), best first; -inf and -1 where there are fewer
     "The k nearest keys of one bank."
     import torch
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    step = max(256, 2**20 // k)  # queries at a time: 12 MB of neighbours
     out = np.empty((len(x), k), np.float32), np.full((len(x), k), -1, np.int64)
-    for rows, keys in key_blocks(shelves, bank, mean):
-        for a in range(0, len(x), step):
-            sims, at = nearest(x[a:a + step], keys, min(k, len(keys)), device)
-            found, best = widen_list((sims, rows[at]), k), [o[a:a + step] for o in out]
-            first = (best[1][0] < 0).all()
-            best[0][:], best[1][:] = found if first else merge_lists(best, found)
+    for a, found in _searched(shelves, bank, x, k, mean, device, engine):
+        best = [o[a:a + len(found[0])] for o in out]
+        first = (best[1][0] < 0).all()
+        best[0][:], best[1][:] = found if first else merge_lists(best, found)
     return out
 
 # %% ../nbs/04_exact_search.ipynb #distinct-neighbours

@@ -38,11 +38,12 @@ class KNNRegressor(GrowingBank):
             mix: dict = None,  # bank -> its share of the answer; None: all banks make one list
             folder=None,  # where the bank grows and stays; None: a temporary folder until `save`
             device=None,  # 'cuda': search there with torch; 'cpu': with faiss; None: as the machine has it
+            engine='local',  # who searches, see `run_shards`; after `load` set `.engine`
     ):
         super().__init__(clip, folder, device)
         self.k, self.power, self.centre = int(k), float(power), bool(centre)
         self.weights, self.temperature = weights, float(temperature)
-        self.once, self.mix = bool(once), mix
+        self.once, self.mix, self.engine = bool(once), mix, engine
         self._check_settings()
 
 # %% ../nbs/04_knn.ipynb #knn-settings
@@ -82,13 +83,13 @@ def _bank_list(self: KNNRegressor, bank, x, k, own=None):
     size, once = self.banks()[bank], self.once and self._any_repeats()
     mean = self._mean(bank.split()[-1]) if self.centre else None
     if not once and own is None:
-        return search_bank(self.shelves, bank, x, k, mean, self.device)
+        return search_bank(self.shelves, bank, x, k, mean, self.device, self.engine)
     empty = np.empty((len(x), 0), np.float32), np.empty((len(x), 0), np.int64)
     out, todo = widen_list(empty, k), np.arange(len(x))
     wide = 2*k if self._any_repeats() else k + 1
     while len(todo):
         wide = min(wide, size)
-        sims, ids = search_bank(self.shelves, bank, x[todo], wide, mean, self.device)
+        sims, ids = search_bank(self.shelves, bank, x[todo], wide, mean, self.device, self.engine)
         groups = take_rows(self.shelves, 'groups', ids.clip(0))
         drop = None if own is None else own.relatives(self.shelves, ids, groups, todo)
         sims, ids, n = keep_neighbours(sims, ids, groups, k, drop, once)
