@@ -1014,6 +1014,45 @@ if __name__ == '__main__':
     encode(items, Digests(), out, engine, shard_size=10)
 """
 
+RAY_OTHERS = """
+import sys
+from pathlib import Path
+import numpy as np
+from sdip.core import unit
+from sdip.dedup_weighting import dedup
+from sdip.engines import Ray
+from sdip.grammar import sample_prompts
+from sdip.knn import KNNRegressor
+from sdip.painted import generate_tars, TarForm
+from sdip.playground import draw
+
+class Painter:
+    settings, bs = dict(Steps=1, Model='playground'), 8
+
+    def __call__(self, prompts, seeds):
+        return [draw(p, s % 1000, 64) for p, s in zip(prompts, seeds)]
+
+def work(at, engine, x):
+    keep = dedup(['rows.npy'], .95, folder=at/'dedup', engine=engine, shard_size=300, device='cpu').keep
+    knn = KNNRegressor(device='cpu', folder=at/'bank', engine=engine)
+    for lo in range(0, 900, 300):
+        knn.add(x[lo:lo + 300], x[lo:lo + 300], [f'prompt {i}' for i in range(lo, lo + 300)])
+    sims, ids = knn.neighbours(x[::9], 20)
+    generate_tars(sample_prompts(36, 1, 'train'), at/'tars', Painter(), form=TarForm(8), engine=engine)
+    return keep, sims, ids, [p.read_bytes() for p in sorted((at/'tars').glob('*.tar'))]
+
+if __name__ == '__main__':
+    rng = np.random.default_rng(0)
+    x = unit(rng.standard_normal((900, 384)).astype(np.float32))
+    x[600:] = unit(x[:300] + .01*rng.standard_normal((300, 384)).astype(np.float32))
+    np.save('rows.npy', x)
+    here, there = work(Path('here').resolve(), 'local', x), work(Path('there').resolve(), Ray(sys.argv[1]), x)
+    assert len(here[3]) == 5 and here[3] == there[3], 'tars differ'
+    for what, a, b in zip(('kept rows', 'cosines', 'neighbours'), here, there):
+        assert np.array_equal(a, b), what
+    print(here[0].sum(), 'of', len(x), 'rows kept')
+"""
+
 def ray_nodes():
     "Three machines of Ray on this one: a head without CPUs, two with two each; a busy machine starts them late"
     from ray.cluster_utils import Cluster
@@ -1049,7 +1088,7 @@ def joined(out):
     return Path(out, 'emb.npy').read_bytes()
 
 def test_ray():
-    """Three machines of Ray: the bytes of one process, also when a worker is killed, the driver is killed and
+    """Three machines of Ray: the bytes of one process, in dedup, kNN and tars too, also when a worker is killed, the driver is killed and
     started again, an item kills its workers, or a machine is gone; no cluster that is unfit is begun with"""
     os.environ.update(RAY_raylet_start_wait_time_s='150', RAY_USAGE_STATS_ENABLED='0')
     try:
@@ -1058,6 +1097,7 @@ def test_ray():
         return print("skipped: Ray is not installed, pip install 'sdip[ray]'")
     import numpy as np
     Path('job.py').write_text(RAY_JOB)
+    Path('others.py').write_text(RAY_OTHERS)
     Path('workers').mkdir()
     sh(sys.executable, 'job.py', 'one', '')
     whole = joined('one')
@@ -1068,6 +1108,7 @@ def test_ray():
             job = sys.executable, 'job.py', out, cluster.address, *more
             return subprocess.Popen(job, stdout=log, stderr=subprocess.STDOUT)
 
+        assert '600 of 900 rows kept' in sh(sys.executable, 'others.py', cluster.address)
         first = start('poison', 'deadly')
         until_shards('poison', 3, first)
         os.kill(workers()[0], 9)
@@ -1094,7 +1135,8 @@ def test_ray():
         Path('old/sdip/__init__.py').write_text('__version__ = "0.0.1"')
         cluster.add_node(num_cpus=1, env_vars=dict(PYTHONPATH=str(Path('old').resolve())))
         refused = start('refused')
-        assert refused.wait() and 'and sdip 0.0.1, this process Python' in Path('refused.log').read_text()
+        code, said = refused.wait(), Path('refused.log').read_text()
+        assert code and 'and sdip 0.0.1, this process Python' in said, f'{code}: {said}'
         assert not list(Path('refused').glob('.tmp*'))
     wait_for(lambda: not workers())
 

@@ -6,6 +6,7 @@
 __all__ = ['PairRows', 'GroupSampler', 'make_loaders', 'Augment']
 
 # %% ../nbs/00g_batches.ipynb #imports
+import atexit
 import itertools
 import math
 import os
@@ -173,7 +174,8 @@ def world_of_processes() -> tuple:  # (number of this process, number of all); (
     if not dist.is_initialized():
         if {'RANK', 'LOCAL_RANK'} <= os.environ.keys():
             from accelerate import PartialState
-            PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+            atexit.register(state.destroy_process_group)  # or one of gloo's threads may abort the process
         said = share_among([int(os.environ['RANK'])]) if dist.is_initialized() else 'nothing'
         if said != list(range(world)):
             raise RuntimeError(f'the processes call themselves {said}, expected {world} of them from 0 on: '

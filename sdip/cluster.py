@@ -79,6 +79,12 @@ def probes(
             path.unlink(missing_ok=True)
 
 # %% ../nbs/00e_cluster.ipynb #places
+def alive_nodes(
+    ray,  # the module, connected
+) -> set:  # of ids
+    "Machines that are there"
+    return {n['NodeID'] for n in ray.nodes() if n['Alive']}
+
 def places(
     nodes,  # as of `ray.nodes()`
     threads: int,  # CPUs of a worker
@@ -113,6 +119,8 @@ def check_nodes(
             try:
                 fault = node_fault(ray.get(ref, timeout=wait), ours, names)
             except ray.exceptions.RayError as e:
+                if i not in alive_nodes(ray):
+                    continue  # it has died meanwhile
                 fault = f'gives no answer ({type(e).__name__}): look at its ray status'
             if fault:
                 raise ValueError(f'machine {address[i]} of the cluster {fault}')
@@ -281,8 +289,7 @@ def reason(
 @patch
 def _mourn(self: Crew, worker, k, e):
     "Count a death; why it died, '' where its machine is gone"
-    alive = {n['NodeID'] for n in self.ray.nodes() if n['Alive']}
-    if self.node.pop(worker, None) not in (None, *alive):
+    if self.node.pop(worker, None) not in (None, *alive_nodes(self.ray)):
         return ''
     self.deaths[k] += 1
     why = reason(e)
