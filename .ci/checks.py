@@ -130,7 +130,7 @@ def test_marked_cells_are_guarded():
 LINE, CELLS, LONG = 110, 75, 30  # columns; cells of a notebook; lines of a code cell
 EXPORTED, PUBLIC = 450, 260  # lines a module, names in all
 # notebook: ids of cells that are one thought and longer than LONG
-LONG_CELLS = {'00g_recipe': ['recipe'], '08_run': ['command-run']}
+LONG_CELLS = {'08_run': ['command-run']}
 
 def exported(cell):
     return re.match(r'#\| (export|exporti|exports)\b', source(cell)) is not None

@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from .losses import loss_by_name, optimizer_by_name
 from .mixup import read_augmentations
 
-# %% ../nbs/00g_recipe.ipynb #recipe
+# %% ../nbs/00g_recipe.ipynb #steps
 @dataclass
-class Recipe:
-    "How a regressor is fine-tuned; the defaults are the write-up's"
+class _Steps:
+    "How the weights move"
     lr: float = 1e-4  # peak learning rate, of the head and the top group
     bs: int = 64  # rows a step of the optimiser, over all processes; lr / bs is what matters most
     unfreezing: tuple = ((1, 1), (4, 1), (12, 1), (None, 2))  # (groups open, epochs); 0: head; None: all
@@ -32,6 +32,16 @@ class Recipe:
     accumulate: int = 1  # gradient accumulation: parts of a step; less memory, the same step
     grad_checkpoint: bool = False  # recompute activations: a third slower, far less memory
     precision: str = 'auto'  # of the forward pass on CUDA: bf16, fp16, fp32, or what the GPU is made for
+
+    @property
+    def epochs(self):
+        "Epochs in all"
+        return sum(epochs for _, epochs in self.unfreezing)
+
+# %% ../nbs/00g_recipe.ipynb #recipe
+@dataclass
+class Recipe(_Steps):
+    "How a regressor is fine-tuned; the defaults are the write-up's"
     augment: tuple = ()  # of 'shift', 'light', 'flip' (left and right), 'crop', 'jitter', 'mixup'
     probe: bool | None = True  # start from the ridge head; False: from the mean target; None: as it is
     keep: str = 'best'  # weights to end with: of the start and all epochs the 'best', or the 'last'
@@ -48,12 +58,6 @@ class Recipe:
     optimizer: str = 'adamw'  # or 'madgrad', 'madgradw', 'lion', 'nadamw'
     lora: int = 0  # rank of adapters beside the tower's frozen linear layers; 0: all weights train
     wise: float = 0.  # share of the weights at the start in those at the end (WiSE-FT)
-
-# %% ../nbs/00g_recipe.ipynb #recipe-epochs
-@patch(as_prop=True)
-def epochs(self: Recipe):
-    "Epochs in all"
-    return sum(epochs for _, epochs in self.unfreezing)
 
 # %% ../nbs/00g_recipe.ipynb #recipe-scale
 @patch
