@@ -19,8 +19,8 @@ class Repo:
 class Hub:
     """`repos`: (kind, 'org/name') -> `Repo`; `seen`: (method, path) of all requests. `gated`, `cut`: names of
     repositories that ask for consent, and path -> bytes after which a download breaks off, once. `damaged`,
-    `fails`: path of a file that comes with another byte, or with HTTP 500, as often as they say; `read_only`: of
-    the token"""
+    `fails`: path of a file that comes with another byte, or with HTTP 500, as often as they say, after a cut;
+    `read_only`: of the token"""
     def __init__(self):
         self.repos, self.seen, self.gated, self.cut, self.uploads, self.html = {}, [], set(), {}, {}, False
         self.damaged, self.fails, self.read_only = {}, {}, False
@@ -109,10 +109,6 @@ class Hub:
         if m := re.fullmatch(r'bytes=(\d+)-.*', h.headers.get('Range') or ''):
             first = int(m[1])
             said['Content_Range'] = f'bytes {first}-{len(data) - 1}/{len(data)}'
-        if h.command == 'GET' and self.counted(self.fails, name):
-            return h.answer(500, dict(error='Internal Server Error'))
-        if h.command == 'GET' and self.counted(self.damaged, name):
-            data = data[:-1] + bytes([data[-1] ^ 1])
         if h.command == 'GET' and (end := self.cut.pop(name, None)):
             h.send_response(206 if first else 200)
             for k, v in (said | dict(Content_Length=len(data) - first)).items():
@@ -120,6 +116,10 @@ class Hub:
             h.end_headers()
             h.wfile.write(data[first:end])
             return h.wfile.flush() or h.connection.close()
+        if h.command == 'GET' and self.counted(self.fails, name):
+            return h.answer(500, dict(error='Internal Server Error'))
+        if h.command == 'GET' and self.counted(self.damaged, name):
+            data = data[:-1] + bytes([data[-1] ^ 1])
         h.answer(206 if first else 200, data[first:], **said)
 
     def tree(self, repo, below, deep, folders=False):

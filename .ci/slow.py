@@ -3153,9 +3153,17 @@ except ValueError as e:
     said = asked('hf-dataset:a/list')
     assert "the hub's own fault (HTTP 500): repeat" in said, said
     hub.fails.clear()
-    hub.cut['prompts.csv'] = 100_000
+    hub.cut['prompts.csv'], hub.fails['prompts.csv'] = 100_000, 99
+    said = asked('hf-dataset:a/list')
+    assert "the hub's own fault (HTTP 500): repeat" in said and 'Traceback' not in said, said
+    hub.fails.clear()
+    hub.cut['prompts.csv'] = 300_000
     said = asked('hf-dataset:a/list')
     assert 'came' in said, said
+    columns = "a/list has no column 'of pictures', its columns are prompt: name one with --image-col, or take its prompts alone: --bank"
+    for status, more in (1, []), (0, ['--peek']):
+        said = sh('sdip_run', '--pairs', 'hf-dataset:a/list', '--out', 'run', *more, status=status, **there)
+        assert columns in said and 'Traceback' not in said, said
     hub.damaged['model.safetensors'] = 1
     said = asked('hf-hub:a/model')
     assert 'model.safetensors has SHA-256' in said and 'licence: unknown' in said, said

@@ -58,8 +58,9 @@ def _columns(row, address, image_col=None, prompt_col=None):
     for kind, given, found in ('image', image_col, pictures), ('prompt', prompt_col, texts):
         if given is not None and given not in row or given is None and not found:
             what = 'pictures' if kind == 'image' else 'prompts'
+            alone = ', or take its prompts alone: --bank' if kind == 'image' else ''
             raise ValueError(f"{address} has no column {given or f'of {what}'!r}, its columns are "
-                             f"{', '.join(row)}: name one with --{kind}-col")
+                             f"{', '.join(row)}: name one with --{kind}-col{alone}")
         out.append(given or found[0])
     return out
 
@@ -182,7 +183,8 @@ def _streams(address):
         parts = load_dataset(address.repo, revision=address.revision, streaming=True)
     except Exception as e:  # also ValueErrors of its own
         raise hub_error(address, e) from None
-    return {name: part.decode(False).skip for name, part in parts.items()}
+    plain = {k: p if p.features is None else p.decode(False) for k, p in parts.items()}  # None: of text files
+    return {k: p.skip for k, p in plain.items()}
 
 # %% ../nbs/00a_remote.ipynb #fetch-pairs
 def fetch_pairs(
@@ -215,13 +217,17 @@ def fetch_pairs(
 def peek(
     address: Address,  # of a dataset
     n: int = 3,  # rows
-) -> pd.DataFrame:  # n rows of each split; of a picture its bytes are counted
+) -> tuple:  # n rows of each split, where of a picture its bytes are counted; '' or what would stop a fetch
     "The first rows of a dataset, before gigabytes come"
     def shown(v):
         return f'picture, {len(_picture_bytes(v))/1e3:.0f} kB' if _is_picture(v) else v
 
     streams = _streams(address)
     with _in_our_words(address):
-        found = [dict(split=name) | {c: shown(v) for c, v in row.items()}
-                 for name, rest in streams.items() for row in islice(rest(0), n)]
-    return pd.DataFrame(found)
+        rows = [(name, row) for name, rest in streams.items() for row in islice(rest(0), n)]
+        table = pd.DataFrame([dict(split=k) | {c: shown(v) for c, v in row.items()} for k, row in rows])
+    try:
+        _columns(rows[0][1] if rows else {}, address)
+    except ValueError as e:
+        return table, str(e)
+    return table, ''

@@ -412,7 +412,9 @@ def _peek(pairs):
     found = [address for p in pairs or () if (address := read_address(p))]
     if not found:
         raise ValueError('--peek shows the first rows of a dataset on the hub: --pairs hf-dataset:org/name')
-    return '\n\n'.join(f'{o}\n{peek(o).to_string(index=False, max_colwidth=60)}' for o in found)
+    shown = ((o, *peek(o)) for o in found)
+    return '\n\n'.join(f'{o}\n{rows.to_string(index=False, max_colwidth=60)}' + (fault and f'\n{fault}')
+                       for o, rows, fault in shown)
 
 def _dry_run(out, preset, pairs, given, places, download):
     said = {k: given.pop(k, ()) for k in ('add', 'set')}
