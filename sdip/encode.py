@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from .array_shards import (intact_shards, join_shards, load_report, load_shard, Occurrences, read_joined,
                                refuse_strays, save_report, save_shard, shard_tag)
-from .core import hash_items, path_text, read_json, visible, write_json
+from .core import hash_items, path_text, read_json, visible
 from .engines import find_poison, pick_engine, run_shards
-from .lock import read_fields, shared_folder
+from .lock import claim_manifest, shared_folder
 
 # %% ../nbs/00f_encode.ipynb #encode-distinct
 def _distinct_items(items):
@@ -54,19 +54,6 @@ def _plan(items, names, few, encoder, shard_size, key, dtype):
     return dict(encoder=_fingerprint(encoder, key), weights=getattr(owner, 'sha256', None),
                 preprocessing=prep and prep.to_dict(), items=hash_items(names), n=len(items),
                 distinct=len(few), shard_size=shard_size, dtype=np.dtype(dtype).name)
-
-# %% ../nbs/00f_encode.ipynb #encode-claim
-def _claim(out, plan):
-    "Make the folder's manifest, or check that it says the same; the manifest"
-    file = out/'manifest.json'  # write_json makes the folder
-    if not file.exists():
-        write_json(plan, file)
-    old = read_fields(file, f'delete {out} and encode again')
-    other = [f"{k} = {old.get(k)!r}, now it is {new!r}" for k, new in plan.items() if old.get(k) != new]
-    if other:
-        raise ValueError(f"{out} was made with {'; with '.join(other)}: choose another folder, "
-                         "or delete this one")
-    return old
 
 # %% ../nbs/00f_encode.ipynb #encode-amp
 def _amp(encoder, amp):
@@ -203,7 +190,7 @@ def encode(
     few, which = _distinct_items(items)
     plan, rows = _plan(items, names, few, encoder, shard_size, key, dtype), Occurrences(which)
     spans = [(lo, min(lo + shard_size, len(few))) for lo in range(0, len(few), shard_size)]
-    with shared_folder(out, partial(_claim, out, plan)) as old:
+    with shared_folder(out, partial(claim_manifest, out/'manifest.json', plan)) as old:
         refuse_strays(out, shard_tag(plan))
         intact, whole = intact_shards(joined := read_joined(out, n, dtype), old, spans, rows)
         todo = {k: spans[k] for k in range(i, len(spans), m) if k not in intact}

@@ -17,22 +17,11 @@ import pandas as pd
 from .core import atomic_path, hash_items, keep_memory, read_json, right_shape, visible, write_json
 from .data import find_images
 from .engines import run_shards
-from .lock import folder_lock, read_fields
+from .lock import claim_manifest, folder_lock, read_fields
 from .encoders import ClipEncoder, shipped
 from .candidates import read_phrases
 from .captioners import BlipCaptioner, captions_of, CocaCaptioner, SceneCaptioner
 from .interrogator import check_mode, Interrogator, Words
-
-# %% ../nbs/05b_folder.ipynb #claim-folder
-def _claim_folder(out, plan):
-    "The folder belongs to this work; ValueError: it belongs to another"
-    file = out/'manifest.json'
-    if not file.exists():
-        write_json(plan, file)
-    for k, old in read_fields(file, 'delete the folder, or name another').items():
-        if old != plan.get(k):
-            raise ValueError(f"{out} holds work with {k} = {old!r}, now it is {plan.get(k)!r}: choose "
-                             "another folder, or delete this one")
 
 # %% ../nbs/05b_folder.ipynb #walk-blocks
 def _file(out, name, lo):
@@ -115,7 +104,7 @@ def interrogate_folder(
     if not images:
         raise ValueError("there are no pictures: name files, or folders that hold some")
     plan = dict(images=hash_items(images), n=len(images), mode=check_mode(mode), key=key)
-    _claim_folder(out, plan | dict(captioner=captioner is not None, block=block))
+    claim_manifest(out/'manifest.json', plan | dict(captioner=captioner is not None, block=block))
     blocks = {lo: (images[lo:lo + block], None) for lo in range(0, len(images), block)}
     if captioner:
         found = _pass(out, 'captions', blocks, partial(_loaded, captioner, _caption_block), engine, desc)

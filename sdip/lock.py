@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from .core import check_sha256, read_json, sha256
+from .core import check_sha256, read_json, sha256, write_json
 
 # %% ../nbs/00_lock.ipynb #process
 def _boot():
@@ -318,3 +318,19 @@ def read_fields(
             want = getattr(kind, '__name__', kind)
             raise ValueError(f'{file}: {name} is {have}, expected {want}: {remedy}')
     return content
+
+# %% ../nbs/00_lock.ipynb #claim-manifest
+def claim_manifest(
+    file,  # JSON that says what its folder was made from
+    plan: dict,  # what this job makes it from
+    **kinds,  # see `read_fields`
+) -> dict:  # what the file says, which may be more
+    "Write a folder's manifest, or check that it says the same. ValueError: it was made from something else"
+    if not file.exists():
+        write_json(plan, file)  # makes the folder too
+    old = read_fields(file, f'delete {file.parent} and begin again', **kinds)
+    other = [f"{k} = {old.get(k)!r}, now it is {new!r}" for k, new in plan.items() if old.get(k) != new]
+    if other:
+        raise ValueError(f"{file.parent} was made with {'; with '.join(other)}: choose another folder, "
+                         "or delete this one")
+    return old

@@ -26,11 +26,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .core import encodes, hash_items, write_json
+from .core import encodes, hash_items
 from .data import save_pairs
 from .engines import run_shards
 from .generate import paint_file, paint_jobs, parameters_text, StableDiffusion, usable_prompts
-from .lock import read_fields, shared_folder
+from .lock import claim_manifest, shared_folder
 from .shards import tar_pairs
 from .tars import read_index, write_index
 
@@ -246,14 +246,9 @@ def _plan(prompts, painter, per_prompt, seed, form):
 def _claim(out, plan):
     "Write the folder's note, or check that it says the same"
     file, table = out/'painting.json', out/'pairs.parquet'
-    if not file.exists():
-        if table.exists():
-            raise ValueError(f"{table} holds other pairs: move it, or choose another folder")
-        write_json(plan, file)
-    old = read_fields(file, 'choose another folder', settings=dict)
-    other = [f"{k} = {old.get(k)!r}, now it is {v!r}" for k, v in plan.items() if old.get(k) != v]
-    if other:
-        raise ValueError(f"{out} was painted with {'; '.join(other)}: choose another folder")
+    if not file.exists() and table.exists():
+        raise ValueError(f"{table} holds other pairs: move it, or choose another folder")
+    claim_manifest(file, plan, settings=dict)
 
 # %% ../nbs/00i_generate_tars.ipynb #tar-jobs
 def _tar_jobs(prompts, settings, per_prompt, seed, per_tar, k):

@@ -18,9 +18,8 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import SAVE_AGAIN, atomic_path, check_emb, hash_items, read_json, right_shape, sha256
-from .core import write_json
 from .engines import run_shards
-from .lock import folder_lock, read_fields
+from .lock import claim_manifest, folder_lock
 from .near_duplicates import BestMatch, Cells, Rows, Sketch, Sketched
 from .near_duplicates import cells_of, check_norms, check_threshold, greedy_walk, near_pairs
 
@@ -327,14 +326,7 @@ def _claim(plan, order):  # the plan's file: made, or found to say the same
     says = dict(rows=len(plan.files) - plan.base, base=plan.base, width=plan.files.shape[1],
                 threshold=plan.threshold, shard_size=plan.size, files=[sha256(f) for f in plan.files.files],
                 order='' if order is None else hash_items([order]))
-    file = plan.folder/'plan.json'
-    if not file.exists():
-        write_json(says, file)
-    old = read_fields(file, f'delete {plan.folder} and begin again')
-    other = [f"{k} = {old.get(k)!r}, now it is {v!r}" for k, v in says.items() if old.get(k) != v]
-    if other:
-        raise ValueError(f"{plan.folder} was made with {'; with '.join(other)}: choose another folder, "
-                         "or delete this one")
+    claim_manifest(plan.folder/'plan.json', says)
     plan.tag = hash_items([json.dumps(says)])
     if order is not None:
         plan.order = str(plan.folder/'order.npy')
