@@ -139,15 +139,30 @@ class GroupSampler:
             raise ValueError(f'a step of {bs} rows cannot be cut into {parts} parts for {world} processes: '
                              'raise bs, or lower accumulate')
         self.epoch, self.skip = 0, 0  # `skip`: batches of this epoch that a killed run has behind it
+        self.n, self.place, self.counts, self.kept = len(groups), None, (), (None, None)  # of `easy_first`
 
     def __len__(self):
-        return len(self.members) // self.bs*self.parts
+        return len(self._groups()) // self.bs*self.parts
 
 # %% ../nbs/00g_batches.ipynb #group-sampler-iter
 @patch
+def _groups(self: GroupSampler):
+    "The rows of each group that this epoch may draw"
+    count = self.counts[self.epoch] if self.epoch < len(self.counts) else None
+    if count is None:
+        return self.members
+    if self.kept[0] != count:
+        rows = np.concatenate(self.members)
+        of = np.repeat(np.arange(len(self.members)), [len(m) for m in self.members])
+        easy = self.place[rows] < count
+        rows, of = rows[easy], of[easy]
+        self.kept = count, np.split(rows, np.flatnonzero(np.diff(of)) + 1)
+    return self.kept[1]
+
+@patch
 def __iter__(self: GroupSampler):
     rng = np.random.default_rng([self.seed, self.epoch])
-    pick = np.array([m[rng.integers(len(m))] for m in self.members])
+    pick = np.array([m[rng.integers(len(m))] for m in self._groups()])
     if self.stream is None:
         rng.shuffle(pick)
         yield from (rows.tolist() for rows in self._cut(pick))
@@ -162,6 +177,31 @@ def _cut(self: GroupSampler, pick):
         step, part = divmod(i, self.parts)
         rows = pick[step*self.bs:(step+1)*self.bs]
         yield rows[part*self.world + self.rank::self.parts*self.world]
+
+# %% ../nbs/00g_batches.ipynb #easy-first
+@patch
+def easy_first(
+        self: GroupSampler,
+        ease,  # (n,) how well picture and prompt of a row agree; NaN: not known, hence last
+        shares,  # of the rows, for each epoch: the easiest ones; all of them in later epochs
+):
+    "Begin with the easy rows; ValueError: no number in `ease`, too few rows for a step in some epoch"
+    ease, rows = np.asarray(ease, np.float64), np.concatenate(self.members)
+    if ease.shape != (self.n, ) or not np.isfinite(ease[rows]).any():
+        raise ValueError(f'ease has shape {ease.shape} and {np.isfinite(ease).sum()} numbers, expected one '
+                         f'number for each of {self.n} rows: are the pictures unreadable?')
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f'shares are {shares}, expected numbers above 0 and up to 1')
+    rows = np.sort(rows)
+    self.place = np.empty(self.n, int)
+    self.place[rows[np.argsort(-ease[rows], kind='stable')]] = np.arange(len(rows))
+    self.counts = [None if share == 1 else max(1, round(share*len(rows))) for share in shares]
+    before = self.epoch
+    for self.epoch, count in enumerate(self.counts):
+        if count is not None and (n := len(self._groups())) < self.bs:
+            raise ValueError(f'the easiest {count} of {len(rows)} rows have {n} prompts, fewer than the '
+                             f'{self.bs} rows of a step: raise easy_first, or lower bs')
+    self.epoch = before
 
 # %% ../nbs/00g_batches.ipynb #processes
 def world_of_processes() -> tuple:  # (number of this process, number of all); (0, 1) alone

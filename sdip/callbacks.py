@@ -118,6 +118,7 @@ class History(Callback):
         "Begin anew, but not where one only validates or predicts"
         if not self.begun:
             self.rows, self.begun = [], True
+        self.bar.total = self.bar.n + (self.n_epoch - self.epoch)*len(self.dls.train)  # epochs may differ
 
     def after_batch(self):
         "Move the bar"

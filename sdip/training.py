@@ -150,9 +150,14 @@ def run_learner(
         raise ValueError("ShowGraphCallback draws into fastai's progress bar, off in a run by the recipe: "
                          'call learn.fit_one_cycle(epochs, learn.peaks), or plot the history afterwards')
     keep_memory()
-    parts, n = getattr(learn.dls.train.batch_sampler, 'parts', 1), epochs*len(learn.dls.train)
+    parts = getattr(learn.dls.train.batch_sampler, 'parts', 1)
     by_step = schedule(recipe.schedule, learn.peaks, recipe.pct_start)
-    lr = by_step if parts == 1 else lambda pct: by_step(round(pct*n) // parts*parts/n)
+
+    def by_whole_step(pct):
+        n = epochs*len(learn.dls.train)  # as if each epoch had the batches of this one
+        return by_step(round(pct*n) // parts*parts/n)
+
+    lr = by_step if parts == 1 else by_whole_step
     done = learn.checkpoint.epoch_done if hasattr(learn, 'checkpoint') else 0
     with learn.no_bar(), learn.no_logging():
         learn.fit(epochs, cbs=ParamScheduler(dict(lr=lr)), start_epoch=done)
