@@ -50,12 +50,14 @@ def _each_picture(strengths, size):
         steps.append(v2.ColorJitter(*[strengths['jitter']]*4))
     return v2.Compose(steps) if steps else None
 
-def _mixed(px, targ, weight, alpha):
-    "Each picture (b, 3, S, S), target and weight blended with the next row's"
+def _mixed(px, ys, alpha):
+    "Each picture (b, 3, S, S), target, weight and row of labels blended with the next row's"
     from torchvision.transforms import v2
-    rows = torch.cat([targ, weight[:, None]], 1)  # (b, 384 + 1)
+    targ, weight, *labels = ys
+    rows = torch.cat([targ, weight[:, None], *labels], 1)  # (b, 384 + 1 + labels)
     px, rows = v2.MixUp(alpha=alpha)(px.float(), rows)
-    return px.round().to(torch.uint8), F.normalize(rows[:, :-1], dim=1), rows[:, -1]
+    targ, weight, *labels = rows.split([targ.shape[1], 1, *(y.shape[1] for y in labels)], 1)
+    return px.round().to(torch.uint8), F.normalize(targ, dim=1), weight[:, 0], *labels
 
 # %% ../nbs/00g_mixup.ipynb #transformed-batch
 def transformed(
@@ -64,7 +66,8 @@ def transformed(
         weight: torch.Tensor,  # (b,)
         strengths: dict,  # of `read_augmentations`
         seed: int,  # of what is drawn
-) -> tuple:  # the three, changed; those that came in stay
+        *labels,  # (b, k) float, further targets, which only a mixture changes
+) -> tuple:  # pixels, targets, weights, labels, changed; those that came in stay
     "Crop, jitter and mix a batch by torchvision, the same from the same seed"
     x = px.permute(0, 3, 1, 2)  # (b, 3, S, S)
     with torch.random.fork_rng(devices=[]):
@@ -72,8 +75,8 @@ def transformed(
         if step := _each_picture(strengths, px.shape[1]):
             x = torch.stack([step(one) for one in x])
         if 'mixup' in strengths:
-            x, targ, weight = _mixed(x, targ, weight, strengths['mixup'])
-    return x.permute(0, 2, 3, 1), targ, weight
+            x, targ, weight, *labels = _mixed(x, (targ, weight, *labels), strengths['mixup'])
+    return x.permute(0, 2, 3, 1), targ, weight, *labels
 
 # %% ../nbs/00g_mixup.ipynb #callback
 class Transforms(Callback):
@@ -88,12 +91,12 @@ class Transforms(Callback):
         self.strengths, self.seed = strengths, seed
 
     def before_batch(self):
-        "Change pixels, targets and weights"
+        "Change pixels, targets, weights and labels"
         batch, rank = self.iter + self.dls.train.batch_sampler.skip, world_of_processes()[0]
         seed = np.random.default_rng([self.seed, self.epoch, batch, rank, 1]).integers(2**62).item()
-        targ, weight, *rest = self.yb
-        px, targ, weight = transformed(self.xb[0], targ, weight, self.strengths, seed)
-        self.learn.xb, self.learn.yb = (px, *self.xb[1:]), (targ, weight, *rest)
+        targ, weight, *labels = self.yb
+        px, *ys = transformed(self.xb[0], targ, weight, self.strengths, seed, *labels)
+        self.learn.xb, self.learn.yb = (px, *self.xb[1:]), tuple(ys)
 
 def augmentations(
         names,  # as `read_augmentations` takes them
