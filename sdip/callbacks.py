@@ -43,6 +43,7 @@ def cosine(
         pred: torch.Tensor,  # (b, 384)
         targ: torch.Tensor,  # (b, 384)
         weight=None,  # not used: the score counts all rows alike
+        labels=None,  # not used: it is about embeddings
 ) -> torch.Tensor:  # scalar: mean cosine
     "The score itself, as a metric for fastai's table"
     return F.cosine_similarity(pred.float(), targ.float(), dim=-1).mean()
