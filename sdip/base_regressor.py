@@ -28,9 +28,11 @@ from .mixup import augmentations
 from .recipe import Recipe
 from .training import (load_weights, make_learner, predict_images, run_learner, save_weights,
                            say_what_to_lower, undecayed)
+from .vocabulary import content_words, LossWithWords, row_ease, WordLabels
 from .average import blend_states
 from .adapters import add_lora, base_weights, merge_lora
-from .backbone import checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe
+from .backbone import (checkpoint_gradients, Features, ImageRegressor, layer_groups, prime_mlp, probe,
+                           width_of_both)
 from .base_learner import RegressorLearner
 from .training_hours import TimeBudget
 
@@ -39,6 +41,7 @@ class Regressor:
     "Pictures -> 384-d rows through a tower and a head; subclasses say which tower"
     kind, history, precision, workers, mean, trained_by = None, None, 'auto', None, None, None
     lora, start = None, None  # adapters, and the weights at the start, while they are needed
+    labels, ease = None, None  # words of the training rows, and how easy each is, where the recipe asks
 
     def __init__(
             self,
@@ -143,6 +146,8 @@ def _given_features(self: Regressor, features, at):
 @patch
 def _probe_features(self: Regressor, features, pairs, splits):
     "This process's stretch of each split: (n, d), (m, d), NaN where a picture cannot be read"
+    if features is not None and self.net.pool:
+        features = None  # the base CLIP's rows are one of the two pools
     if features is not None:
         features = np.asarray(features)
         self._check_features(features, pairs, splits[0])
@@ -172,6 +177,8 @@ def _start_head(self: Regressor, features, pairs, splits):
         mine, valid = _stretch(len(y)), _stretch(len(valid_y))
         coef, bias, self.probe_scores = probe(x, y[mine], valid_x, valid_y[valid], w[mine], through=through,
                                               shared=True)
+        if self.recipe.easy_first < 1 and self.ease is None:
+            self.ease = np.concatenate(share_among([row_ease(x, y[mine], coef, bias, through)]))
     self._set_last(coef, bias)
 
 # %% ../nbs/02_base_regressor.ipynb #set-last
@@ -194,6 +201,12 @@ def _key(self: Regressor, pairs, targets):
     made = dict(tower=repr(self.tower), head=self.net.kind, start=digest(start),
                 preprocessing=self.prep.to_dict(), split=f'{sizes}: {digest(pairs.split)}')
     made['undecayed'] = f'{len(undecayed(self.net))} tensors'
+    if self.net.pool:
+        made['pool'] = self.net.pool
+    if self.recipe.vocabulary:
+        rows['prompts'] = pairs.prompt.astype(str)
+    if self.recipe.easy_first < 1 and 'similarity' in pairs:
+        rows['similarity'] = pd.to_numeric(pairs.similarity, errors='coerce').astype(np.float32)
     return recipe | made | {k: digest(v) for k, v in rows.items()}
 
 # %% ../nbs/02_base_regressor.ipynb #learner-callbacks
@@ -214,17 +227,70 @@ def _callbacks(self: Regressor, dls, checkpoint, logged):
         start = self._start_score(dls, checkpoint)
         cbs.append(KeepBest(start, recipe.patience))
     if checkpoint:
-        checkpoint.notes = dict(start=start, probe_scores=self.probe_scores, weights=self.start)
+        ease = None if self.ease is None else torch.from_numpy(self.ease)
+        checkpoint.notes = dict(start=start, probe_scores=self.probe_scores, weights=self.start, ease=ease)
     cbs += augmentations(recipe.augment, recipe.seed)
     if logged:
         cbs.append(CsvLog())
     return cbs
 
+# %% ../nbs/02_base_regressor.ipynb #words-and-ease
+def _words_of(table, recipe):
+    "Labels of the training rows; None without a vocabulary"
+    if not recipe.vocabulary:
+        return None
+    if 'prompt' not in table:
+        raise ValueError(f'vocabulary={recipe.vocabulary} needs the prompts, but the pairs have no column '
+                         '`prompt`: add it, or leave vocabulary=0')
+    prompts = table.prompt.fillna('').tolist()
+    return WordLabels(prompts, content_words(prompts, recipe.vocabulary))
+
+def _ease_of(table, recipe):
+    "The column `similarity` of the training rows; None: not asked for, or the probe says it"
+    if recipe.easy_first == 1:
+        return None
+    if 'similarity' not in table:
+        if recipe.probe:
+            return None
+        raise ValueError(f'easy_first={recipe.easy_first} needs to know how well picture and prompt agree: '
+                         'give the pairs a column `similarity`, or set probe=True, whose head says it')
+    ease = pd.to_numeric(table.similarity, errors='coerce').to_numpy(np.float32)
+    if not np.isfinite(ease).any():
+        raise ValueError(f'the column `similarity` has no number in {len(ease)} training rows: measure it, '
+                         'or drop it, and the probe says which rows are easy')
+    return ease
+
+# %% ../nbs/02_base_regressor.ipynb #prepare
+@patch
+def _prepare(self: Regressor, pairs, recipe):
+    "What a training that was broken off has left goes; what the recipe's options ask for comes"
+    self._merge()
+    table = pairs[pairs.split == 'train']
+    self.labels, self.ease = _words_of(table, recipe), _ease_of(table, recipe)
+    if recipe.pool is None or self.net.pool == recipe.pool:
+        return
+    if recipe.probe is None:
+        raise ValueError("pool='both' widens the head, which probe=None would leave random: set probe=True")
+    width = width_of_both(self.net.body, self.prep.size)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # of an mlp's first layer
+        net = ImageRegressor(self.net.body, width, head=self.net.kind, pool=recipe.pool)
+    self.net = net.to(self.device).eval()
+
+@patch
+def _add_words(self: Regressor, rows, loss):
+    "Labels for the training rows, and a head that learns them; the loss with its second term"
+    if self.labels is None:
+        return loss
+    rows.ys.append(self.labels)
+    self.net.words = self.labels.head(self.net.width).to(self.device)
+    return LossWithWords(loss, self.recipe.vocabulary_weight)
+
 # %% ../nbs/02_base_regressor.ipynb #learner-make
 @patch
 def learner(
         self: Regressor,
-        pairs: pd.DataFrame,  # columns image, split, weight, group
+        pairs: pd.DataFrame,  # columns image, split, weight, group; prompt, similarity where `recipe` asks
         targets: np.ndarray,  # (n, 384) unit rows, one a pair
         root='.',  # folder that `pairs.image` is relative to
         recipe: Recipe = Recipe(),  # how to train
@@ -235,8 +301,8 @@ def learner(
 ) -> RegressorLearner:  # its `model` is this regressor's `net`
     "Data, head and callbacks in place, before the first step; ValueError for data that cannot be trained on"
     budget = [TimeBudget(recipe.hours)] if recipe.check().hours is not None else []  # the probe too
-    self._merge()  # what a training that was broken off has left
     targets, rank = _checked_targets(pairs, targets), world_of_processes()[0]
+    self._prepare(pairs, recipe)
     self.workers, feed = recipe.workers, recipe.feed | dict(quiet=quiet or rank > 0)
     splits = [_split_rows(pairs, targets, root, self.prep, split, **feed) for split in ('train', 'valid')]
     start_alike(self.net)  # a new head is random
@@ -263,14 +329,18 @@ def _adapt(self: Regressor, recipe):
 
 @patch
 def _merge(self: Regressor):
-    "Adapters become part of the tower's weights"
+    "Adapters become part of the tower's weights, a head of words goes"
     if self.lora is not None:
         merge_lora(self.lora)
         self.lora = None
+    del self.net.words
+    self.net.words = self.labels = None
 
 @patch
 def _remember(self: Regressor, begun):
-    "The weights at the start, where they will be part of those at the end"
+    "The rows' ease; the weights at the start, where they will be part of those at the end"
+    if begun and begun.state and begun.notes.get('ease') is not None:
+        self.ease = begun.notes['ease'].numpy()
     if not self.recipe.wise:
         self.start = None
     elif begun and begun.state:
@@ -287,14 +357,17 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
         own = tempfile.TemporaryDirectory(prefix='sdip-')  # for fastai's callbacks
     frozen = self._adapt(recipe)
     checkpoint_gradients(self.net.body, recipe.grad_checkpoint)
-    groups = layer_groups(self.net.body) + [[self.net.head]]
+    loss = self._add_words(splits[0], loss_by_name(recipe.loss))
+    groups = layer_groups(self.net.body) + [[part for part in (self.net.head, self.net.words) if part]]
     dls = make_loaders(*splits, splits[0].table.group.to_numpy(), recipe.bs, recipe.seed, recipe.workers,
                        device=self.device, parts=recipe.accumulate)
+    if self.ease is not None:
+        dls.train.batch_sampler.easy_first(self.ease, recipe.shares)
     head_open = [(None if depth is None else depth + 1, epochs) for depth, epochs in recipe.unfreezing]
     cbs = [*self._callbacks(dls, checkpoint, logged), *cbs]
     learn = make_learner(self.net, dls, self.prep, groups, replace(recipe, unfreezing=tuple(head_open)),
                          checkpoint=checkpoint, cbs=cbs, desc=self.kind, quiet=quiet, cls=RegressorLearner,
-                         watch_raw=recipe.watch_raw, frozen=frozen, loss_func=loss_by_name(recipe.loss),
+                         watch_raw=recipe.watch_raw, frozen=frozen, loss_func=loss,
                          path=checkpoint.file.parent if checkpoint else own.name)
     learn.own_folder, learn.precision = own, recipe.precision  # the folder goes when the learner goes
     return learn
@@ -303,7 +376,7 @@ def _learner(self: Regressor, splits, checkpoint, cbs, quiet, logged):
 @patch
 def fit(
         self: Regressor,
-        pairs: pd.DataFrame,  # columns image, split, weight, group
+        pairs: pd.DataFrame,  # columns image, split, weight, group; prompt, similarity where `recipe` asks
         targets: np.ndarray,  # (n, 384) unit rows, one a pair
         root='.',  # folder that `pairs.image` is relative to
         recipe: Recipe = Recipe(),  # how to train
@@ -341,6 +414,7 @@ def keep(
     self.history, self.report = learn.history.rows, list(seen.values())
     checkpoint_gradients(self.net.body, False)
     self._merge()
+    learn.dls.train.dataset.ys[2:] = []  # labels of words
     if self.start:
         share = self.recipe.wise
         now = {k: v.cpu() for k, v in self.net.state_dict().items()}
@@ -356,8 +430,9 @@ def save(
         folder,  # gets config.json and model.safetensors
 ):
     "Everything that prediction needs: architecture, preprocessing, weights, mean; and how they came about"
+    pool = dict(pool=self.net.pool) if self.net.pool else {}
     config = dict(kind=self.kind, sdip=__version__, tower=self.tower, width=self.net.width,
-                  head=self.net.kind, preprocess=self.prep.to_dict(),
+                  head=self.net.kind, **pool, preprocess=self.prep.to_dict(),
                   recipe=self.trained_by if self.history else None, probe_scores=self.probe_scores,
                   history=self.history,
                   mean=None if self.mean is None else np.round(self.mean.astype(float), 7).tolist())
@@ -376,7 +451,8 @@ def load(
     with right_shape(file):
         self.tower, prep = config['tower'], Preprocess.from_dict(config['preprocess'])
         body = self._body(prep, file)
-        net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'))
+        net = ImageRegressor(body, config['width'], head=config.get('head', 'linear'),
+                             pool=config.get('pool'))
         Regressor.__init__(self, load_weights(net, folder), prep, device)
         self.history, self.probe_scores = config['history'], config['probe_scores']
         self.trained_by = config['recipe']

@@ -58,6 +58,10 @@ class Recipe(_Steps):
     optimizer: str = 'adamw'  # or 'madgrad', 'madgradw', 'lion', 'nadamw'
     lora: int = 0  # rank of adapters beside the tower's frozen linear layers; 0: all weights train
     wise: float = 0.  # share of the weights at the start in those at the end (WiSE-FT)
+    vocabulary: int = 0  # most frequent words of the prompts that a second head learns; 0: no such head
+    vocabulary_weight: float = .1  # of its loss beside the first one's
+    easy_first: float = 1.  # share of the rows in the first epoch, the easiest; all of them from halfway on
+    pool: str | None = None  # 'both': features of class token and patches; None: the tower's own
 
 # %% ../nbs/00g_recipe.ipynb #recipe-scale
 @patch
@@ -79,8 +83,16 @@ def rule(
     epochs = f"{self.epochs} epoch{'s' if self.epochs != 1 else ''}"
     return f'{epochs}, {self.bs} rows a step{parts}{where}, lr {self.lr:g}'
 
+# %% ../nbs/00g_recipe.ipynb #shares
+@patch(as_prop=True)
+def shares(self: Recipe):
+    "The share of the rows that each epoch draws from"
+    steps = max((self.epochs - 1)/2, .5)
+    return [min(1., self.easy_first + (1 - self.easy_first)*i/steps) for i in range(self.epochs)]
+
 # %% ../nbs/00g_recipe.ipynb #recipe-outcome
-_LATER = 'draft', 'loss', 'optimizer', 'lora', 'wise'  # fields that older checkpoints do not know
+_LATER = ('draft', 'loss', 'optimizer', 'lora', 'wise', 'vocabulary', 'vocabulary_weight', 'easy_first',
+          'pool')  # fields that older checkpoints do not know
 
 @patch(as_prop=True)
 def feed(self: Recipe):
@@ -93,6 +105,26 @@ def outcome(self: Recipe):
     other = {'minutes', 'hours', 'workers', 'cache', 'cache_gb'}
     off = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
     return {k: v for k, v in asdict(self).items() if k not in other | off}
+
+# %% ../nbs/00g_recipe.ipynb #recipe-check-options
+@patch
+def _check_words(self: Recipe):
+    "ValueError for a vocabulary that teaches the tower nothing"
+    if self.vocabulary < 0 or not self.vocabulary_weight > 0:
+        raise ValueError(f'vocabulary is {self.vocabulary} and vocabulary_weight {self.vocabulary_weight}: '
+                         'expected a number of words, such as 1000, or 0 for none, and a weight above 0')
+    if self.vocabulary and all(depth == 0 for depth, _ in self.unfreezing):
+        raise ValueError(f'vocabulary={self.vocabulary} teaches the tower, but unfreezing='
+                         f'{self.unfreezing} leaves all of it frozen: open a group, or vocabulary=0')
+
+@patch
+def _check_easy(self: Recipe):
+    "ValueError for a share that is none, or that leaves rows out for ever"
+    if not 0 < self.easy_first <= 1:
+        raise ValueError(f'easy_first is {self.easy_first}, expected a share above 0; 1 for all rows at once')
+    if self.easy_first < 1 and self.epochs == 1:
+        raise ValueError(f'easy_first={self.easy_first} with one epoch leaves the other rows out: '
+                         'train two epochs or more, or easy_first=1')
 
 # %% ../nbs/00g_recipe.ipynb #recipe-check
 @patch
@@ -109,6 +141,10 @@ def check(self: Recipe) -> Recipe:  # itself
     if 'mixup' in read_augmentations(self.augment)[1] and self.loss == 'contrastive':
         raise ValueError("augment has mixup and loss is 'contrastive': a mixture of two prompts has no "
                          "prompt of its own in the batch; leave one of the two out")
+    self._check_words()
+    self._check_easy()
+    if self.pool not in (None, 'both'):
+        raise ValueError(f"pool is {self.pool!r}, expected 'both', or None for the tower's own")
     return self
 
 # %% ../nbs/00g_recipe.ipynb #field-value
