@@ -1455,6 +1455,33 @@ def test_two_processes():
         'config.json', 'history.csv', 'model.safetensors', 'scores.json', 'targets', 'valid.npz'
     ]
 
+OPTIONS = '''
+import sys
+from two import Kill, real_run
+
+if __name__ == '__main__':
+    out, *kill = sys.argv[1:]
+    real_run(out, cbs=[Kill()]*len(kill), vocabulary=40, easy_first=.5, pool='both', unfreezing=((1, 1), (None, 2)))
+'''
+
+def test_options_of_two_processes():
+    """A vocabulary, easy pairs first and both pools: torchrun with two CPU processes, killed in mid-epoch and
+    taken up, ends with the weights of one"""
+    import torch
+    sh('sdip_generate', 'world', '--n', 150, '--seed', 4)
+    Path('two.py').write_text(TWO)
+    Path('options.py').write_text(OPTIONS)
+    sh(sys.executable, 'options.py', 'one', **NO_CARD)
+    two = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'options.py', 'two')
+    sh(*two, 'kill', status=1, **NO_CARD)
+    place = torch.load('two/checkpoint.pt', weights_only=True)
+    assert (place['epoch'], place['batch']) == (1, 4) and 'words.weight' in place['model'], place['model'].keys()
+    assert place['notes']['ease'].shape[0] and not Path('two/config.json').exists()
+    sh(*two, **NO_CARD)
+    same_end('one', 'two')
+    said = json.loads(Path('two/config.json').read_text())
+    assert said['pool'] == 'both' and said['recipe']['vocabulary'] == 40, said['recipe']
+
 ALONE = '''
 import datetime, os, time
 import sdip.batches as b

@@ -126,13 +126,13 @@ def both_pools(
 # %% ../nbs/02_backbone.ipynb #lacks
 def _lacks(tower):
     "Why a tower has no second pool; None where it may have one"
-    net, none = getattr(tower, 'trunk', tower), 'has no patch tokens, its features are pooled over all places'
+    net = getattr(tower, 'trunk', tower)
     if hasattr(net, 'transformer'):
-        if net.attn_pool is not None:
+        if getattr(net, 'attn_pool', None) is not None:
             return 'pools by attention, and its tokens are for a caption'
         return 'gives the mean of its patches already' if net.pool_type == 'avg' else None
     if getattr(net, 'num_prefix_tokens', None) is None:
-        return none
+        return 'has no patch tokens, its features are pooled over all places already'
     if net.global_pool == 'avg' and (net.cls_token is None or not net.num_prefix_tokens):
         return 'gives the mean of its patches already, and has no class token'
     return None
