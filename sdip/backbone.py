@@ -132,7 +132,7 @@ def _lacks(tower):
             return 'pools by attention, and its tokens are for a caption'
         return 'gives the mean of its patches already' if net.pool_type == 'avg' else None
     if getattr(net, 'num_prefix_tokens', None) is None:
-        return 'has no patch tokens, its features are pooled over all places already'
+        return "has no patch tokens that are known (a ConvNet's features are a mean over all places already)"
     if net.global_pool == 'avg' and (net.cls_token is None or not net.num_prefix_tokens):
         return 'gives the mean of its patches already, and has no class token'
     return None
