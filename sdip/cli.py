@@ -362,11 +362,11 @@ def _dedup_and_write(given, name, minilm, how, files):  # how: of `dedup_rows`; 
 # %% ../nbs/03_finetune_vit.ipynb #command
 @_command(_GOES_ON)
 def sdip_finetune(
-        kind: _one_of('clip vit'),  # clip or vit
+        kind: _one_of('clip vit blip'),  # clip, vit or blip
         pairs: _several() = None,  # folders of pictures with their prompts, or tables of both
         out: str = None,  # folder for the model; default runs/KIND; a killed run goes on there
         preset: _one_of('playground original full') = 'playground',  # shipped towers or real ones
-        model: str = None,  # another model: a CLIP's folder or name; a timm model's name, or imagenet
+        model: str = None,  # a CLIP's or BLIP's folder or address, a CLIP's or timm model's name, or imagenet
         weights: str = None,  # a CLIP's tag or file; for timm imagenet, pretrained, a file or a folder
         head: _one_of('linear mlp') = 'linear',  # linear or mlp
         img_size: int = None,  # size of the pictures in pixels; default: the model's own

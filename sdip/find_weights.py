@@ -220,7 +220,7 @@ def survey_text(
     gb = {f['role']: f['gb'] for f in found}
     lines = [line for f in found for line in _network_lines(f, models[0])]
     members = args.get('members') or dict(clip=dict(kind='clip'))
-    trains = any(m['kind'] in ('clip', 'vit') for m in members.values())
+    trains = any(m['kind'] in ('clip', 'vit', 'blip') for m in members.values())
     lines += [_minilm_line(), _disk_line(gb, out, trains), _memory_line(gb)]
     if args.get('bank'):
         shown = args['bank'] if isinstance(args['bank'], str) else ', '.join(map(str, args['bank']))

@@ -22,6 +22,7 @@ from .training import load_weights
 from .backbone import check_size, ImageRegressor
 from .recipe import Recipe
 from .base_regressor import Regressor
+from .blip import BlipRegressor
 from .finetune_clip import ClipRegressor, finetune
 
 # %% ../nbs/03_finetune_vit.ipynb #timm-source
@@ -191,21 +192,30 @@ _FULL_RECIPE = Recipe(ema_decay=0.999, augment=('shift', 'light'), accumulate=2,
 FINETUNE = dict(playground=dict(recipe=_SMALL_RECIPE, clip=None, vit=None),
                 original=dict(recipe=Recipe(), **_LARGE), full=dict(recipe=_FULL_RECIPE, **_LARGE))
 
+def _blip(model, weights, **how):
+    "A BLIP's regressor, which no preset names a model for"
+    if weights or not model:
+        raise ValueError(f"kind 'blip' with model={model!r}, weights={weights!r}: give as model a folder, or "
+                         "an address such as 'hf-hub:Salesforce/blip-itm-base-coco', which brings its weights")
+    return BlipRegressor(model, **how)
+
 # %% ../nbs/03_finetune_vit.ipynb #make-regressor
 def make_regressor(
-    kind: str,  # 'clip' or 'vit'
+    kind: str,  # 'clip', 'vit' or 'blip'
     preset: str = 'playground',  # one of FINETUNE
-    model: str | None = None,  # instead of the preset's: a CLIP's folder or name, a timm model's, 'imagenet'
+    model: str | None = None,  # a CLIP's folder or name, a timm model's, 'imagenet'; a BLIP's folder
     weights: str | None = None,  # a CLIP's tag or file; for timm 'imagenet', 'pretrained', a file, a folder
     head: str = 'linear',  # or 'mlp'
     device=None,  # None: the GPU where there is one
     img_size: int | None = None,  # another than the model's own, in pixels
 ) -> Regressor:
     "The regressor that a preset names, or one of another model; ValueError for an unknown kind or preset"
-    if kind not in ('clip', 'vit'):
-        raise ValueError(f"kind {kind!r} is unknown, known are clip and vit")
+    if kind not in ('clip', 'vit', 'blip'):
+        raise ValueError(f"kind {kind!r} is unknown, known are clip, vit and blip")
     if preset not in FINETUNE:
         raise ValueError(f"preset {preset!r} is unknown, known are {', '.join(FINETUNE)}")
+    if kind == 'blip':
+        return _blip(model, weights, head=head, device=device, img_size=img_size)
     if not (model or weights):
         model, weights = FINETUNE[preset][kind] or (None, None)
     if not (model or weights):

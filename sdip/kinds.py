@@ -19,7 +19,7 @@ from .folds import group_folds
 _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear', recipe={}, options={})
 _NETWORK = 'source', 'weights', 'sha256', 'size', 'head', 'recipe'
 _READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=(*_NETWORK, 'options'),
-              classes=(), frozen=('options', ))
+              classes=(), frozen=('options', ), blip=[f for f in _NETWORK if f != 'weights'])
 _OPTIONS = dict(knn=dict(bank=('best', 'texts')),
                 frozen=dict(by=('group', 'source'), whole=(True, False), backbones=list, dims=int,
                             landmarks=int, width=float),
@@ -52,6 +52,9 @@ def _check_fields(name, m, kinds):  # m: what the table says of a member
     if unknown := sorted(m.keys() - {'kind', *reads}):
         raise ValueError(f'member {name!r} says {unknown[0]!r}, which kind {m["kind"]!r} does not read: '
                          f"it reads {', '.join(reads)}")
+    if m['kind'] == 'blip' and not m.get('source'):
+        raise ValueError(f"member {name!r} is of kind 'blip' and has no source: name a folder in "
+                         "transformers' format, or an address such as hf-hub:Salesforce/blip-itm-base-coco")
     return {k: typed(f'{name}.{k}', m.get(k, _DEFAULTS[k]), _TYPES[k]) for k in reads}
 
 # %% ../nbs/08_kinds.ipynb #check-options

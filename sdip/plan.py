@@ -70,16 +70,18 @@ def card_here() -> Card | None:  # None: no GPU
 
 # %% ../nbs/07a_plan.ipynb #hollow-net
 def hollow_net(
-        kind: str,  # 'clip' (a model of open_clip) or 'vit' (one of timm)
-        name: str,  # of the model: ViT-L-14, vit_large_patch16_384
+        kind: str,  # 'clip' (a model of open_clip), 'vit' (one of timm) or 'blip' (a folder)
+        name: str,  # of the model: ViT-L-14, vit_large_patch16_384, or the folder
         img_size: int | None = None,  # of the pictures, where it is not the model's own
         head: str = 'linear',  # or 'mlp'
 ) -> tuple:  # (ImageRegressor without storage, its picture size)
     "A regressor of the true shapes, without weights; ValueError for a kind or a name that is not known"
     if kind == 'clip':
         return _hollow_clip(name, img_size, head)
+    if kind == 'blip':
+        return _hollow_blip(name, img_size, head)
     if kind != 'vit':
-        raise ValueError(f'kind {kind!r} has no network to train, known are clip and vit')
+        raise ValueError(f'kind {kind!r} has no network to train, known are clip, vit and blip')
     import timm
     if not timm.is_model(name):
         raise ValueError(f'{name!r} is no timm model; all: timm.list_models()')
@@ -91,6 +93,12 @@ def hollow_net(
     return net, img_size or timm.data.resolve_model_data_config(body)['input_size'][1]
 
 # %% ../nbs/07a_plan.ipynb #hollow-clip
+def _hollow_blip(folder, img_size, head):
+    from sdip.blip import read_blip
+    body, _, prep = read_blip(folder, img_size, hollow=True)
+    with torch.device('meta'):
+        return ImageRegressor(body, body.width, head=head), prep.size
+
 def _hollow_clip(name, img_size, head):
     import open_clip
     config = open_clip.get_model_config(name)
@@ -390,7 +398,7 @@ def plans_of(
     "The plans of all members that are trained"
     out = []
     for name, m in members.items():
-        if m['kind'] not in ('clip', 'vit'):
+        if m['kind'] not in ('clip', 'vit', 'blip'):
             continue
         net, size = _hollow(m['kind'], m['model'], m.get('img_size'), m.get('head') or 'linear')
         recipe = Recipe(**m['recipe'])

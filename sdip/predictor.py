@@ -425,6 +425,8 @@ def _model_class(kind, folder):
         from sdip.finetune_clip import ClipRegressor as Model
     elif kind == 'vit_regressor':
         from sdip.finetune_vit import VitRegressor as Model
+    elif kind == 'blip_regressor':
+        from sdip.blip import BlipRegressor as Model
     elif kind == 'knn':
         from sdip.knn import KNNRegressor as Model
     elif kind == 'interrogator':
@@ -435,7 +437,7 @@ def _model_class(kind, folder):
         from sdip.frozen import FrozenRegressor as Model
     else:
         raise ValueError(f'{folder} holds a model of kind {kind!r}: known are clip_regressor, vit_regressor, '
-                         'knn, classes, frozen_regressor and interrogator; '
+                         'blip_regressor, knn, classes, frozen_regressor and interrogator; '
                          f'an own class is passed from Python, kinds={{{kind!r}: ..}}')
     return Model
 
@@ -443,7 +445,7 @@ def _model_class(kind, folder):
 def _checked_kind(file):  # config.json of a saved model -> its kind
     remedy = 'train it again, or let sdip_run make it anew'
     kind = read_fields(file, remedy, kind=str)['kind']
-    if kind not in ('clip_regressor', 'vit_regressor'):
+    if kind not in ('clip_regressor', 'vit_regressor', 'blip_regressor'):
         return kind
     said = read_fields(file, remedy, tower=dict, preprocess=dict, width=int, weights_sha256=str,
                        head=str | None, history=list | None, probe_scores=dict | None)
@@ -452,7 +454,7 @@ def _checked_kind(file):  # config.json of a saved model -> its kind
         raise ValueError(f'{weights} is missing: {remedy}')
     if kind == 'clip_regressor':
         check_model_cfg(said['tower'], file)
-    else:
+    elif kind == 'vit_regressor':
         check_timm_args(said['tower'].get('kw'), file)
     return kind
 
