@@ -195,8 +195,9 @@ FINETUNE = dict(playground=dict(recipe=_SMALL_RECIPE, clip=None, vit=None),
 def _blip(model, weights, **how):
     "A BLIP's regressor, which no preset names a model for"
     if weights or not model:
-        raise ValueError(f"kind 'blip' with model={model!r}, weights={weights!r}: give as model a folder, or "
-                         "an address such as 'hf-hub:Salesforce/blip-itm-base-coco', which brings its weights")
+        raise ValueError(f"kind 'blip' with model={model!r}, weights={weights!r}: give as model a "
+                         "folder or an address such as 'hf-hub:Salesforce/blip-itm-base-coco', which "
+                         'brings its weights')
     return BlipRegressor(model, **how)
 
 # %% ../nbs/03_finetune_vit.ipynb #make-regressor
