@@ -118,9 +118,13 @@ def test_predict():
     shutil.copy('submission.csv', 'truth.csv')
     assert 'truth 1.0000' in sh('sdip_predict', 'in', '--run', 'run', '--out', 'again.csv', '--truth',
                                 'truth.csv')
+    assert '3 pictures, checked' in sh('sdip_predict', 'in', '--run', 'run', '--views', 'flip,1.15', '--out', 'views.csv')
+    assert Path('views.csv').read_bytes() != Path('submission.csv').read_bytes()
     Path('empty').mkdir()
     for command, reason in ((('empty', '--run', 'run'), 'empty'),
                             (('in', '--run', 'nowhere'), 'holds neither run.json nor config.json'),
+                            (('in', '--run', 'nowhere', '--views', 'flop'), "'flop' is no view"),
+                            (('in', '--run', 'run', '--views', 'flip', '--deadline', 9), 'a deadline beside views'),
                             (('in', '--run', 'run/knn'), 'KNNRegressor is one model'),
                             (('in', '--run', 'run', '--out', 'in/notes.txt/x.csv'), 'cannot write')):
         assert reason in sh('sdip_predict', *command, *(() if '--out' in command else ('--out', 'other.csv')),

@@ -23,7 +23,8 @@ from .artifacts import Run
 from .report import scoreboard_text
 from .sources import find_sources
 from .find_weights import ROLES, find_outside, load_outside
-from .predictor import FoldModel, OnCard, load_predictor
+from .prediction import OnCard
+from .predictor import FoldModel, load_predictor
 
 # %% ../nbs/08c_attached.ipynb #attached-weights
 def attached_weights(

@@ -525,25 +525,21 @@ def sdip_predict(
         download: bool = False,  # without a run: fetch CLIP and prompts once (4 GB), and answer with these
         engine: _one_of('local ray') = 'local',  # ray: workers on all CPUs or GPUs, or on a cluster
         address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
+        views: str = None,  # mean over views of each picture: flip, zooms, corners=ZOOM, such as flip,1.15
 ):
     "Predict the prompt embeddings of pictures"
     import time
-    start = time.monotonic()
+    until = None if deadline is None else time.monotonic() + 60*deadline
     _free(force, out, given=[*([images] if isinstance(images, str) else images), truth])
-    from sdip.data import find_images
     from sdip.engines import engine_of
-    from sdip.predictor import load_predictor, predict_text, predict_to_csv
-    from sdip.submit import time_text
+    from sdip.predictor import load_predictor, predict_and_say
+    from sdip.views import read_views, Views
     from sdip.zero_shot import usual_run
+    shown = views and read_views(views)  # a misprint is found before anything is loaded
     by, saved = engine_of(engine, address), usual_run(run, download)
-    p, files = load_predictor(saved), find_images(images, stems=True)
-    if line := p.knows() if hasattr(p, 'knows') else '':
-        print(line, flush=True)
-    print(f"predicting for {len(files)} file{'s' if len(files) != 1 else ''} ..", flush=True)
-    found = predict_to_csv(images, p, out, None if deadline is None else start + 60*deadline, by, saved)
-    if slow := time_text(found):
-        print(slow)
-    print(predict_text(found, p, out, truth))
+    p = load_predictor(saved)
+    p = Views(p, **shown) if shown else p
+    predict_and_say(images, p, out, truth, until=until, engine=by, saved=saved)
 
 # %% ../nbs/08b_show.ipynb #command-show
 @_command('the page is closed, and what was uploaded is deleted')

@@ -6,6 +6,7 @@
 __all__ = ['Prediction', 'Predictions']
 
 # %% ../nbs/06_prediction.ipynb #imports
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fastcore.basics import patch
 
 from .core import EMB_DIM, hash_items, path_text, row_cosine, sha256, visible
 from .data import find_images
+from .cluster import move_to
 from .encode import encode
 from .hub import local_folder
 from .page import Html, markup, thumbnail
@@ -186,13 +188,14 @@ class SavedRows:
     def __init__(
             self,
             saved,  # folder, hf-hub:org/name, a list of them, None: what `load` takes
-            load,  # function of it that gives the model, such as `load_predictor`
+            load,  # function of it that gives the model, such as `load_predictor`; may have a fingerprint
     ):
         self.saved, self.load, self.model, self.report = saved, load, None, []
         said = [saved] if saved is None or isinstance(saved, (str, Path)) else saved
         folders = [local_folder(f) for f in said if f is not None]
         self.needs = [f for folder in folders for f in sorted(Path(folder).glob('*.json'))]
-        self.fingerprint = f'rows of {hash_items([str(saved), *map(sha256, self.needs)])[:16]}'
+        asked = [load.fingerprint] if hasattr(load, 'fingerprint') else []
+        self.fingerprint = f'rows of {hash_items([str(saved), *asked, *map(sha256, self.needs)])[:16]}'
 
     def __getstate__(self):
         return vars(self) | dict(model=None)
@@ -233,3 +236,40 @@ def predict_shards(
     reader = SavedRows(saved, load)
     rows = encode(find_images(images, stems=True), reader, out, engine, 256, dtype='float32')  # (n, 385)
     return Known(np.asarray(rows[:, :EMB_DIM]), np.asarray(rows[:, EMB_DIM]), reader.report)
+
+# %% ../nbs/06_prediction.ipynb #on-card
+class OnCard:
+    "A model that is on its card only while it answers"
+    def __init__(
+            self,
+            model,  # loaded, on the CPU
+            card,  # a device
+    ):
+        self.model, self.card = model, card
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def predict(
+            self,
+            images,  # as the model takes them
+            **given,  # likewise
+    ) -> np.ndarray:  # (n, 384)
+        "The model's rows; it leaves the card afterwards, whatever happens"
+        with on_card([self]):
+            return self.model.predict(images, **given)
+
+# %% ../nbs/06_prediction.ipynb #on-card-2
+@contextmanager
+def on_card(
+        models,  # some of them `OnCard`
+):
+    "Inside the block these models are on their cards"
+    moved = [m for m in models if isinstance(m, OnCard)]
+    try:
+        for m in moved:
+            move_to(m.model, m.card)
+        yield
+    finally:
+        for m in moved:
+            move_to(m.model, 'cpu')

@@ -9,7 +9,6 @@ __all__ = ['RunPredictor', 'load_predictor', 'predict_to_csv']
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,13 @@ from .interrogator import Words
 from .inputs import run_decoder
 from .find_weights import find_outside, load_outside, outside_fault
 from .members import mean_rows
-from .prediction import members_of, predict_shards, Prediction, Predictions, text_expected
+from .prediction import (members_of, on_card, OnCard, predict_shards, Prediction, Predictions,
+                             text_expected)
 from .photo import PhotoPredictor
 from .report import expected_cosines, may_speak, nearest_prompts
 from .decoding import check_rows
 from .several import several_of
+from .views import Views
 
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
@@ -74,43 +75,6 @@ class FoldModel:
         rows = [m.predict(images, **given) for m in self.models]
         self.report, self.words = self.models[0].report, getattr(self.models[0], 'words', None)
         return mean_rows(rows)
-
-# %% ../nbs/08a_predictor.ipynb #on-card
-class OnCard:
-    "A model that is on its card only while it answers"
-    def __init__(
-            self,
-            model,  # loaded, on the CPU
-            card,  # a device
-    ):
-        self.model, self.card = model, card
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def predict(
-            self,
-            images,  # as the model takes them
-            **given,  # likewise
-    ) -> np.ndarray:  # (n, 384)
-        "The model's rows; it leaves the card afterwards, whatever happens"
-        with on_card([self]):
-            return self.model.predict(images, **given)
-
-# %% ../nbs/08a_predictor.ipynb #on-card-2
-@contextmanager
-def on_card(
-        models,  # some of them `OnCard`
-):
-    "Inside the block these models are on their cards"
-    moved = [m for m in models if isinstance(m, OnCard)]
-    try:
-        for m in moved:
-            move_to(m.model, m.card)
-        yield
-    finally:
-        for m in moved:
-            move_to(m.model, 'cpu')
 
 # %% ../nbs/08a_predictor.ipynb #deal
 def deal(
@@ -483,27 +447,41 @@ def _captioner_elsewhere(folder, path, digest):
                          f'{outside_fault(found)}: put it there')
     return found['path']
 
-# %% ../nbs/08a_predictor.ipynb #predict-to-csv
+# %% ../nbs/08a_predictor.ipynb #by-workers
+class _WithViews:
+    "Loads a model in another process, to be asked about the same views"
+    def __init__(self, views):
+        self.views, self.fingerprint = views, f'views {views}'
+
+    def __call__(self, saved):
+        return Views(load_predictor(saved), **self.views)
+
 def _by_workers(images, p, out, until, engine, saved):
     if until is not None:
         raise ValueError('a deadline needs engine local: the shards of other workers end when they end')
-    found = predict_shards(images, saved, load_predictor, f'{out}.parts', engine)
+    load = _WithViews(p.views) if isinstance(p, Views) else load_predictor
+    found = predict_shards(images, saved, load, f'{out}.parts', engine)
     p.expected = found.expected
     return found
 
+# %% ../nbs/08a_predictor.ipynb #predict-to-csv
 def predict_to_csv(
         images,  # files and folders of pictures
-        p,  # of `load_predictor`: a run's, or the one for photographs
+        p,  # of `load_predictor`: a run's, or the one for photographs; or `Views` of it
         out,  # submission to write
         until: float = None,  # on `time.monotonic`'s clock, when the file must be there; None: take your time
         engine='local',  # who predicts, see `run_shards`
         saved=None,  # with another engine: what `load_predictor` was given; its workers load it
 ) -> dict:  # as of `submit_in_time`
-    "Write a checked submission. ValueError: no picture can be read, all models fail, or no mean is known"
+    "Write a checked submission. ValueError: no readable picture, no model that answers, no mean; late views"
     from sdip.submit import submit_in_time
     keep_memory()
+    if until is not None and isinstance(p, Views):
+        raise ValueError(f'a deadline beside views {p.views}: a model that is late is left out whole, and '
+                         'views make each of them later; leave out the one or the other')
     if not hasattr(p, 'mean_vector'):
-        raise ValueError(f'{type(p).__name__} is one model and knows no mean vector for pictures that '
+        one = p.model if isinstance(p, Views) else p
+        raise ValueError(f'{type(one).__name__} is one model and knows no mean vector for pictures that '
                          'cannot be read: give the run folder')
     models, blend = {'run': p}, None
     if engine != 'local':
@@ -546,3 +524,23 @@ def _scores_of(out, truth, mean):  # -> (score of the submission, score of the m
     row = {i: n for n, i in enumerate(true_ids)}
     targ = targ[[row[i] for i in ids]]
     return mean_cosine(emb, targ), mean_cosine(np.repeat(mean[None], len(ids), axis=0), targ)
+
+# %% ../nbs/08a_predictor.ipynb #predict-and-say
+def predict_and_say(
+        images,  # files and folders of pictures
+        p,  # of `load_predictor`, or `Views` of it
+        out,  # submission to write
+        truth=None,  # CSV of the same form with the true embeddings
+        **how,  # until, engine, saved: as for `predict_to_csv`
+):
+    "What `sdip_predict` does, with what it says; ValueError as from `predict_to_csv`"
+    from sdip.data import find_images
+    from sdip.submit import time_text
+    n = len(find_images(images, stems=True))
+    if line := p.knows() if hasattr(p, 'knows') else '':
+        print(line, flush=True)
+    print(f"predicting for {n} file{'s' if n != 1 else ''} ..", flush=True)
+    found = predict_to_csv(images, p, out, **how)
+    if slow := time_text(found):
+        print(slow)
+    print(predict_text(found, p, out, truth))

@@ -6,6 +6,8 @@
 __all__ = ['Views']
 
 # %% ../nbs/06_views.ipynb #imports
+import math
+
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps
@@ -46,10 +48,10 @@ class Views:
     ):
         "ValueError for a zoom below 1, or for no view at all"
         asked = [*zooms, *([corners] if corners is not None else [])]
-        if not asked or min(asked) < 1:
+        if not asked or not all(1 <= z < math.inf for z in asked):
             raise ValueError(f'zooms are {tuple(zooms)}, corners {corners}: expected one zoom at least, each '
                              '1 (the whole picture) or more, such as 1.15')
-        self.model, self.bs, self.report = model, bs, []
+        self.model, self.bs, self.report, self.expected = model, bs, [], np.empty(0)
         self.views = dict(zooms=tuple(zooms), corners=corners, flip=flip)
 
     def __getattr__(self, name):
@@ -60,18 +62,21 @@ class Views:
 # %% ../nbs/06_views.ipynb #views-predict
 @patch
 def _mean(self: Views, pictures):
-    "(b, 384) of pictures that can be read"
-    shown = [views_of(img, **self.views) for img in pictures]
-    each = [unit(self.model.predict(list(views))) for views in zip(*shown)]  # of (b, 384)
-    return np.mean(each, 0)
+    "(b, 384) of pictures that can be read; (b,) cosines to expect, NaN where the model says none"
+    each, expected = [], []
+    for views in zip(*(views_of(img, **self.views) for img in pictures)):
+        each.append(unit(self.model.predict(list(views))))  # (b, 384)
+        expected.append(getattr(self.model, 'expected', np.full(len(views), np.nan)))
+    return np.mean(each, 0), np.mean(expected, 0)
 
 @patch
 def predict(
         self: Views,
         images,  # paths, PIL images, bytes or arrays
 ) -> np.ndarray:  # (n, 384) float32, means of unit rows; NaN where unreadable (see `.report`)
-    "Predicted embeddings, in the order of `images`"
+    "Predicted embeddings, in the order of `images`; `.expected` (n,): the mean of what the model expects"
     out, self.report = np.full((len(images), EMB_DIM), np.nan, np.float32), []
+    self.expected = np.full(len(images), np.nan)
     for lo in range(0, len(images), self.bs):
         at, pictures = [], []
         for i in range(lo, min(lo + self.bs, len(images))):
@@ -81,5 +86,28 @@ def predict(
             except ImageError as e:
                 self.report.append(dict(row=i, image=str(images[i]), error=str(e)))
         if at:
-            out[at] = self._mean(pictures)
+            out[at], self.expected[at] = self._mean(pictures)
     return out
+
+# %% ../nbs/06_views.ipynb #read-views
+def read_views(
+        text: str,  # 'flip', zooms and 'corners=ZOOM', with commas between them
+) -> dict:  # zooms, corners, flip: arguments of `Views`
+    "Views as a shell says them; ValueError for another word, or no view but the whole picture"
+    words, zooms, corners = [w.strip() for w in text.split(',')], [1.], None
+    for i, word in enumerate(words):
+        name, _, value = word.rpartition('=')
+        try:
+            if word in words[:i] or name not in ('', 'corners') or (name and corners):
+                raise ValueError
+            if name:
+                corners = float(value)
+            elif word != 'flip' and float(word) not in zooms:
+                zooms.append(float(word))
+        except ValueError:
+            raise ValueError(f"views {text!r}: {word!r} is no view, or is there twice: expected flip, zooms "
+                             'and corners=ZOOM, with commas between, such as flip,1.15') from None
+    if not ('flip' in words or corners or len(zooms) > 1):
+        raise ValueError(f'views {text!r} is the whole picture alone, as without: add flip, or a zoom '
+                         'such as 1.15')
+    return Views(None, zooms, corners, 'flip' in words).views
