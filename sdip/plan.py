@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .callbacks import cosine_loss
 from .preprocess import half_precision
+from .adapters import add_lora, base_weights
 from .backbone import build_tower, checkpoint_gradients, ImageRegressor, layer_groups
 from .recipe import Recipe
 
@@ -159,22 +160,35 @@ def _faked(net):
     fake |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in net.buffers()}
     return copy.deepcopy(net, fake)
 
-def _set_depth(net, depth):
+def _set_depth(net, depth, lora):
     "Freeze all but the head and the top `depth` groups; None: nothing -> the parameters that train"
     groups = layer_groups(net.body)
     n_frozen = 0 if depth is None else max(len(groups) - depth, 0)
     for i, group in enumerate(groups):
         for part in group:
             part.requires_grad_(i >= n_frozen)
+    for p in base_weights(net.body) if lora else ():
+        p.requires_grad_(False)
     return [p for p in net.parameters() if p.requires_grad]
+
+def _adapted(net, size, lora):
+    "A copy with adapters of this rank, without storage; 0: the network as it is"
+    if not lora:
+        return net
+    blank = {id(p): nn.Parameter(torch.empty_like(p, device='meta')) for p in net.parameters()}
+    net = copy.deepcopy(net, blank | {id(b): torch.empty_like(b, device='meta') for b in net.buffers()})
+    with torch.device('meta'):
+        add_lora(net.body, lora, size)
+    return net
 
 # %% ../nbs/07a_plan.ipynb #counted-pass
 @lru_cache(maxsize=256)
-def _counted_pass(net, size, n, half=True, train=True, depth=None, grad_checkpoint=False):
-    "One pass of n pictures -> (operations, peak bytes beside weights and gradients, trainable parameters)"
+def _counted_pass(net, size, n, half=True, train=True, depth=None, grad_checkpoint=False, lora=0):
+    "A pass of n pictures -> (operations, peak bytes beside weights and gradients, trained, all parameters)"
+    net = _adapted(net, size, lora)
     with FakeTensorMode():
         net = _faked(net).train()
-        opened, x = _set_depth(net, depth), torch.empty(n, 3, size, size)
+        opened, x = _set_depth(net, depth, lora), torch.empty(n, 3, size, size)
         checkpoint_gradients(net.body, grad_checkpoint)
         for p in opened:
             p.grad = torch.empty_like(p)
@@ -183,7 +197,8 @@ def _counted_pass(net, size, n, half=True, train=True, depth=None, grad_checkpoi
                 pred = net(x)
             if train:
                 cosine_loss(pred, torch.empty(n, pred.shape[1])).backward()
-    return counter.ops, counter.peak, sum(p.numel() for p in opened)
+    sizes = (sum(p.numel() for p in ps) for ps in (opened, net.parameters()))
+    return counter.ops, counter.peak, *sizes
 
 # %% ../nbs/07a_plan.ipynb #measured-step
 def _seconds(do, device, times):
@@ -201,12 +216,12 @@ def _seconds(do, device, times):
 def measured_step(
         net: ImageRegressor,  # with or without weights; it stays as it is
         size: int,  # of its pictures
-        recipe: Recipe,  # its precision and grad_checkpoint
+        recipe: Recipe,  # its precision, grad_checkpoint and lora
         n: int,  # pictures at once
         device='cuda',  # where it is to train
         times: int = 5,  # steps that count
 ) -> dict:  # train_s, predict_s: seconds a picture; peak_gb of the step, None on a CPU
-    "Seconds and memory of real steps, all layers open; out of memory: PyTorch's error"
+    "Seconds and memory of real steps, all layers or adapters open; out of memory: PyTorch's error"
     device = torch.device(device)
     net = copy.deepcopy(net).to_empty(device=device).train()
     for p in net.parameters():
@@ -221,9 +236,12 @@ def measured_step(
 # %% ../nbs/07a_plan.ipynb #timed-calls
 def _timed_calls(net, size, recipe, n, device):
     "Two functions: a training step, a prediction"
+    if recipe.lora:
+        add_lora(net.body, recipe.lora, size)
+    _set_depth(net, None, recipe.lora)
     checkpoint_gradients(net.body, recipe.grad_checkpoint)
     x, y = torch.randn(n, 3, size, size, device=device), torch.randn(n, net.last.out_features, device=device)
-    opt = torch.optim.AdamW(net.parameters(), fused=True)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
 
     def step():
         with half_precision(device, recipe.precision):
@@ -275,10 +293,10 @@ def _peak_gb(net, size, n, bs, *how):
 
 def _need_gb(net, size, n, recipe, half, grad_checkpoint, count):
     "Memory of one card that trains n pictures at once, and validates as many for each card"
-    depth, params = _deepest(recipe), sum(p.numel() for p in net.parameters())
-    trainable = _counted_pass(net, size, 2, half, True, depth, grad_checkpoint)[2]
-    peak = _peak_gb(net, size, n, recipe.bs, half, True, depth, grad_checkpoint)
-    watched = _peak_gb(net, size, n*count, recipe.bs, half, False) + 4*params/1e9
+    trained = half, True, _deepest(recipe), grad_checkpoint, recipe.lora
+    trainable, params = _counted_pass(net, size, 2, *trained)[2:]
+    peak = _peak_gb(net, size, n, recipe.bs, *trained)
+    watched = _peak_gb(net, size, n*count, recipe.bs, half, False, None, False, recipe.lora) + 4*params/1e9
     return _state_gb(params, trainable, count) + max(peak, watched)
 
 # %% ../nbs/07a_plan.ipynb #plan-epochs
@@ -291,7 +309,8 @@ def _epoch_gflops(net, size, recipe, half):
     "Operations of a picture's training, one number an epoch"
     out = []
     for depth, epochs in recipe.unfreezing:
-        out += [_counted_pass(net, size, 2, half, True, depth, recipe.grad_checkpoint)[0]/2e9]*epochs
+        how = half, True, depth, recipe.grad_checkpoint, recipe.lora
+        out += [_counted_pass(net, size, 2, *how)[0]/2e9]*epochs
     return out
 
 # %% ../nbs/07a_plan.ipynb #plan-speeds
@@ -300,7 +319,8 @@ def _speeds(net, size, recipe, card, gflops, step):
     if step is None and card is None:
         step = measured_step(net, size, recipe, 2, 'cpu', times=1)
     if step is not None:
-        whole = _counted_pass(net, size, 2, card is not None, grad_checkpoint=recipe.grad_checkpoint)[0]/2e9
+        how = card is not None, True, None, recipe.grad_checkpoint, recipe.lora
+        whole = _counted_pass(net, size, 2, *how)[0]/2e9
         return whole/step['train_s'], gflops/step['predict_s']
     if math.isnan(card.tflops):
         raise ValueError(f"{card.name}'s peak is not known: give step=measured_step(..), "
@@ -334,16 +354,16 @@ def member_plan(
 ) -> MemberPlan:
     "Memory, disk, speed and hours of one training; ValueError for a card of unknown speed"
     half, count = card is not None and recipe.precision != 'fp32', card.count if card else 1
-    n, depth = max(recipe.bs // (recipe.accumulate*count), 2), _deepest(recipe)
+    n, how = max(recipe.bs // (recipe.accumulate*count), 2), (True, _deepest(recipe), recipe.grad_checkpoint)
     params = sum(p.numel() for p in net.parameters())
-    ops, predicting, _ = _counted_pass(net, size, 128, half, False)
+    ops, predicting, *_ = _counted_pass(net, size, 128, half, False)
     gflops, epochs = ops/128e9, _epoch_gflops(net, size, recipe, half)
-    trainable = _counted_pass(net, size, 2, half, True, depth, recipe.grad_checkpoint)[2]
+    trainable, held = _counted_pass(net, size, 2, half, *how, recipe.lora)[2:]
     need = _need_gb(net, size, n, recipe, half, recipe.grad_checkpoint, count)
     speeds, mean = _speeds(net, size, recipe, card, gflops, step), sum(epochs)/len(epochs)
     cores = cores or os.cpu_count()
     by_card, by_cores = _hours(recipe, epochs, gflops, n_train, n_valid, speeds, count, cores)
-    held = 4*(2 + (recipe.keep == 'best'))*params + 8*trainable  # by a checkpoint
+    held = 4*(2 + (recipe.keep == 'best'))*held + 8*trainable  # by a checkpoint
     return MemberPlan(
         name, card, recipe, net, size, params, trainable, n, gflops, mean,
         train_gb=max(need, (step or {}).get('peak_gb') or 0), predict_gb=(4*params + predicting)/1e9,
