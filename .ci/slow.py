@@ -1285,6 +1285,25 @@ def test_finetune_killed_in_mid_epoch():
     ]
     assert 'holds a finished model' in sh(*command('killed'), status=1)
 
+def test_stage_killed_in_the_second():
+    "SIGKILL in the middle of the second of two stages: the same command ends bit for bit as undisturbed"
+    import torch
+    sh('sdip_generate', 'world', '--n', 40, '--seed', 3)
+    for name, epochs in ('lq', 1), ('hq', 2):
+        recipe = dict(unfreezing=[[None, epochs]], bs=8, minutes=0, keep='last')
+        Path(f'{name}.json').write_text(json.dumps(dict(pairs='world', recipe=recipe)))
+    command = lambda out: ('sdip_finetune', 'vit', '--stage', 'lq.json', '--stage', 'hq.json', '--out', out)
+    sh(*command('whole'))
+    first, file = subprocess.Popen(command('killed'), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL), Path('killed/checkpoint.pt')
+    epoch = lambda: torch.load(file, weights_only=True)['epoch'] if file.exists() else 0
+    wait_for(lambda: epoch() == 1 or first.poll() is not None)
+    first.kill()  # SIGKILL
+    assert first.wait() == -9 and not Path('killed/config.json').exists(), 'it was done before it could be killed'
+    assert 'stage lq: finished in killed/stages/1_lq' in sh(*command('killed'))
+    for f in 'stages/1_lq/model.safetensors', 'model.safetensors', 'valid.npz':
+        assert Path('whole', f).read_bytes() == Path('killed', f).read_bytes(), f
+
 # Picture sets of others, in the layouts in which they are published on Kaggle
 
 def drawn_sets(mount, new, n=16):
