@@ -99,7 +99,10 @@ def oval(
     c,  # fill, (r, g, b)
 ):
     "A filled ellipse, as a polygon of 22 corners"
-    self.poly([(x + rx*a, y + ry*b) for a, b in _ROUND], c)
+    x0, y0, k, s, f = self.x, self.y, self.cos, self.sin, self.flip  # as `at`, without a list in between
+    pts = [(x0 + f*px*k - py*s, y0 + f*px*s + py*k)
+           for a, b in _ROUND for px, py in [(x + rx*a, y + ry*b)]]
+    self.d.polygon(pts, fill=c)
 
 # %% ../nbs/00b_drawings.ipynb #pen-lines
 @patch

@@ -146,6 +146,8 @@ def _place(im, scene, rng):
         left, top = round(x*h) - half, round(y*h) - half
         layer = Image.new('RGBA', (2*half, )*2)
         paint(Pen(layer, half, half, r*h, tilt, flip), rgb)
+        box = layer.getbbox()  # what is drawn of it
+        layer, left, top = layer.crop(box), left + box[0], top + box[1]
         a = layer.getchannel('A')
         for i, j in ((-rim, 0), (rim, 0), (0, -rim), (0, rim)):
             im.paste(INK, (left + i, top + j), a)
