@@ -106,13 +106,15 @@ class TargetEncoder:
         path=None,  # folder of the weights; None: the packaged ones, else the hub's
         device=None,  # see `pick_device`
         tokens: int = None,  # word pieces a batch, padding included; None: 2,048 on a CPU, 65,536 on CUDA
-        rough: bool = False,  # in bfloat16 where the device has it: cosines of 0.99998, in half the time
+        rough: bool = False,  # in bfloat16 where the device has it: cosines of 0.9999, in half the time
     ):
         self.device, self.sha256 = pick_device(device), MINILM_SHA256
         self._tokens = tokens
         self.model = _sentence_transformer(_check_minilm(minilm_folder(path)), self.device)
         self.rough = rough and _has_bf16(self.device)
-        self.fingerprint = f"all-MiniLM-L6-v2 {MINILM_SHA256[:16]}{' bf16' if self.rough else ''}"
+        if self.rough:
+            self.model.to(torch.bfloat16)
+        self.fingerprint = f"all-MiniLM-L6-v2 {MINILM_SHA256[:16]}{' half' if self.rough else ''}"
 
     @property
     def tokens(self):
@@ -151,9 +153,8 @@ def __call__(
                          f"first rows {bad[:5]}: drop them with clean_prompts")
     distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
     emb = np.zeros((len(distinct), EMB_DIM), np.float32)
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.rough):
-        for rows, batch in self._batches(list(distinct)):
-            emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
+    for rows, batch in self._batches(list(distinct)):
+        emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
     return unit(emb)[[distinct[p] for p in prompts]]  # (distinct, 384) -> (n, 384)
 
 # %% ../nbs/00e_encoders.ipynb #clip-encoder
