@@ -9,6 +9,7 @@ __all__ = ['Preprocess', 'image_batches', 'pick_device']
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -223,13 +224,45 @@ def decode_workers(
         raise ValueError(f'workers is {workers}, expected 0 or more: leave it out for one a core')
     return int(workers)
 
+# %% ../nbs/00d_preprocess.ipynb #kept-pictures
+_KEPT, _MOST = {}, 256 << 20  # (file, settings) -> pixels; bytes of all of them
+_USES = []  # blocks that want pixels to be kept
+
+@contextmanager
+def keep_pictures():
+    "Keep the pixels of picture files in memory while the block lasts, up to 256 MB"
+    _USES.append(1)
+    try:
+        yield
+    finally:
+        _USES.pop()
+        if not _USES:
+            _KEPT.clear()
+
+def _kept_name(img, prep, draft):
+    "Name of a file's pixels; None where they are not kept"
+    if not _USES or not isinstance(img, (str, Path)):
+        return None
+    try:
+        s = os.stat(img)
+    except OSError:  # not there, or a member of a tar
+        return None
+    how = prep.size, prep.interpolation, prep.resize_mode, prep.crop_pct, draft
+    return os.fspath(img), s.st_size, s.st_mtime_ns, s.st_ino, *how
+
 # %% ../nbs/00d_preprocess.ipynb #batch-kinds
 def _try_pixels(img, prep, draft=False):
     "Pixels and no error, or the error's text"
+    name = _kept_name(img, prep, draft)
+    if name in _KEPT:
+        return _KEPT[name], None
     try:
-        return prep.pixels(img, draft), None
+        px = prep.pixels(img, draft)
     except ImageError as e:
         return None, str(e)
+    if name and len(_KEPT)*px.nbytes < _MOST:
+        _KEPT[name] = px
+    return px, None
 
 def _label(img):
     "What to call a picture in a report"

@@ -16,6 +16,7 @@ from . import __version__
 from .core import bootstrap_interval, keep_memory, mean_cosine, read_json, row_cosine, sha256, write_json
 from .lock import folder_lock
 from .sources import fingerprint, load_pairs
+from .preprocess import keep_pictures
 from .pretrained import MODEL_PLACES
 from .imagenet import timm_folder
 from .artifacts import Run, stage, stage_list
@@ -174,7 +175,7 @@ def walk(
     "Do what is missing of a run. ValueError: an unknown preset or argument, or another run works there"
     cards, source = pick_cards(cards), _source(pairs, images, image_col, prompt_col)
     args = _with_bank(_arguments(preset, changes, add, set, kinds) | source, changes)
-    with folder_lock(out, 'sdip_run') as lock:
+    with folder_lock(out, 'sdip_run') as lock, keep_pictures():
         found = _before_work(args, out, models, download) if args['start'] == 'real' else None
         try_towers(args, args['members'].keys() - _members_there(out))
         _take_moved(out, args)
