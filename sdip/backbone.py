@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .core import EMB_DIM, row_cosine
 from .batches import share_among
@@ -101,6 +102,60 @@ def layer_groups(
         return [stem, [tower.layer1], [tower.layer2], [tower.layer3], [tower.layer4], [tower.attnpool]]
     raise ValueError(f'no layer groups known for {type(tower).__name__}: '
                      'known are VisionTransformer, ModifiedResNet and timm models')
+
+# %% ../nbs/02_backbone.ipynb #both-pools
+def both_pools(
+        tower: nn.Module,  # of open_clip or timm, with tokens: see `width_of_both`
+        x: torch.Tensor,  # (b, 3, S, S), normalised
+) -> tuple:  # the tower's own features (b, width); the other pool (b, d): mean of the patches, or class token
+    "Both in one pass"
+    if hasattr(tower, 'trunk'):
+        own, other = both_pools(tower.trunk, x)
+        return tower.head(own), other
+    if hasattr(tower, 'transformer'):  # open_clip's VisionTransformer
+        tower.output_tokens = True
+        try:
+            own, patches = tower(x)
+        finally:
+            tower.output_tokens = False
+        return own, patches.mean(1)
+    tokens = tower.forward_features(x)  # (b, tokens, d)
+    first = tower.num_prefix_tokens  # class token, registers
+    other = tokens[:, 0] if tower.global_pool == 'avg' else tokens[:, first:].mean(1)
+    return tower.forward_head(tokens), other
+
+# %% ../nbs/02_backbone.ipynb #lacks
+def _lacks(tower):
+    "Why a tower has no second pool; None where it may have one"
+    net = getattr(tower, 'trunk', tower)
+    if hasattr(net, 'transformer'):
+        if getattr(net, 'attn_pool', None) is not None:
+            return 'pools by attention, and its tokens are for a caption'
+        return 'gives the mean of its patches already' if net.pool_type == 'avg' else None
+    if getattr(net, 'num_prefix_tokens', None) is None:
+        return "has no patch tokens that are known (a ConvNet's features are a mean over all places already)"
+    if net.global_pool == 'avg' and (net.cls_token is None or not net.num_prefix_tokens):
+        return 'gives the mean of its patches already, and has no class token'
+    return None
+
+# %% ../nbs/02_backbone.ipynb #width-of-both
+@torch.no_grad()
+def width_of_both(
+        tower: nn.Module,  # of open_clip or timm
+        size: int,  # of the pictures, pixels a side
+) -> int:
+    "Width of both pools together; ValueError for a tower that has one only"
+    name, why = type(getattr(tower, 'trunk', tower)).__name__, _lacks(tower)
+    device = next(tower.parameters()).device
+    x = torch.linspace(-1, 1, 3*size*size, device=device).view(1, 3, size, size)
+    if not why:
+        alone = tower.eval()(x)
+        own, other = both_pools(tower, x)
+        if own.shape != alone.shape or not torch.allclose(own, alone, atol=1e-4) or other.ndim != 2:
+            why = 'gives its features in a way that is not known here'
+    if why:
+        raise ValueError(f"pool='both': this {name} {why}; leave pool out, or take a ViT")
+    return own.shape[1] + other.shape[1]
 
 # %% ../nbs/02_backbone.ipynb #blocks
 _BLOCK = 8192  # rows
@@ -207,7 +262,7 @@ def make_head(
 
 # %% ../nbs/02_backbone.ipynb #image-head
 class ImageRegressor(nn.Module):
-    "Tower -> features of root mean square 1 -> head"
+    "Tower -> features of root mean square 1 -> head; in training also -> words, where there is such a head"
     bf16 = False  # train the tower in bfloat16; it predicts in full precision
 
     def __init__(
@@ -216,30 +271,40 @@ class ImageRegressor(nn.Module):
             width: int,  # of its features
             out: int = EMB_DIM,  # of the prediction
             head: str = 'linear',  # or 'mlp'
+            pool: str | None = None,  # 'both': `width` is that of `width_of_both`; None: the tower's own
     ):
+        "ValueError for an unknown head or pool"
         super().__init__()
+        if pool not in (None, 'both'):
+            raise ValueError(f"pool is {pool!r}, expected 'both', or None for the tower's own")
         self.body, self.width, self.kind, self.head = body, width, head, make_head(head, width, out)
+        self.pool, self.words = pool, None
 
     @property
     def last(self):
         "The linear layer that predicts"
         return self.head if self.kind == 'linear' else self.head[-1]  # the linear layer that predicts
 
-    def features(
-            self,
-            x: torch.Tensor,  # (b, 3, S, S), normalised
-    ) -> torch.Tensor:  # (b, width)
-        "What the head sees"
-        half = self.bf16 and torch.is_grad_enabled()
-        with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
-            return F.rms_norm(self.body(x).float(), (self.width, ))
+# %% ../nbs/02_backbone.ipynb #image-head-forward
+@patch
+def features(
+        self: ImageRegressor,
+        x: torch.Tensor,  # (b, 3, S, S), normalised
+) -> torch.Tensor:  # (b, width)
+    "What the head sees"
+    half = self.bf16 and torch.is_grad_enabled()
+    with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
+        parts = [self.body(x)] if self.pool is None else both_pools(self.body, x)
+        return torch.cat([F.rms_norm(part.float(), part.shape[1:]) for part in parts], 1)
 
-    def forward(
-            self,
-            x: torch.Tensor,  # (b, 3, S, S), normalised
-    ) -> torch.Tensor:  # (b, out)
-        "The prediction, raw"
-        return self.head(self.features(x))
+@patch
+def forward(
+        self: ImageRegressor,
+        x: torch.Tensor,  # (b, 3, S, S), normalised
+) -> torch.Tensor:  # (b, out); in training, with a head of words, this and (b, words)
+    "The prediction, raw"
+    seen = self.features(x)
+    return (self.head(seen), self.words(seen)) if self.training and self.words else self.head(seen)
 
 # %% ../nbs/02_backbone.ipynb #features
 class Features(nn.Module):

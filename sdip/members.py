@@ -60,11 +60,12 @@ def _training_rows(run, part):  # pairs with paths relative to the run folder; t
     images = relative_paths(image_paths(table, ''), run.folder)
     return table.assign(image=images, split=_split(run, part)), targ
 
-def _train_half(run, model, rows):
+def _train_half(run, m, model, rows):
     "Train a shipped tower in bfloat16 on a CPU with tiles for it (AMX), unless that takes a moment anyway"
     import torch
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    if model.device.type != 'cpu' or run.args['start'] != 'shipped' or rows < 2000 or not can.get('amx_bf16'):
+    tiles = torch.cpu.get_capabilities().get('amx_bf16') if hasattr(torch.cpu, 'get_capabilities') else False
+    shipped = run.args['start'] == 'shipped' and m['source'] is None
+    if not (tiles and shipped and rows >= 2000 and model.device.type == 'cpu'):
         return {}
     model.net.bf16 = True
     for part in model.net.modules():
@@ -72,12 +73,12 @@ def _train_half(run, model, rows):
             part.fused_attn = False  # the fused one's way back is slow in bfloat16
     return dict(trained_in='bfloat16')
 
-def _fit_tower(run, m, part, model, **given):
+def _fit_tower(run, m, part, **given):
     "Train, save, predict -> facts"
-    table, targ = _training_rows(run, part)
+    model, (table, targ) = _TOWERS[m['kind']](run, m), _training_rows(run, part)
     at, recipe = run/part.folder, member_recipe(m, part.member, run.args['seed'])
     at.mkdir(parents=True, exist_ok=True)
-    half = _train_half(run, model, len(table)) if recipe.precision == 'auto' else {}
+    half = _train_half(run, m, model, len(table)) if recipe.precision == 'auto' else {}
     model.fit(table, targ, run.folder, recipe, checkpoint=at/'checkpoint.pt', quiet=run.quiet, **given)
     model.save(at)
     facts = half | ({'probe': f'{max(model.probe_scores.values()):.4f}'} if model.probe_scores else {})
@@ -96,7 +97,7 @@ def _fit_clip(run, m, part):
     "The base CLIP's image tower, or another CLIP's, with a 384-d head"
     embedded = m['source'] is None and m['size'] is None  # then the probe's features are there already
     features = clip_rows(run, 'images') if embedded else None
-    return _fit_tower(run, m, part, _clip(run, m), features=features)
+    return _fit_tower(run, m, part, features=features)
 
 # %% ../nbs/08_members.ipynb #stage-vit
 def _vit(run, m):
@@ -117,9 +118,11 @@ def _vit(run, m):
         return VitRegressor(weights=folder, **said)
 
 # %% ../nbs/08_members.ipynb #stage-vit-2
-def _fit_vit(run, m, part):
-    "A timm backbone: the shipped small ViT, a real one, or any other"
-    return _fit_tower(run, m, part, _vit(run, m))
+def _blip(run, m):
+    from sdip.blip import BlipRegressor
+    return BlipRegressor(m['source'], head=m['head'], img_size=m['size'])
+
+_TOWERS = dict(clip=_clip, vit=_vit, blip=_blip)  # kind -> f(run, member) -> what is trained
 
 # %% ../nbs/08_members.ipynb #try-towers
 def _check_start(name, m, start):  # does the run start from what a kind needs?
@@ -141,7 +144,7 @@ def try_towers(
         _check_start(name, m, args['start'])
         if m.get('source'):
             try:
-                dict(clip=_clip, vit=_vit)[m['kind']](run, m)
+                _TOWERS[m['kind']](run, m)
             except ValueError as e:
                 raise ValueError(f'member {name!r}: {e}') from None
 
@@ -156,8 +159,8 @@ def plan_members(
     card = (here := card_here()) and replace(here, count=1)  # a training is one process
     n = dict(n_train=table.group[table.split == 'train'].nunique(), n_valid=(table.split == 'valid').sum())
     for name, m in run.members.items():
-        if m['kind'] in ('clip', 'vit'):
-            model, recipe = dict(clip=_clip, vit=_vit)[m['kind']](run, m), member_recipe(m, name)
+        if m['kind'] in _TOWERS:
+            model, recipe = _TOWERS[m['kind']](run, m), member_recipe(m, name)
             net, size = model.net.to('cpu'), model.prep.size
             plan = check_card(member_plan(net, size, recipe, **n, card=card, name=name))
             if card is not None:
@@ -439,7 +442,8 @@ _OUTSIDE = 'captioner_from', 'ranker_from', 'phrases_from'
 
 MEMBER_KINDS = dict(
     clip=Kind('CLIP regressor', _fit_clip, ('weights', *_EMBEDDED), ('seed', ), **_TOWER),
-    vit=Kind('timm regressor', _fit_vit, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
+    vit=Kind('timm regressor', _fit_tower, args=('start', 'vit_from', 'size', 'seed'), **_TOWER),
+    blip=Kind('BLIP regressor', _fit_tower, args=('seed', ), **_TOWER),
     knn=Kind('kNN regression', _fit_knn, _EMBEDDED, (), ('config.json', *_BANK)),
     classes=Kind('Class names and the mean', _fit_classes, _EMBEDDED, (), ('config.json', )),
     frozen=Kind('Ridge on frozen features', _fit_frozen, args=()),
