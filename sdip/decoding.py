@@ -186,6 +186,7 @@ def count_words(
     return sum(w[0].isalnum() and w not in _SMALL for w in words)
 
 # %% ../nbs/05c_decoding.ipynb #readable
+_THINGS = 'subjects', 'plurals'  # the kinds that say what is there
 _AT_MOST = dict(subjects=2, plurals=2, colours=2, counts=2, modifiers=3, flavors=3, surroundings=2)
 _START, _END = ' start', ' end'  # no words
 
@@ -235,13 +236,31 @@ def passes(
     said = Counter(w for w in words if w not in _SMALL and w[0].isalnum())
     return max(said.values(), default=1) == 1 and self._one_scene(words)
 
+# %% ../nbs/05c_decoding.ipynb #readable-named
 @patch
-def _one_scene(self: Readable, words):
-    found, i = Counter(), 0
+def named(
+        self: Readable,
+        words,  # of `split_words`
+) -> list:  # of tuples of words
+    "The phrases of a text that are of a kind, the longest at each place."
+    out, i = [], 0
     while i < len(words):
         n = next((n for n in range(self.longest, 0, -1) if words[i:i + n] in self.kinds), 0)
-        found.update([self.kinds[words[i:i + n]]] if n else [])
+        out += [words[i:i + n]] if n else []
         i += max(n, 1)
+    return out
+
+@patch
+def things(
+        self: Readable,
+        words,  # of `split_words`
+) -> list:  # of tuples of words
+    "The phrases that say what is there."
+    return [p for p in self.named(words) if self.kinds[p] in _THINGS]
+
+@patch
+def _one_scene(self: Readable, words):
+    found = Counter(self.kinds[p] for p in self.named(words))
     return all(n <= _AT_MOST.get(kind, 1) for kind, n in found.items())
 
 # %% ../nbs/05c_decoding.ipynb #readable-mask
@@ -267,6 +286,29 @@ def _beside(self: Readable, word, side, fits):  # -> (u,) bool
         self._masks[word, side] = np.array([bool(u) and fits(u) for u in self.units])
     return self._masks[word, side]
 
+# %% ../nbs/05c_decoding.ipynb #reader
+class Reader:
+    "Which things a row speaks of: a linear answer for each, learned on texts."
+    def __init__(
+            self,
+            said,  # n lists of phrases: what each text names
+            rows,  # (n, 384), their rows
+            strength: float = 1.,  # of the ridge
+    ):
+        from sklearn.linear_model import Ridge
+        self.phrases = sorted({p for phrases in said for p in phrases})
+        number, named = {p: i for i, p in enumerate(self.phrases)}, np.zeros((len(said), len(self.phrases)))
+        for row, phrases in zip(named, said):
+            row[[number[p] for p in phrases]] = 1
+        self.fitted = Ridge(alpha=strength).fit(rows, named.astype(np.float32)) if self.phrases else None
+
+    def __call__(
+            self,
+            emb,  # (n, 384) unit rows
+    ) -> np.ndarray:  # (n, phrases)
+        "Near 1 where a phrase is spoken of, near 0 where it is not."
+        return self.fitted.predict(emb).reshape(len(emb), -1) if self.phrases else np.zeros((len(emb), 0))
+
 # %% ../nbs/05c_decoding.ipynb #text-search
 class TextSearch:
     "One picture's search for a text: what was seen, and what to try next."
@@ -276,8 +318,10 @@ class TextSearch:
             goal,  # (d,), what is looked for, each part times its weight
             readable: Readable = None,  # None: any text will do
             prices=(0., 0.),  # of a phrase, of a word
+            worth: dict = None,  # phrase -> what naming it adds to the value
     ):
         self.lexicon, self.goal, self.readable, self.prices = lexicon, goal, readable, prices
+        self.worth = worth or {}
         self.rows, self.value, self.near = {}, {}, {}  # words -> row, value, nearness
         self._guessed = {}  # words -> their changes
 
@@ -295,10 +339,11 @@ class TextSearch:
 # %% ../nbs/05c_decoding.ipynb #text-search-top
 @patch
 def price(self: TextSearch, words) -> float:
-    "What a text's length costs."
-    if not any(self.prices):
-        return 0.
-    return self.prices[0]*len(cut_phrases(words)) + self.prices[1]*count_words(words)
+    "What a text's length costs, less what it names."
+    length = 0.
+    if any(self.prices):
+        length = self.prices[0]*len(cut_phrases(words)) + self.prices[1]*count_words(words)
+    return length - self.worth_of(words)
 
 @patch
 def top(self: TextSearch, n: int = 1) -> list:  # of texts, best first
@@ -306,6 +351,19 @@ def top(self: TextSearch, n: int = 1) -> list:  # of texts, best first
     found = [w for w, v in self.value.items() if np.isfinite(v)]
     by = self.value if found else self.near
     return sorted(found or self.near, key=by.get, reverse=True)[:n]
+
+# %% ../nbs/05c_decoding.ipynb #text-search-worth
+@patch
+def worth_of(self: TextSearch, words) -> float:
+    "What a text names is worth."
+    return sum(self.worth.get(p, 0.) for p in self.readable.named(words)) if self.worth else 0.
+
+@patch(as_prop=True)
+def unit_worth(self: TextSearch):  # (u,)
+    "The same of each unit."
+    if not hasattr(self, '_unit_worth'):
+        self._unit_worth = np.array([self.worth_of(u) for u in self.lexicon.units])
+    return self._unit_worth
 
 # %% ../nbs/05c_decoding.ipynb #text-search-guess
 @patch
@@ -328,12 +386,15 @@ def guesses(
             out[text] = max(out.get(text, -np.inf), float(near[s, u]) - self.price(text))
     return out
 
+# %% ../nbs/05c_decoding.ipynb #text-search-cost
 @patch
 def _cost(self: TextSearch, words, spans):  # -> (s, u), about: what each change adds to the price
     phrase, word = self.prices
     goes = np.array([count_words(words[i:j]) for i, j, *_ in spans])
     new = np.array([bool(before or after) for *_, before, after in spans])
     out = word*(self.lexicon.unit_words - goes[:, None]) + phrase*new[:, None]
+    if self.worth:
+        out += np.array([self.worth_of(words[i:j]) for i, j, *_ in spans])[:, None] - self.unit_worth
     out[[i == j for i, j, *_ in spans], 0] = np.inf  # nothing for nothing
     return out
 
@@ -385,7 +446,9 @@ def mean_row(self: TextSearch, sharp: float = 10.) -> np.ndarray:  # (d,)
     return weights @ np.stack([self.rows[w] for w in good])/weights.sum()  # (m,) @ (m, d)
 
 # %% ../nbs/05c_decoding.ipynb #decoder-class
-_WORDS = dict(look=2., phrase=.075, word=.1)  # weight of CLIP; prices of a usual length, in that weight
+_WORDS = dict(look=2.,  # weight of CLIP; in that weight:
+              phrase=.075, word=.1,  # prices of a usual length,
+              read=.15, sure=.3)  # worth of naming a thing, by its answer and from which one on it gains
 _BEST = dict(look=.2, phrase=0., word=0.)
 
 def playground_lists() -> dict:  # kind -> phrases
@@ -430,6 +493,7 @@ def _learn(self: Decoder):
     self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(_all_words(p)) == len(w)}
     lengths = [(len(cut_phrases(w)), count_words(w)) for w in self.words]
     self.usual = np.maximum(1, np.mean(lengths, axis=0))  # phrases, words
+    self.things = Reader([self.readable.things(w) for w in self.words], self.rows[:, :EMB_DIM])
 
 @patch
 def text_rows(
@@ -450,11 +514,19 @@ def _search(self: Decoder, emb, looks, first, budgets, how, readable=None, width
         zeros = np.zeros((len(emb), self.rows.shape[1] - EMB_DIM))
         goals = np.hstack([emb, zeros if looks is None else how['look']*looks])
     prices = tuple(weight*np.array([how['phrase'], how['word']])/self.usual)
-    searches = [TextSearch(self.lexicon, g, readable, prices) for g in goals]
+    worth = self._worth(emb, how.get('read', 0.)*(weight or 1.), how.get('sure'))
+    searches = [TextSearch(self.lexicon, g, readable, prices, w) for g, w in zip(goals, worth)]
     for s, seen in zip(searches, first):
         s.see(list(seen), list(seen.values()))
     run_searches(self.text_rows, goals, [s.climb(b, width) for s, b in zip(searches, budgets)])
     return searches
+
+@patch
+def _worth(self: Decoder, emb, read, sure):  # -> n dicts: phrase -> what naming it is worth
+    if not read:
+        return [{} for _ in emb]
+    answers = read*(self.things(emb) - sure)  # (n, phrases)
+    return [dict(zip(self.things.phrases, row.tolist())) for row in answers]
 
 @patch
 def _answer(self: Decoder, x, fine, rough, known):  # known: texts that cost nothing -> as spelled
