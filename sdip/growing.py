@@ -23,6 +23,7 @@ from .lock import check_files, file_digests
 from .encoders import ClipEncoder
 from .bank import bank_facts, bank_spans, check_rows, clip_reference, FIT_AGAIN, image_rows, KINDS
 from .bank import known_groups, load_clip_reference, open_bank, prompt_groups, Shelf, write_columns
+from .bank_second import open_second, SecondKeys
 
 # %% ../nbs/04_growing.ipynb #growing-class
 class GrowingBank:
@@ -37,6 +38,7 @@ class GrowingBank:
     ):
         self.clip, self.folder, self.device = clip, folder, device
         self.shelves, self.query_mean, self.report, self.notes = [], None, [], []
+        self.second = None  # `SecondKeys`, of a second CLIP that ranks again
         if folder is not None and (Path(folder)/'config.json').exists():
             raise ValueError(f"{folder} holds a bank already: {type(self).__name__}.load({str(folder)!r}, "
                              "grow=True) goes on with it")
@@ -120,6 +122,8 @@ def fit(
         raise ValueError(f"the bank in {self.folder} has {len(self)} rows: add() to it, or start in "
                          "another folder")
     self.shelves, self.query_mean, self.notes = [], None, []
+    if self.second is not None:  # its rows are of another bank
+        self.second = SecondKeys(self.second.clip, None, self.second.candidates, self.second.share)
     return self.add(keys, values, prompts, 'text' if kinds is None else kinds, **kw)
 
 # %% ../nbs/04_growing.ipynb #knn-banks
@@ -226,6 +230,8 @@ def _write_config(self: GrowingBank, folder):  # last of all: only what it count
     settings = {name: getattr(self, name) for name in self._saved}
     files = file_digests(folder, ['query_mean.npy'] if has_mean else [])
     facts = dict(settings, has_query_mean=has_mean, clip=clip_reference(self.clip, folder), files=files)
+    if self.second is not None:
+        facts['second'] = self.second.facts(folder)
     cfg = dict(kind='knn', version=__version__, **bank_facts(self.shelves, folder), **facts)
     write_json(cfg, Path(folder)/'config.json')
 
@@ -247,11 +253,13 @@ def save(
     if len(self.shelves) > 1 or not first.exists() or not os.path.samefile(first, folder):
         (folder/'config.json').unlink(missing_ok=True)  # no config beside files of two banks
         write_columns(self.shelves, folder)
+    if self.second is not None:
+        self.second.write(folder, len(self))
     self._write_config(folder)
 
 # %% ../nbs/04_growing.ipynb #knn-load
 def _open_saved(folder, saved):  # -> config, Shelf
-    fields = dict(has_query_mean=bool, clip=dict | None, files=dict | None)
+    fields = dict(has_query_mean=bool, clip=dict | None, files=dict | None, second=dict | None)
     cfg, shelf = open_bank(folder, **fields, **saved)
     check_files(folder, cfg.get('files') or {}, FIT_AGAIN)
     return cfg, shelf
@@ -263,6 +271,7 @@ def load(
         clip=None,  # ClipEncoder to use instead of loading the one referred to; must be the same
         device=None,  # for the CLIP and the search
         grow: bool = False,  # may `add` append to these files? else it appends to new ones until `save`
+        second=None,  # the second CLIP, where the bank has one; None: the one it refers to
 ) -> GrowingBank:
     "Read a bank and the CLIP it refers to. ValueError: damaged, changed, or another CLIP's."
     cfg, shelf = _open_saved(folder, cls._saved)
@@ -274,6 +283,8 @@ def load(
     with right_shape(mean):
         if cfg['has_query_mean']:
             self.query_mean = np.load(mean, allow_pickle=False)
+    if cfg.get('second'):
+        self.second = open_second(cfg['second'], folder, len(shelf), second, device)
     return self
 
 # %% ../nbs/04_growing.ipynb #knn-join

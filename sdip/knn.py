@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from .core import EMB_DIM, check_emb, unit
 from .data import ImageError, read_image
 from .encoders import ClipEncoder
-from .bank import bank_spans, take_rows
+from .bank import bank_spans, image_rows, take_rows
+from .bank_second import SecondKeys
 from .exact_search import grid_scores, keep_neighbours, key_blocks, NEIGHBOUR_WEIGHTS, prepare_rows
 from .exact_search import search_bank, shares_grid, weight_settings, widen_list
 from .growing import GrowingBank
@@ -39,12 +40,14 @@ class KNNRegressor(GrowingBank):
             folder=None,  # where the bank grows and stays; None: a temporary folder until `save`
             device=None,  # 'cuda': search there with torch; 'cpu': with faiss; None: as the machine has it
             engine='local',  # who searches, see `run_shards`; after `load` set `.engine`
+            second: ClipEncoder = None,  # another CLIP that ranks the first one's candidates again
     ):
         super().__init__(clip, folder, device)
         self.k, self.power, self.centre = int(k), float(power), bool(centre)
         self.weights, self.temperature = weights, float(temperature)
         self.once, self.mix, self.engine = bool(once), mix, engine
         self._check_settings()
+        self.rerank_by(second)
 
 # %% ../nbs/04_knn.ipynb #knn-settings
 @patch
@@ -57,6 +60,26 @@ def _check_settings(self: KNNRegressor):
         raise ValueError(f"temperature is {self.temperature:g}, expected more than 0")
     if self.weights not in NEIGHBOUR_WEIGHTS:
         raise ValueError(f"weights is {self.weights!r}, known are {', '.join(NEIGHBOUR_WEIGHTS)}")
+
+# %% ../nbs/04_knn.ipynb #knn-rerank
+@patch
+def rerank_by(
+        self: KNNRegressor,
+        second: ClipEncoder,  # another CLIP; None: the first one alone ranks
+        rows=None,  # (n, d2) its embeddings of the bank's prompts: array or .npy file; None: made on demand
+        candidates: int = 60,  # the nearest by the first CLIP, that it ranks again
+        share: float = 1.,  # of its cosine in rank and weight; the rest is the first CLIP's
+        cache=None,  # .npy file that keeps what is made on demand; None: a temporary one, until `save`
+) -> KNNRegressor:
+    "Let a second CLIP rank the candidates again. ValueError: rows that are not this bank's, a wrong setting."
+    self.second = None
+    if second is not None:
+        self.second = SecondKeys(second, rows, candidates, share, cache).fit(len(self))
+    return self
+
+@patch
+def _second_width(self: KNNRegressor):  # d2, 0 without a second CLIP
+    return 0 if self.second is None else self.second.clip.dim
 
 # %% ../nbs/04_knn.ipynb #knn-mean
 @patch
@@ -79,7 +102,16 @@ def _any_repeats(self: KNNRegressor):  # does a group occur twice? remembered
 # %% ../nbs/04_knn.ipynb #knn-bank-list
 @patch
 def _bank_list(self: KNNRegressor, bank, x, k, own=None):
-    "x (q, d) prepared; own: `_Own`, whose families do not count -> sims, ids (q, k) of one bank"
+    "x (q, d[ + d2]) prepared; own: `_Own`, whose families do not count -> sims, ids (q, k) of one bank"
+    if self.second is None:
+        return self._first_list(bank, x, k, own)
+    first, second = (np.ascontiguousarray(part) for part in np.split(x, [self.shelves[0].d], axis=1))
+    wide = min(max(k, self.second.candidates), self.banks()[bank])
+    return self.second.rank(self.shelves, self._first_list(bank, first, wide, own), second, k)
+
+@patch
+def _first_list(self: KNNRegressor, bank, x, k, own):
+    "The same by the first CLIP alone: x (q, d)"
     size, once = self.banks()[bank], self.once and self._any_repeats()
     mean = self._mean(bank.split()[-1]) if self.centre else None
     if not once and own is None:
@@ -111,21 +143,23 @@ def _one_list(self: KNNRegressor, lists, k):  # (sims, ids) of each bank, (q, w)
     return keep_neighbours(sims, ids, take_rows(self.shelves, 'groups', ids.clip(0)), k)[:2]
 
 @patch
-def _ask(self: KNNRegressor, queries):  # (q, d) -> rows that are finite (g,), these prepared (g, d)
+def _ask(self: KNNRegressor, queries):  # (q, d[ + d2]) -> rows that are finite (g,), these prepared
     if not len(self):
         raise ValueError("the bank is empty: call fit(keys, values) first")
-    q = check_emb(queries, 'queries', width=None, finite=False)
-    if q.shape[1] != self.shelves[0].d:
-        raise ValueError(f"queries has width {q.shape[1]}, expected {self.shelves[0].d}, the bank's: "
-                         "were they made by another CLIP?")
+    q, d = check_emb(queries, 'queries', width=None, finite=False), self.shelves[0].d
+    if q.shape[1] != d + self._second_width():
+        raise ValueError(f"queries has width {q.shape[1]}, expected {d}, the bank's" +
+                         (f", and {self._second_width()} by the second CLIP beside them: see embed_queries"
+                          if self.second else ": were they made by another CLIP?"))
     good = np.flatnonzero(np.isfinite(q).all(1))
-    return good, prepare_rows(unit(q[good]), self._query_mean() if self.centre else None)
+    x = prepare_rows(unit(q[good, :d]), self._query_mean() if self.centre else None)
+    return good, np.hstack([x, unit(q[good, d:])]) if self.second else x
 
 # %% ../nbs/04_knn.ipynb #knn-neighbours
 @patch
 def neighbours(
     self: KNNRegressor,
-    queries: np.ndarray,  # (q, d), CLIP embeddings of pictures; NaN rows find nothing
+    queries: np.ndarray,  # (q, d), CLIP embeddings of pictures, see `embed_queries`; NaN rows find nothing
     k: int = None,  # how many; default self.k; cut to the bank's size
 ) -> tuple:  # sims (q, k), best first, NaN where nothing; ids (q, k) rows of the bank, -1 where nothing
     "The nearest keys of each query over all banks, exactly. ValueError: an empty bank, another width."
@@ -256,6 +290,9 @@ def _tuning_set(self: KNNRegressor, queries, targets, n, family, seed):
     if not len(self):
         raise ValueError("the bank is empty: call fit(keys, values) first")
     groups = None
+    if queries is None and self.second is not None:
+        raise ValueError("leave-one-out knows the bank's rows by the first CLIP alone: pass queries, "
+                         "pictures by both CLIPs (embed_queries), and their targets")
     if queries is None:
         rows = self._own_rows(n, seed)
         q, targets, groups = (take_rows(self.shelves, c, rows) for c in ('keys', 'values', 'groups'))
@@ -308,6 +345,7 @@ def learn_query_mean(
 ) -> KNNRegressor:
     "Remember where pictures lie, for `centre=True` without image keys. ValueError: fewer than 2."
     q = np.asarray(queries, np.float32)
+    q = q[:, :q.shape[1] - self._second_width()]
     q = q[np.isfinite(q).all(1)]
     if len(q) < 2:
         raise ValueError(f"{len(q)} readable queries; the mean of pictures needs at least 2, better hundreds")
@@ -325,13 +363,26 @@ def _query_mean(self: KNNRegressor):  # -> (d,)
 
 # %% ../nbs/04_knn.ipynb #knn-predict
 @patch
+def embed_queries(
+    self: KNNRegressor,
+    images,  # list of n pictures: what `read_image` takes
+    emb=None,  # (n, d), `clip.encode_images(images)` where that is known; (n, d + d2): by both CLIPs
+) -> np.ndarray:  # (n, d), or with a second CLIP (n, d + d2), side by side; NaN where unreadable
+    "Pictures as the other methods take them. ValueError: no CLIP, or not one row of emb a picture."
+    first = self.embed_pictures(images, emb)
+    width = first.shape[1] - self._second_width()
+    if not self.second or (self.shelves and width == self.shelves[0].d):
+        return first
+    return np.hstack([first, image_rows(self.second.clip, images)[0]])
+
+@patch
 def predict(
     self: KNNRegressor,
     images,  # list of n pictures: what `read_image` takes
     emb=None,  # (n, d), `clip.encode_images(images)` where that is known: no picture is read then
 ) -> np.ndarray:  # (n, 384) float32, raw; NaN where a picture could not be read, see .report
     "Predict from pictures. ValueError: no CLIP, or not one row of emb a picture."
-    return self.predict_from(self.embed_pictures(images, emb))
+    return self.predict_from(self.embed_queries(images, emb))
 
 # %% ../nbs/04_knn.ipynb #neighbour-table
 @patch
@@ -358,7 +409,7 @@ def explain(
     "Draw a picture, the prompts that answer, and their pictures. ImageError: it cannot be read."
     import matplotlib.pyplot as plt
     img = read_image(image)
-    table = self.neighbour_table(self.embed_pictures([img]), k)
+    table = self.neighbour_table(self.embed_queries([img]), k)
     fig = plt.figure(figsize=(9, .62*len(table) + .2), dpi=72)
     grid = fig.add_gridspec(len(table), 4, width_ratios=(2.4, .7, .7, 6), wspace=.05, hspace=.1)
     fig.add_subplot(grid[:, 0]).imshow(img)
