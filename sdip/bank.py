@@ -206,21 +206,32 @@ def bank_spans(shelves):  # list of Shelf; yields Span
         start += len(shelf)
 
 # %% ../nbs/04_bank.ipynb #take-rows
+READ_MB = 256  # of a column: a larger one is read row by row, because pages that were read stay with a map
+
+def _picked(column, ids):  # a column's map, (m,) -> (m, ...)
+    if column.nbytes <= READ_MB*1e6 or not len(ids):
+        return column[ids]
+    out = np.empty((len(ids), *column.shape[1:]), column.dtype)
+    into, size = memoryview(out).cast('B'), out[:1].nbytes
+    with open(column.filename, 'rb', buffering=0) as f:
+        for i, row in enumerate(ids.tolist()):
+            f.seek(column.offset + row*size)
+            f.readinto(into[i*size:(i + 1)*size])
+    return out
+
 def take_rows(
         shelves,  # list of Shelf
         name: str,  # one of COLUMNS
         rows,  # (...) numbers of rows over all shelves
 ) -> np.ndarray:  # (..., width) their entries
     "Entries of a column, whichever shelf they are on."
-    if len(shelves) == 1:
-        return shelves[0].rows(name)[np.asarray(rows)]
     rows, out, start = np.asarray(rows), None, 0
     for shelf in shelves:
         here = (rows >= start) & (rows < start + len(shelf))
         column = shelf.rows(name)
         if out is None:
             out = np.zeros(rows.shape + column.shape[1:], column.dtype)
-        out[here] = column[rows[here] - start]
+        out[here] = _picked(column, rows[here] - start)
         start += len(shelf)
     return out
 
@@ -239,6 +250,25 @@ def known_groups(
             at = np.searchsorted(order, g).clip(max=len(order) - 1)
             found[at[order[at] == g]] = True
     return found[np.searchsorted(order, groups)]
+
+# %% ../nbs/04_bank.ipynb #any-repeats
+def any_repeats(
+        shelves,  # list of Shelf
+        most: int = 4_000_000,  # groups in memory at a time
+        step: int = 1_000_000,  # rows of the bank that are read at a time
+) -> bool:
+    "Does a group occur twice? In as many passes over the bank as its groups need memory."
+    passes = -(-sum(map(len, shelves))//most)
+    for p in range(passes):
+        mine = []
+        for shelf in shelves:
+            for a in range(0, len(shelf), step):
+                g = shelf.rows('groups')[a:a + step]
+                mine.append(g[g % passes == p])
+        mine = np.sort(np.concatenate(mine))
+        if (mine[1:] == mine[:-1]).any():
+            return True
+    return False
 
 # %% ../nbs/04_bank.ipynb #rows-digest
 CHECKED_MB = 2000

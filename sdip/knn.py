@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .core import EMB_DIM, check_emb, unit
 from .data import ImageError, read_image
 from .encoders import ClipEncoder
-from .bank import bank_spans, image_rows, take_rows
+from .bank import any_repeats, bank_spans, image_rows, take_rows
 from .bank_second import SecondKeys
 from .exact_search import grid_scores, keep_neighbours, key_blocks, NEIGHBOUR_WEIGHTS, prepare_rows
 from .exact_search import search_bank, shares_grid, weight_settings, widen_list
@@ -95,8 +95,7 @@ def _mean(self: KNNRegressor, kind):  # (d,): mean of the keys of a kind, rememb
 @patch
 def _any_repeats(self: KNNRegressor):  # does a group occur twice? remembered
     if self._repeats is None:
-        groups = np.concatenate([s.rows('groups') for s in self.shelves])
-        self._repeats = len(np.unique(groups)) < len(groups)
+        self._repeats = any_repeats(self.shelves)
     return self._repeats
 
 # %% ../nbs/04_knn.ipynb #knn-bank-list
@@ -277,11 +276,18 @@ class _Own(NamedTuple):
 def _own_rows(self: KNNRegressor, n, seed):  # numbers of up to n rows that may be queries
     spans = list(bank_spans(self.shelves))
     kind = 'image' if any(s.kind == 'image' for s in spans) else 'text'
-    rows = np.concatenate([np.arange(s.first, s.first + s.hi - s.lo) for s in spans if s.kind == kind])
+    spans = [s for s in spans if s.kind == kind]
+    lengths, first = (np.array(o) for o in zip(*((s.hi - s.lo, s.first) for s in spans)))
+    ends, r = lengths.cumsum(), np.random.default_rng(seed)
+    if ends[-1] > 4_000_000:  # never a number for each of tens of millions
+        at = r.choice(ends[-1], min(n, ends[-1]), replace=False)
+    else:
+        at = r.permutation(ends[-1])[:n]
+    span = np.searchsorted(ends, at, 'right')
     if kind == 'text':
         self.notes.append("tuned by leave-one-out on texts, because the bank holds no pictures: pictures "
                           "lie elsewhere, pass some with their targets")
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:n])
+    return np.sort(at - (ends - lengths)[span] + first[span])
 
 # %% ../nbs/04_knn.ipynb #knn-own-rows
 @patch
