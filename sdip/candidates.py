@@ -17,6 +17,9 @@ from .core import EMB_DIM, hash_items, unit
 from .prompts import OPEN_CHOICE, plain_prompt
 from .tables import read_texts
 from .encode import encode
+from .bank import append_rows, Shelf
+from .bank_second import fresh
+from .exact_search import merge_lists, nearest, widen_list
 
 # %% ../nbs/05_candidates.ipynb #toy-clip
 class ToyClip:
@@ -144,23 +147,28 @@ class PhraseTable:
             seed: int = 0,  # of the choice of fills
             matrix=None,  # (p, d), computed before
             cache=None,  # folder where the matrix is kept, under a name of CLIP, phrases and sentences
+            mapped: bool = False,  # leave the matrix on disk, in half precision: for millions of phrases
     ):
         self.phrases, self.notes = list(dict.fromkeys(phrases)), []
         if not self.phrases:
             raise ValueError("the list of phrases is empty: give at least one, or leave the table out")
         if matrix is None:
             self._drop_long(clip)
-            blocks = self._encode(clip, templates if n_fills else (), fills, n_fills, seed, cache)
+            rows = self._encode(clip, templates if n_fills else (), fills, n_fills, seed, cache)
         elif len(matrix) != len(self.phrases):
             raise ValueError(f"{len(matrix)} embeddings for {len(self.phrases)} phrases; "
                              "compute the table again")
         else:
-            blocks = _blocks(matrix)
-        self.matrix = _half_rows(blocks, len(self.phrases))
+            rows = matrix
+        self._shelf = Shelf() if mapped else None  # its folder is removed with it
+        if mapped:
+            self.matrix = _on_disk(rows, self._shelf.folder/'phrases.npy')
+        else:
+            self.matrix = _half_rows(_blocks(rows), len(self.phrases))
 
 # %% ../nbs/05_candidates.ipynb #phrase-table-blocks
-def _blocks(a):
-    return (a[lo:lo + _BLOCK] for lo in range(0, len(a), _BLOCK))
+def _blocks(a):  # an array or a list in blocks; what comes in blocks already as it is
+    return (a[lo:lo + _BLOCK] for lo in range(0, len(a), _BLOCK)) if hasattr(a, '__len__') else a
 
 def _half_rows(blocks, n):  # -> (n, d) float32 unit rows, rounded as they are saved
     matrix = None
@@ -169,6 +177,15 @@ def _half_rows(blocks, n):  # -> (n, d) float32 unit rows, rounded as they are s
             matrix = np.empty((n, rows.shape[1]), np.float32)
         matrix[lo:lo + _BLOCK] = unit(rows).astype(np.float16)
     return matrix
+
+def _on_disk(rows, file):  # (n, d), or blocks -> memory map (n, d) float16 of unit rows
+    if isinstance(rows, np.memmap) and rows.dtype == np.float16:
+        return rows
+    n = 0
+    for block in _blocks(rows):
+        append_rows(file, unit(block).astype(np.float16), n)
+        n += len(block)
+    return np.load(file, mmap_mode='r', allow_pickle=False)
 
 # %% ../nbs/05_candidates.ipynb #phrase-table-encode
 @patch
@@ -186,7 +203,7 @@ def _drop_long(self: PhraseTable, clip):  # a cut phrase would be ranked by its 
 # %% ../nbs/05_candidates.ipynb #phrase-table-sentences
 @patch
 def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
-    "-> blocks (b, d), mean over each phrase's sentences"
+    "-> blocks (b, d), mean over each phrase's sentences; with a cache a map of its file"
     def rows(phrases):  # the same sentences whichever phrases come along
         texts = [[p] for p in phrases]
         if templates:
@@ -199,7 +216,7 @@ def _encode(self: PhraseTable, clip, templates, fills, n_fills, seed, cache):
         return map(rows, _blocks(self.phrases))
     key = f"{clip.fingerprint} {hash_items([*templates, *fills, n_fills, seed])[:16]}"
     folder = Path(cache)/hash_items([key, *self.phrases])[:24]
-    return _blocks(encode(self.phrases, rows, folder, shard_size=_BLOCK, key=key))  # of a map of the file
+    return encode(self.phrases, rows, folder, shard_size=_BLOCK, key=key)
 
 # %% ../nbs/05_candidates.ipynb #phrase-scores
 @patch
@@ -209,7 +226,18 @@ def scores(
         reference=0,  # (d,), mean embedding of reference pictures; 0: none
 ) -> np.ndarray:  # (n, p)
     "Similarity of each picture with each phrase, less the phrase's mean over the reference."
-    return (emb-reference) @ self.matrix.T  # (n, d) @ (d, p)
+    return np.concatenate([(emb-reference) @ rows.T for _, rows in self._rows()], 1)  # (n, d) @ (d, b)
+
+_MAPPED_MB = 64
+
+@patch
+def _rows(self: PhraseTable):  # yields first phrase; (b, d) float32: all at once, or from disk in blocks
+    p, step = len(self.phrases), max(1, int(_MAPPED_MB*2**20/4/self.matrix.shape[1]))
+    if self._shelf is None:
+        yield 0, self.matrix
+        return
+    for lo in range(0, p, step):
+        yield lo, fresh(self.matrix)[lo:lo + step].astype(np.float32)
 
 # %% ../nbs/05_candidates.ipynb #phrase-top
 @patch
@@ -221,14 +249,16 @@ def top(
         lowest: bool = False,  # the farthest instead, farthest first
 ) -> tuple:  # scores (n, k) float32; ids (n, k) int64
     "The nearest phrases of each picture, exactly, never the whole n x p. ValueError: k below 1."
-    from sdip.exact_search import nearest
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     sign = -1 if lowest else 1
     x = np.ascontiguousarray(emb - reference, dtype=np.float32)*sign
-    way = 'torch' if len(x) else 'cpu'  # faiss takes six times as long for 64 pictures at a time
-    found, ids = nearest(x, self.matrix, min(k, len(self.phrases)), way)
-    return found*sign, ids
+    k, best = min(k, len(self.phrases)), None
+    for lo, rows in self._rows():
+        found, ids = nearest(x, rows, min(k, len(rows)))
+        found = widen_list((found, ids + lo), k)
+        best = found if best is None else merge_lists(best, found)
+    return best[0]*sign, best[1]
 
 # %% ../nbs/05_candidates.ipynb #phrase-rank
 @patch
