@@ -8,6 +8,8 @@ __all__ = ['BENCHES', 'bench', 'run_benches']
 # %% ../nbs/09_benchmarks.ipynb #imports
 import statistics
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .measure import compare, measure, threads
-from .bench_data import (alike, bench_feed, bench_submission, bench_walk, blocked_product, crowd,
-                             grammar_anchors, prompts_like_diffusiondb, usual_recipe)
+from .bench_data import (alike, bench_feed, bench_submission, bench_walk, blocked_product, by_semhash,
+                             crowd, dedup_faults, grammar_anchors, prompts_like_diffusiondb, range_recipe,
+                             usual_recipe)
+from .bench_predict import bench_predict, bench_words
 
 # %% ../nbs/09_benchmarks.ipynb #benches
 BENCHES = {}
@@ -408,6 +412,16 @@ def _subset(n):
 
     return check
 
+def _faults(x, threshold, n):
+    "A check of the first n rows: ours has no fault, and what is wrong with the other way"
+    def check(a, b):
+        assert dedup_faults(x, a, threshold, n) == (0, 0), 'ours is not exact'
+        twins, lost = dedup_faults(x, b, threshold, n)
+        return (f'of {n} rows it keeps {twins} beside a near copy, and drops {lost} for which none is kept; '
+                'ours 0 and 0')
+
+    return check
+
 # %% ../nbs/09_benchmarks.ipynb #dedup-ways
 def _dedup_against_plain(x, threshold, ours, turns):
     "Ours beside a blocked product and the usual recipe"
@@ -417,10 +431,19 @@ def _dedup_against_plain(x, threshold, ours, turns):
                       lambda: blocked_product(x, threshold), _same_rows, turns)
     recipe = compare('near-duplicates', 'faiss, 1000 neighbours, loops', rows, lambda: ours(x),
                      lambda: usual_recipe(x, threshold, ask=ask), _subset(ask), turns)
+    out = [product, recipe]
     if ask < rows:
         recipe.plain *= 10
         recipe.note += '; a tenth of its rows asked, times 10'
-    return [product, recipe]
+    elif rows <= 20_000:
+        recipe.note += '; ' + _faults(x, threshold, ask)(ours(x), usual_recipe(x, threshold))
+    others = {'faiss range search, a loop': range_recipe}
+    if find_spec('semhash'):
+        others[f'semhash {version("semhash")}'] = by_semhash
+    for name, way in others.items():
+        out.append(compare('near-duplicates', name, rows, lambda: ours(x), lambda: way(x, threshold),
+                           _faults(x, threshold, ask), 1))
+    return out
 
 # %% ../nbs/09_benchmarks.ipynb #dedup-bench
 @bench('dedup', rows=8_000, full=100_000, minutes=2)
@@ -495,4 +518,5 @@ def bench_ensemble(
 
 # %% ../nbs/09_benchmarks.ipynb #others
 BENCHES |= dict(submission=(bench_submission, 400, 16_000, 1), feed=(bench_feed, 64, 512, 1),
-                walk=(bench_walk, 240, 11600, 7))
+                walk=(bench_walk, 240, 11600, 7),
+                predict=(bench_predict, 64, 256, 2), words=(bench_words, 2, 10, 5))

@@ -143,6 +143,49 @@ def blocked_product(
                 mine[near[i]] = False
     return keep
 
+# %% ../nbs/09_bench_data.ipynb #range-recipe
+def range_recipe(
+        x: np.ndarray,  # (n, d) unit rows
+        threshold: float,  # cosine from which two rows are a pair
+        block: int = 4096,  # rows that ask at once
+) -> np.ndarray:  # (n,) bool: kept rows
+    "faiss range search, which finds every pair, and a loop that drops the later row of each"
+    import faiss
+    index, keep = faiss.IndexFlatIP(x.shape[1]), np.ones(len(x), bool)
+    index.add(x)
+    for lo in range(0, len(x), block):
+        ends, _, near = index.range_search(x[lo:lo + block], threshold)
+        for i, (a, b) in enumerate(zip(ends[:-1], ends[1:]), lo):
+            keep[near[a:b][near[a:b] > i]] = False
+    return keep
+
+def by_semhash(
+        x: np.ndarray,  # (n, d) rows
+        threshold: float,  # cosine from which two rows are a pair
+) -> np.ndarray:  # (n,) bool: kept rows
+    "What the package semhash keeps, by its approximate index"
+    from semhash import SemHash
+    found = SemHash.from_embeddings(x, [str(i) for i in range(len(x))], None).self_deduplicate(threshold)
+    return np.isin(np.arange(len(x)), np.array(found.selected, int))
+
+# %% ../nbs/09_bench_data.ipynb #dedup-faults
+def dedup_faults(
+        x: np.ndarray,  # (n, d) unit rows
+        keep: np.ndarray,  # (n,) bool: what some way keeps
+        threshold: float,  # cosine from which two rows are a pair
+        ask: int | None = None,  # only of the first so many rows; None: all
+        tile: int = 1024,  # rows at once
+) -> tuple:  # rows kept beside an earlier kept one of their pair; rows dropped for which no kept one stands
+    "What is wrong with a choice of rows; (0, 0) for an exact greedy one"
+    kept, twins, lost, n = np.flatnonzero(keep), 0, 0, len(x) if ask is None else ask
+    for lo in range(0, n, tile):
+        rows = np.arange(lo, min(lo + tile, n))
+        cos = x[rows] @ x[kept].T  # (b, d) @ (d, kept)
+        lost += (~keep[rows] & (cos.max(1) < threshold - 1e-5)).sum()
+        cos[kept >= rows[:, None]] = -1
+        twins += (keep[rows] & (cos.max(1) >= threshold + 1e-5)).sum()
+    return int(twins), int(lost)
+
 # %% ../nbs/09_bench_data.ipynb #feed-work
 class FeedWork:
     "Pictures of 512 pixels on disk, and both ways to a network's input"
@@ -276,7 +319,7 @@ def bench_submission(
 _NO_KEEPING = 'import sdip.core; sdip.core.keep_memory = lambda: False; '
 _HOME = Path(sdip.__file__).parents[1]
 
-def _run_costs(preset, out, at=_HOME, keep=True):  # out: in a folder that is there
+def run_costs(preset, out, at=_HOME, keep=True):  # out: in a folder that is there
     "(CPU s, MB, score) of `sdip_run` in a process of its own, with the sdip in folder `at`"
     at, out = Path(at).resolve(), Path(out).resolve()
     do = f'from sdip.cli import sdip_run; sdip_run({str(out)!r}, preset={preset!r})'
@@ -301,8 +344,8 @@ def bench_walk(
         raise ValueError(f'{before} has no sdip/cli.py: give a clone or a copy of another version')
     preset = 'tiny' if rows < 1000 else 'playground'
     with tempfile.TemporaryDirectory() as d:
-        old = _run_costs(preset, f'{d}/before', before or _HOME, keep=before is not None)
-        new = _run_costs(preset, f'{d}/now')
+        old = run_costs(preset, f'{d}/before', before or _HOME, keep=before is not None)
+        new = run_costs(preset, f'{d}/now')
     way = 'without keep_memory' if before is None else 'the version before'
     note = f'ensemble on test {new[2]:.4f}, before {old[2]:.4f}'
     return [Comparison('walk: ' + preset, way, 240 if preset == 'tiny' else 11600, new[0], old[0], new[1],

@@ -554,7 +554,7 @@ def sdip_show(
     serve(usual_run(run, download), port)
 
 # %% ../nbs/09_benchmarks.ipynb #names
-_BENCHES = 'finetune interrogator knn encode dedup ensemble submission feed walk'
+_BENCHES = 'finetune interrogator knn encode dedup ensemble submission feed walk predict words'
 
 # %% ../nbs/09_benchmarks.ipynb #command
 @_command()

@@ -279,10 +279,8 @@ def _own_rows(self: KNNRegressor, n, seed):  # numbers of up to n rows that may 
     spans = [s for s in spans if s.kind == kind]
     lengths, first = (np.array(o) for o in zip(*((s.hi - s.lo, s.first) for s in spans)))
     ends, r = lengths.cumsum(), np.random.default_rng(seed)
-    if ends[-1] > 4_000_000:  # never a number for each of tens of millions
-        at = r.choice(ends[-1], min(n, ends[-1]), replace=False)
-    else:
-        at = r.permutation(ends[-1])[:n]
+    few = ends[-1] <= 4_000_000  # else never a number for each
+    at = r.permutation(ends[-1])[:n] if few else r.choice(ends[-1], min(n, ends[-1]), replace=False)
     span = np.searchsorted(ends, at, 'right')
     if kind == 'text':
         self.notes.append("tuned by leave-one-out on texts, because the bank holds no pictures: pictures "
