@@ -60,6 +60,8 @@ class SecondKeys:
             share: float = 1.,  # of the second CLIP in the cosine that ranks; the first has the rest
             cache=None,  # .npy file that keeps what is encoded on demand; None: a temporary one
     ):
+        if not hasattr(clip, 'encode_texts'):
+            raise ValueError(f"the second CLIP is {clip!r}, expected a ClipEncoder: ClipEncoder(folder)")
         if not int(candidates) >= 1:
             raise ValueError(f"candidates is {candidates}, expected at least 1")
         if not 0 <= share <= 1:
