@@ -6,7 +6,6 @@
 __all__ = ['Decoder']
 
 # %% ../nbs/05c_decoding.ipynb #imports
-import re
 from collections import Counter
 
 import numpy as np
@@ -18,63 +17,8 @@ from .grammar import grammar_phrases
 from .media import MEDIA
 from .encoders import TargetEncoder
 from .candidates import named_people, SITES, UNSAFE
+from .words import all_words, join_words, MOST_WORDS, Reader, split_words, WordRows
 from .climb import run_searches
-
-# %% ../nbs/05c_decoding.ipynb #split-words
-_WORD = re.compile(r"""
-    (?P<word> [\w'’-]+ (?: (?<=\d) \.\d [\w'’-]* )* (?: \+\+ )? )  # cat, 1.8, c++
-    | (?P<inner> (?<=\w) [^\w\s,;!?]+ (?=\w) )  # a mark with no space around it: f/1.8
-    | [^\w\s]""", re.X)
-_MOST_WORDS = 77  # of a text: Stable Diffusion reads no more, and a search takes time for each
-
-def _all_words(text):
-    return tuple(f' {m[0]} ' if m['inner'] else m[0] for m in _WORD.finditer(text.lower()))
-
-def split_words(
-        text: str,
-) -> tuple:  # of str: words and marks
-    "A text as MiniLM reads it: in lower case, marks apart; a long one up to a comma."
-    words = _all_words(text)
-    return words if len(words) <= _MOST_WORDS else words[:_end_of(words)]
-
-def _end_of(words):
-    commas = [i for i in range(_MOST_WORDS//2, _MOST_WORDS + 1) if words[i] == ',']
-    return commas[-1] if commas else _MOST_WORDS
-
-def join_words(
-        words,  # of `split_words`
-) -> str:
-    "The text of words and marks; MiniLM reads it like the one they came from."
-    text = re.sub(' {2,}', '', ' '.join(words)).strip()
-    return re.sub(r'([(\[{<]) ', r'\1', re.sub(r' ([,.:;!?)\]}>])', r'\1', text))
-
-# %% ../nbs/05c_decoding.ipynb #word-rows
-class WordRows:
-    "A row for each word, whose sum lies near to the row of a text."
-    def __init__(
-            self,
-            texts,  # list of n str
-            rows,  # (n, d), their rows
-            most: int = 3000,  # words that get a row, the most frequent ones
-            strength: float = 3.,  # of the ridge
-    ):
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.linear_model import Ridge
-        counts = CountVectorizer(analyzer=split_words, max_features=most, dtype=np.float32)
-        x = counts.fit_transform(texts)  # (n, v)
-        fitted = Ridge(alpha=strength, fit_intercept=False, solver='cholesky').fit(x, rows)
-        self.number, self.rows = counts.vocabulary_, fitted.coef_.T.astype(np.float32)  # (v, d)
-
-    def of_words(
-            self,
-            words,  # of `split_words`
-    ) -> np.ndarray:  # (len(words), d); zeros for an unknown word
-        "One row a word."
-        out = np.zeros((len(words), self.rows.shape[1]), np.float32)
-        for i, w in enumerate(words):
-            if w in self.number:
-                out[i] = self.rows[self.number[w]]
-        return out
 
 # %% ../nbs/05c_decoding.ipynb #cut-phrases
 _LINKS = frozenset('''on in at under by with of near among beside above below inside during before behind over
@@ -286,29 +230,6 @@ def _beside(self: Readable, word, side, fits):  # -> (u,) bool
         self._masks[word, side] = np.array([bool(u) and fits(u) for u in self.units])
     return self._masks[word, side]
 
-# %% ../nbs/05c_decoding.ipynb #reader
-class Reader:
-    "Which things a row speaks of: a linear answer for each, learned on texts."
-    def __init__(
-            self,
-            said,  # n lists of phrases: what each text names
-            rows,  # (n, 384), their rows
-            strength: float = 1.,  # of the ridge
-    ):
-        from sklearn.linear_model import Ridge
-        self.phrases = sorted({p for phrases in said for p in phrases})
-        number, named = {p: i for i, p in enumerate(self.phrases)}, np.zeros((len(said), len(self.phrases)))
-        for row, phrases in zip(named, said):
-            row[[number[p] for p in phrases]] = 1
-        self.fitted = Ridge(alpha=strength).fit(rows, named.astype(np.float32)) if self.phrases else None
-
-    def __call__(
-            self,
-            emb,  # (n, 384) unit rows
-    ) -> np.ndarray:  # (n, phrases)
-        "Near 1 where a phrase is spoken of, near 0 where it is not."
-        return self.fitted.predict(emb).reshape(len(emb), -1) if self.phrases else np.zeros((len(emb), 0))
-
 # %% ../nbs/05c_decoding.ipynb #text-search
 class TextSearch:
     "One picture's search for a text: what was seen, and what to try next."
@@ -378,7 +299,7 @@ def guesses(
     value = near - self._cost(words, spans)
     if self.readable is not None:
         value[~self.readable.mask(words, spans)] = -np.inf
-    out, k, most = {}, min(k, value.size - 1), max(len(words), _MOST_WORDS)
+    out, k, most = {}, min(k, value.size - 1), max(len(words), MOST_WORDS)
     for at in np.argpartition(-value.ravel(), k)[:k]:
         s, u = divmod(int(at), near.shape[1])
         text = put_unit(words, spans[s], self.lexicon.units[u])
@@ -490,7 +411,7 @@ def _learn(self: Decoder):
     self.lexicon = Lexicon(self.prompts, self.rows, parts, self.phrases)
     self.readable = Readable(self.prompts, self.lexicon.units, self.lists)
     self.words = [split_words(p) for p in self.prompts]
-    self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(_all_words(p)) == len(w)}
+    self.spelled = {w: p for w, p in zip(self.words, self.prompts) if len(all_words(p)) == len(w)}
     lengths = [(len(cut_phrases(w)), count_words(w)) for w in self.words]
     self.usual = np.maximum(1, np.mean(lengths, axis=0))  # phrases, words
     self.things = Reader([self.readable.things(w) for w in self.words], self.rows[:, :EMB_DIM])

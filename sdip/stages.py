@@ -72,8 +72,7 @@ def take_weights(
             raise ValueError(f'stage {name!r}: {folder} has the {k} {config.get(k)}, this command trains '
                              f'{v}: name the same model, or another --out')
     saved = type(reg).load(folder, reg.device)
-    reg.net.load_state_dict(saved.net.state_dict())
-    reg.mean = saved.mean
+    reg.net, reg.mean = saved.net, saved.mean
     return reg
 
 # %% ../nbs/03_stages.ipynb #finetune-stages
