@@ -2823,6 +2823,38 @@ def test_killed_at_random():
     print(f'{survived} of {kills} kills survived')
     assert survived == kills == wanted, ends
 
+def test_hard_loop_killed():
+    """SIGKILL when a round has chosen, and again while its regressor trains on: the same command ends with the
+    files of a loop that was left alone, and the run that it began with is as it was"""
+    from fastcore.test import expect_fail
+    from sdip.grammar import sample_prompts
+    from sdip.hard_loop import hard_files
+    from sdip.run import walk
+    recipe = dict(lr=1e-3, unfreezing=((1, 1), ))
+    walk('run', 'tiny', members=dict(clip=dict(kind='clip', recipe=recipe), knn=dict(kind='knn')), quiet=True)
+    Path('prompts.txt').write_text('\n'.join(sample_prompts(80, seed=7)))
+    before = {p: p.read_bytes() for p in Path('run').rglob('*') if p.is_file()}
+    command = ('sdip_generate', 'killed', '--hard', 'run', '--prompts', 'prompts.txt', '--n', '8',
+               '--per-prompt', '1')
+    alone = lambda out, n: hard_files('run', 'prompts.txt', out, how=dict(n=n, per_prompt=1))
+    for sign in 'round1: 8 of 80', 'CLIP regressor ...':
+        with open('log.txt', 'w') as log:
+            work = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_for(lambda: sign in Path('log.txt').read_text())
+        work.kill()
+        assert work.wait() == -9 and not Path('killed/round1/run/clip/config.json').exists(), sign
+    said = sh(*command)
+    assert '8 of 80' not in said and 'targets, splits: done before' in said, said
+    alone('whole', 8)
+    got, want = left_in(Path('killed')), left_in(Path('whole'))
+    assert not [f for f in got.keys() | want.keys() if got.get(f) != want.get(f)]
+    assert not [p for p in Path('killed').rglob('*') if p.name.startswith('.tmp-')]
+    scores = [json.loads(Path(f'{d}/scores.json').read_text())['test'] for d in ('killed/round1/run',
+                                                                                 'whole/round1/run')]
+    assert scores[0] == scores[1] and {p: p.read_bytes() for p in before} == before
+    with expect_fail(ValueError, contains='killed was begun with n 8, this call says 9'):
+        alone('killed', 9)
+
 JUPYTER = """import os, sys
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell

@@ -236,8 +236,11 @@ def _command(left='nothing half-written was left'):
     return decorate
 
 # %% ../nbs/00c_playground.ipynb #painted
-def _painted(prompts, out, tars, engine, address, **how):
+def _painted(prompts, out, tars, engine, address, loop, **how):
     from sdip.painted import paint_file, paint_tars_file
+    if loop['run']:
+        return _looped(prompts, out, loop, tars or how.pop('shard') or address or engine != 'local', **how)
+    _no_loop(loop)
     if tars:
         from sdip.engines import engine_of
         return paint_tars_file(prompts, out, tars, engine_of(engine, address), **how)
@@ -245,11 +248,32 @@ def _painted(prompts, out, tars, engine, address, **how):
         raise ValueError('--engine and --address paint into tars: add --tars jpeg')
     return paint_file(prompts, out, **how)
 
-def _drawn(out, prompt, n, per_prompt, loose, size, seed):
+def _looped(prompts, out, loop, other, prompt_col, per_prompt, seed, **painter):
+    from sdip.hard_loop import hard_files
+    if other:
+        raise ValueError('--tars, --shard, --engine and --address do not go with --hard RUN, which paints '
+                         'files on this machine')
+    how = dict(n=loop['n'], per_prompt=per_prompt, least=loop['least'], seed=seed)
+    return hard_files(loop['run'], prompts, out, prompt_col, loop['rounds'], how, **painter)
+
+def _no_loop(loop):
+    if loop['run']:
+        raise ValueError('--hard RUN needs --prompts FILE, a list to choose from')
+    if loop['rounds'] != 1 or loop['least'] is not None:
+        raise ValueError('--rounds, --least go with --hard RUN, and there is none')
+
+# %% ../nbs/00c_playground.ipynb #drawn
+def _drawn(force, out, prompt, n, per_prompt, loose, size, seed):
     from sdip.playground import draw_data_set, draw_file
     if prompt is None:
         return draw_data_set(out, n, per_prompt, loose, size or 64, seed)
+    _free(force, out)
     return draw_file(out, prompt, size or 256, seed)
+
+def _no_prompts(loop, model, tars, shard, prompt_col):
+    _no_loop(loop)
+    if model or shard or prompt_col or tars:
+        raise ValueError('--model, --shard, --tars, --prompt-col go with --prompts FILE, and there is none')
 
 # %% ../nbs/00c_playground.ipynb #command
 @_command(_GOES_ON)
@@ -271,16 +295,17 @@ def sdip_generate(
     force: bool = False,  # with --prompt: replace a picture that is there
     engine: _one_of('local ray') = 'local',  # with --tars, ray: workers on all GPUs or CPUs, or on a cluster
     address: str = None,  # with --engine ray: host:port of the cluster's head; default: this machine
+    hard: str = None,  # a finished run: of --prompts paint the --n that it answers worst, and train on
+    rounds: int = 1,  # with --hard: how often
+    least: float = None,  # with --hard: cosine of picture and prompt by CLIP; default: as the run's own
 ):
     "Draw a playground dataset, or one prompt; or paint a file of prompts with Stable Diffusion"
+    how = dict(model=model, steps=steps, made=made, saved=size, per_prompt=per_prompt, seed=seed)
+    given, loop = dict(shard=shard, prompt_col=prompt_col), dict(run=hard, rounds=rounds, least=least, n=n)
     if prompts is not None:
-        how = dict(model=model, steps=steps, made=made, saved=size or 512, per_prompt=per_prompt, seed=seed)
-        return print(_painted(prompts, out, tars, engine, address, prompt_col=prompt_col, shard=shard, **how))
-    if model or shard or prompt_col or tars:
-        raise ValueError('--model, --shard, --tars, --prompt-col go with --prompts FILE, and there is none')
-    if prompt is not None:
-        _free(force, out)
-    print(_drawn(out, prompt, n, per_prompt, loose, size, seed))
+        return print(_painted(prompts, out, tars, engine, address, loop, **given, **how))
+    _no_prompts(loop, model, tars, **given)
+    print(_drawn(force, out, prompt, n, per_prompt, loose, size, seed))
 
 # %% ../nbs/00h_pretrain.ipynb #command
 @_command(_GOES_ON)
