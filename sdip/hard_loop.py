@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import atomic_path, bootstrap_interval, hash_items, row_cosine, sha256, unit, write_json
+from .core import (atomic_path, bootstrap_interval, hash_items, path_text, row_cosine, sha256, unit,
+                       write_json)
 from .lock import folder_lock, LOCK, read_fields
 from .data import image_paths, PAIR_COLUMNS, relative_paths, save_pairs
 from .tables import read_texts
@@ -33,7 +34,8 @@ from .artifacts import Run
 from .find_weights import read_sources
 from .inputs import clip_rows, families
 from .kinds import check_members, member_recipe, Part
-from .members import member_stage, save_predictions
+from .members import save_predictions
+from .report import read_scores
 from .presets import PRESETS
 from .run import walk
 from .predictor import load_predictor
@@ -50,10 +52,12 @@ def finished_run(
     if not run.pictured:
         raise ValueError(f'{folder} has learned from no picture, so that it cannot say which prompts are '
                          'hard: take a run with pairs')
-    if missing := [f for f in _NEEDED if not (run/f).exists()]:
+    models = [(p/'config.json').relative_to(run.folder) for m in run.members for p in run.folders(m)]
+    if missing := [f for f in (*_NEEDED, *models) if not (run/f).exists()]:
         raise ValueError(f'{folder} has no {missing[0]}: let its sdip_run end first; a run that travelled '
                          'without its prompts cannot go on')
     check_members(run.members)
+    run.check_stages(('pairs', 'weights', 'base_clip', 'ensemble'))
     return run
 
 def _content(run):  # -> text that changes with what the run says
@@ -177,7 +181,7 @@ def keep_similar(
     least = usual_similarity(run) if least is None else least
     sims = _similarities(run, painted, at)
     good = np.nan_to_num(sims, nan=-2) >= least
-    table = painted.assign(image=[str(p) for p in image_paths(painted)], similarity=sims)
+    table = painted.assign(image=[path_text(p) for p in image_paths(painted)], similarity=sims)
     table.attrs = {}
     with atomic_path(at/'left_out.csv') as tmp:
         table[~good][['id', 'prompt', 'similarity']].to_csv(tmp, index=False)
@@ -268,13 +272,12 @@ def compared(
     guess: Guess,  # of the old one
 ) -> str:  # lines for a terminal
     "Scores of two runs on their common held-out pictures, and the gain on the test's"
-    lines, fam = [], families(old)
+    lines, fam, mean = [], families(old), old.mean_vector()
     for split in ('valid', 'test'):
-        (ids, a, targ), (other, b, _) = (_cosines(r, split) for r in (old, new))
+        (ids, a, targ), (other, b, same) = (_cosines(r, split) for r in (old, new))
+        a = pd.Series(np.where(np.isfinite(a), a, targ @ mean/np.linalg.norm(mean)), ids)
+        b = pd.Series(np.where(np.isfinite(b), b, same @ mean/np.linalg.norm(mean)), other)[ids]
         group = fam[old.held_out()[split]]
-        mean = row_cosine(np.repeat(old.mean_vector()[None], len(targ), axis=0), targ)
-        a = pd.Series(np.where(np.isfinite(a), a, mean), ids)
-        b = pd.Series(np.where(np.isfinite(b), b, mean), other)[ids]
         lo, hi = bootstrap_interval(b.to_numpy() - a.to_numpy(), groups=group)
         expected = guess.expected(targ)
         worst = expected <= np.quantile(expected, _QUARTER)
@@ -302,6 +305,9 @@ def _claim(out, said):
                              'loop: choose another')
         write_json(said, file)
     old = read_fields(file, 'choose another folder')
+    if not (out/'round1/added').exists() and old.get('least') != said['least']:
+        old['least'] = said['least']  # no picture was added by the first one
+        write_json(old, file)
     if other := [f'{k} {old.get(k)!r}, this call says {v!r}' for k, v in said.items() if old.get(k) != v]:
         raise ValueError(f"{out} was begun with {'; '.join(other)}: repeat the first options, or choose "
                          'another folder')
@@ -313,10 +319,12 @@ def _chosen(run, prompts, emb, guess, n, at):  # -> prompts; [] where none is ha
         rows, line = choose(run, prompts, emb, guess, n)
         print(f'{at.name}: {line} (expected cosine below {guess.below:.3f}; correlation of what is expected '
               f'with the truth: {guess.expected.correlation:.2f})', flush=True)
+        if not len(rows):
+            return []
         table = pd.DataFrame(dict(prompt=[prompts[i] for i in rows], expected=guess.expected(emb[rows])))
         with atomic_path(file) as tmp:
             table.to_csv(tmp, index=False)
-    return pd.read_csv(file, keep_default_na=False).prompt.tolist()
+    return pd.read_csv(file, dtype=str, keep_default_na=False).prompt.tolist()
 
 def _round(run, prompts, emb, at, painter, how, quiet):  # -> the new run, prompts; None where none is hard
     guess = guess_of(run)
@@ -385,5 +393,9 @@ def hard_files(
         artist = Drawn(painter.get('saved') or 64)
     else:
         artist = StableDiffusion(**{k: v for k, v in painter.items() if v is not None})
-    new = hard_loop(run, read_texts(prompts, prompt_col), out, artist, How(**how), rounds)
-    return f'For your own pictures: sdip_predict PICTURES --run {new.folder}'
+    hard_loop(run, read_texts(prompts, prompt_col), out, artist, How(**how), rounds)
+    runs = [Path(run), *(Path(out)/f'round{i + 1}/run' for i in range(rounds))]
+    scores = {r: read_scores(Run(r, quiet=True))['valid']['ensemble'] for r in runs if r.exists()}
+    best = max(scores, key=scores.get)
+    return (f'best on validation pictures ({scores[best]:.4f}): {best}\n'
+            f'For your own pictures: sdip_predict PICTURES --run {best}')
