@@ -384,6 +384,14 @@ def _dedup_and_write(given, name, minilm, how, files):  # how: of `dedup_rows`; 
     files = zip(('kept', 'dropped', 'report'), files)
     print(found[2], *(f'{what} in {f}' for what, f in files if f), sep='\n')
 
+# %% ../nbs/03_finetune_vit.ipynb #finetuned
+def _finetuned(given, made, out, changes, where, teacher, pictures):
+    if teacher or pictures:
+        from sdip.teacher import distil_given
+        return print(distil_given(teacher, pictures, given, made, out, changes))
+    from sdip.stages import finetune_given
+    finetune_given(given, made, out, changes, where)
+
 # %% ../nbs/03_finetune_vit.ipynb #command
 @_command(_GOES_ON)
 def sdip_finetune(
@@ -403,14 +411,16 @@ def sdip_finetune(
         images: str = None,  # folder of the pictures, where a table lies elsewhere
         stage: _several('+', again=True) = None,  # files of stages instead of --pairs, see 03_stages
         soup: _several('+') = None,  # saved models of one tower: average their weights instead of training
+        teacher: str = None,  # a finished run whose predictions for --pictures are learned, see 08f_teacher
+        pictures: _several('+') = None,  # with --teacher: pictures without prompts, or folders of them
 ):
     "Fine-tune a regressor from pictures to prompt embeddings on your own pairs"
-    from sdip.stages import finetune_given
     made = dict(kind=kind, preset=preset, model=model, weights=weights, head=head, device=device,
                 img_size=img_size)
     where = dict(image_col=image_col, prompt_col=prompt_col, images=images)
     changes = [*(set or ()), *([f'cache={cache}'] if cache else ())]
-    finetune_given(dict(pairs=pairs, stage=stage, soup=soup), made, out or f'runs/{kind}', changes, where)
+    given = dict(pairs=pairs, stage=stage, soup=soup)
+    _finetuned(given, made, out or f'runs/{kind}', changes, where, teacher, pictures)
 
 # %% ../nbs/05b_folder.ipynb #command
 @_command('finished pictures are kept where --work names a folder')
