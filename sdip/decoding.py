@@ -177,8 +177,12 @@ def passes(
         return False
     if any(e not in self.ends and self.pairs[e] > 2 for e in _phrase_ends(row)):
         return False  # it breaks off: 'in the style'
-    said = Counter(w for w in words if w not in _SMALL and w[0].isalnum())
-    return max(said.values(), default=1) == 1 and self._one_scene(words)
+    said = [w for w in words if w not in _SMALL and w[0].isalnum()]
+    return len({*said}) == len(said) and not _one_and_many(said) and self._one_scene(words)
+
+def _one_and_many(words):  # 'two dogs, a dog'
+    plural = {p for w in words for p in (w + 's', w + 'es', w[:-1] + 'ies' if w[-1] == 'y' else w + 's')}
+    return not plural.isdisjoint(words)
 
 # %% ../nbs/05c_decoding.ipynb #readable-named
 @patch
