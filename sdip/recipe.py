@@ -178,9 +178,9 @@ def typed(
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if float in kinds and number:
         return float(value)
-    if int in kinds and number and value == int(value):
+    if int in kinds and number and float(value).is_integer():
         return int(value)
-    if isinstance(value, kinds):
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
     if str in kinds and isinstance(text, str):
         return text  # a folder may be called 2026
