@@ -295,8 +295,8 @@ def _mourn(self: Crew, worker, k, e):
     why = reason(e)
     if self.deaths[k] > 1 and isinstance(e, self.ray.exceptions.OutOfMemoryError):
         raise MemoryError(f'shard {k}: a machine ran out of memory twice; give it {LOWER} ({why})')
-    if k is None and self.deaths[k] > 1:
-        raise RuntimeError(f'a worker died twice while it loaded: {why}')
+    if k is None and self.deaths[k] > self.n:  # more than a lost machine takes along, whose workers loaded
+        raise RuntimeError(f'{self.deaths[k]} workers in a row died while they loaded: {why}')
     return why
 
 # %% ../nbs/00e_cluster.ipynb #crew-next-end
