@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/00f_array_shards.ipynb #imports
 import json
+import shutil
 import zlib
 
 import numpy as np
@@ -92,12 +93,14 @@ def intact_shards(joined, old, spans, rows):
     return {k for k, s in enumerate(spans) if _crc(joined[rows.first(*s)]) == crcs[k]}, False
 
 # %% ../nbs/00f_array_shards.ipynb #encode-join
-def join_shards(out, plan, spans, rows, joined):
-    "Write emb.npy from shards, and from the rows of the old one that are still good"
+def _join(out, plan, spans, rows, joined):
     def shard(k):  # (b, d)
         lo, hi = spans[k]
         made = load_shard(out, k, hi - lo, shard_tag(plan))
-        return joined[rows.first(lo, hi)] if made is None else made
+        if made is not None:
+            return made
+        there = read_joined(out, plan['n'], plan['dtype']) if joined is None else joined  # by another process
+        return there[rows.first(lo, hi)]
 
     widths = {shard(k).shape[1] for k in range(len(spans))}
     if len(widths) != 1:
@@ -114,8 +117,14 @@ def join_shards(out, plan, spans, rows, joined):
         emb.flush()
         del emb
     write_json(dict(plan, d=d, crc=crc, crcs=crcs), out/'manifest.json')
-    for p in out.glob(f'shard-*.{shard_tag(plan)}.*.npy'):
+
+def join_shards(out, plan, spans, rows, joined, whole):
+    "Write emb.npy from shards and the good rows of the old one, unless it is `whole`; then the shards go"
+    if not whole:
+        _join(out, plan, spans, rows, joined)
+    for p in out.glob(f'shard-*.{shard_tag(plan)}.*.npy'):  # also those that a kill left beside a whole file
         p.unlink(missing_ok=True)
+    shutil.rmtree(out/'parts', ignore_errors=True)
 
 # %% ../nbs/00f_array_shards.ipynb #encode-reports
 def save_report(out, k, lo, said):

@@ -7,7 +7,6 @@ __all__ = ['encode']
 
 # %% ../nbs/00f_encode.ipynb #imports
 import os
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -157,7 +156,7 @@ def _without_poison(few, spans, encoder, engine, out, plan, amp):
         save_shard(out, k, rows, shard_tag(plan))
     for i in sorted(bad):
         print(f'{visible(_name(few[i], i))}: it killed its worker twice, its row is NaN ({bad[i]})')
-    shutil.rmtree(at, ignore_errors=True)
+
 
 # %% ../nbs/00f_encode.ipynb #encode-parts-todo
 def _encode_todo(few, todo, encoder, engine, out, plan, amp):
@@ -195,8 +194,8 @@ def encode(
         intact, whole = intact_shards(joined := read_joined(out, n, dtype), old, spans, rows)
         todo = {k: spans[k] for k in range(i, len(spans), m) if k not in intact}
         _encode_todo(few, todo, encoder, engine, out, plan, amp)
-        if shard is None and not whole:
-            join_shards(out, plan, spans, rows, joined)
+        if shard is None:
+            join_shards(out, plan, spans, rows, joined, whole)
     if shard is not None:
         return None
     _hand_report(encoder, load_report(out, rows))

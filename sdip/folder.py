@@ -66,7 +66,6 @@ def _without_poison(out, name, blocks, dead, make, engine):
         parts = [_unanswered(name, im, i, alone[i]) if i in alone else read_json(_file(out/'parts', name, i))
                  for i, im in enumerate(blocks[lo][0], lo)]
         write_json(_together(parts), _file(out, name, lo))
-    shutil.rmtree(out/'parts', ignore_errors=True)
 
 def _pass(out, name, blocks, make, engine, desc):
     "A pass over all blocks: a file each -> files"
@@ -75,6 +74,7 @@ def _pass(out, name, blocks, make, engine, desc):
     with tqdm(total=n, desc=f'{desc} {name}', unit=' pictures', disable=None if desc else True) as bar:
         if dead := _run_blocks(out, name, blocks, make, engine, bar.update):
             _without_poison(out, name, blocks, dead, make, engine)
+    shutil.rmtree(out/'parts', ignore_errors=True)  # also what a kill left
     return [_file(out, name, lo) for lo in blocks]
 
 # %% ../nbs/05b_folder.ipynb #blocks-work
