@@ -3,12 +3,15 @@
 A slow test or a check is a function `test_*` of slow.py or checks.py. Each runs in a process and an empty
 folder of its own; one function alone: `python .ci/harness.py slow test_name`."""
 import ast, hashlib, importlib, json, os, re, signal, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)  # seconds a stage may take
+AT_ONCE = dict(slow=2, checks=1)  # functions of a stage that run side by side; those marked by_itself do not
 TAIL = 60  # lines of a failure's log that are shown
+RUNNING = set()  # processes of tests and checks
 WHY = 20  # lines of it that are shown once more at the end, where a log that was cut still has them
 
 def notebooks():
@@ -21,21 +24,30 @@ def snapshot():
     paths = {name: ROOT/name for name in names if name}
     return {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in sorted(paths.items()) if p.is_file()}
 
+def by_itself(test):
+    "Marks a function that measures seconds, or asks for the whole machine"
+    return test
+
+def kill(proc):
+    try:
+        os.killpg(proc.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
 def run(cmd, cwd, limit):
     "Exit status (None when the time was up) and output of `cmd`; nothing that it started outlives it"
     with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as log:
         proc = subprocess.Popen(cmd, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                 start_new_session=True)
+        RUNNING.add(proc)
         try:
             status = proc.wait(timeout=max(limit, 0))
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            try:
-                os.killpg(proc.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            kill(proc)
             proc.wait()
+            RUNNING.discard(proc)
         log.seek(0)
         return status, log.read() + (f'\nstopped: no time was left after {limit:.0f} s\n'
                                      if status is None else '')
@@ -73,19 +85,32 @@ def run_notebooks(limit):
     return results, dict.fromkeys((what for what, ok in results.items() if not ok), said)
 
 def functions(stage):
+    "Names of a stage's functions: (those that may run side by side, the others)"
     tree = ast.parse((HERE/f'{stage}.py').read_text(encoding='utf-8'))
-    return [o.name for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('test_')]
+    found = [o for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('test_')]
+    single = [o.name for o in found if any(getattr(d, 'id', '') == 'by_itself' for d in o.decorator_list)]
+    return [o.name for o in found if o.name not in single], single
+
+def run_function(stage, name, end):
+    start = time.time()
+    with tempfile.TemporaryDirectory(prefix='sdip-ci-', ignore_cleanup_errors=True) as tmp:
+        status, log = run([sys.executable, __file__, stage, name], tmp, end - start)
+    return f'{stage}: {name}', status == 0, time.time() - start, log
 
 def run_functions(stage, limit):
     end, results, logs = time.time() + limit, {}, {}
-    for name in functions(stage):
-        start = time.time()
-        with tempfile.TemporaryDirectory(prefix='sdip-ci-') as tmp:
-            status, log = run([sys.executable, __file__, stage, name], tmp, end - start)
-        what = f'{stage}: {name}'
-        results[what] = tell(status == 0, what, time.time() - start, log)
-        if not results[what]:
-            logs[what] = log
+    for names, workers in zip(functions(stage), (AT_ONCE[stage], 1)):
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for job in as_completed([pool.submit(run_function, stage, name, end) for name in names]):
+                what, ok, seconds, log = job.result()
+                results[what] = tell(ok, what, seconds, log)
+                if not ok:
+                    logs[what] = log
+        finally:  # also when the gate is stopped: no further one begins, and none goes on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for proc in [*RUNNING]:
+                kill(proc)
     return results, logs
 
 def call(stage, name):

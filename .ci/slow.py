@@ -7,7 +7,7 @@ import base64, json, os, re, shutil, socket, subprocess, sys, time, zipfile
 from contextlib import contextmanager, ExitStack
 from pathlib import Path
 
-from harness import ROOT
+from harness import by_itself, ROOT
 
 def sh(*cmd, status=0, **env):
     """Runs a command to its end and returns what it printed; fails when its exit status is another than
@@ -1083,6 +1083,7 @@ def workers():
 def joined(out):
     return Path(out, 'emb.npy').read_bytes()
 
+@by_itself
 def test_ray():
     """Three machines of Ray: the bytes of one process, in dedup, kNN and tars too, also when a worker is
     killed, the driver is killed and started again, an item kills its workers, or a machine is gone; no
@@ -1168,6 +1169,7 @@ def test_decoded_by_two_processes():
     left = sorted({p.suffix for p in Path('kept').glob('*/*')})
     assert left == ['.json', '.npy'], left
 
+@by_itself
 def test_original_says_what_is_missing():
     """Without the four networks the original stops within 10 s and names each, where it looked and how to
     get it; a dry run says the same"""
@@ -1533,6 +1535,7 @@ open(f'{rank}.txt', 'w').write(found)
 os._exit(0)  # the group is broken
 '''
 
+@by_itself
 def test_first_process_alone():
     "What the first process works at for longer than a collective call may take; its error is every process's"
     Path('alone.py').write_text(ALONE)
