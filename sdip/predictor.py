@@ -21,7 +21,7 @@ from .data import ImageError, read_image
 from .hub import local_folder
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
-from .preprocess import pick_device
+from .preprocess import keep_pictures, pick_device
 from .artifacts import Run
 from .interrogator import Words
 from .inputs import run_decoder
@@ -52,8 +52,9 @@ def _decoded_blocks(images, most=256, budget=5e8):  # budget: bytes
             block += new
             size += sum(3*im.width*im.height for im, _ in new if im is not None)
             if len(block) >= most or size >= budget or lo + step >= len(images):
-                yield first, block
-                first, block, size = first + len(block), [], 0
+                end = first + len(block)
+                yield first, block  # the caller may empty it
+                first, block, size = end, [], 0
 
 # %% ../nbs/08a_predictor.ipynb #fold-model
 class FoldModel:
@@ -192,6 +193,7 @@ def predict(
         good = [i for i, (im, _) in enumerate(block) if im is not None]
         if good:
             self._fill(preds, first + np.array(good), [block[i][0] for i in good])
+        block.clear()  # before the next one is decoded
     if len(self.report) == n:
         return np.full((n, EMB_DIM), np.nan, np.float32)
     self.expected = expected_cosines(self.ensemble, preds)
@@ -203,7 +205,9 @@ _STARTS = 5  # texts of the interrogator that a search for words begins with
 @patch
 def _fill(self: RunPredictor, preds, at, pictures):
     "Rows and words of decoded pictures, which stand at `at` among all"
-    for m, rows in self._predict_members(pictures).items():
+    with keep_pictures():  # prepared once for all members that want the same pixels
+        found = self._predict_members(pictures)
+    for m, rows in found.items():
         preds[m][at] = rows
     if speaker := self._speaker():
         model = getattr(self.models[speaker], 'models', [self.models[speaker]])[0]  # of the first fold

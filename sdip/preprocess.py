@@ -230,7 +230,7 @@ _USES = []  # blocks that want pixels to be kept
 
 @contextmanager
 def keep_pictures():
-    "Keep the pixels of picture files in memory while the block lasts, up to 256 MB"
+    "Keep prepared pixels while the block lasts: of files up to 256 MB, of PIL images as long as they live"
     _USES.append(1)
     try:
         yield
@@ -239,29 +239,31 @@ def keep_pictures():
         if not _USES:
             _KEPT.clear()
 
-def _kept_name(img, prep, draft):
-    "Name of a file's pixels; None where they are not kept"
+def _kept(img, prep, draft):
+    "Where a picture's pixels are kept, by what name; None: they are not"
+    how = prep.size, prep.interpolation, prep.resize_mode, prep.crop_pct, draft
+    if _USES and isinstance(img, Image.Image):
+        return img.__dict__.setdefault('_prepared', {}), how
     if not _USES or not isinstance(img, (str, Path)):
-        return None
+        return {}, None
     try:
         s = os.stat(img)
     except OSError:  # not there, or a member of a tar
-        return None
-    how = prep.size, prep.interpolation, prep.resize_mode, prep.crop_pct, draft
-    return os.fspath(img), s.st_size, s.st_mtime_ns, s.st_ino, *how
+        return {}, None
+    return _KEPT, (os.fspath(img), s.st_size, s.st_mtime_ns, s.st_ino, *how)
 
 # %% ../nbs/00d_preprocess.ipynb #batch-kinds
 def _try_pixels(img, prep, draft=False):
     "Pixels and no error, or the error's text"
-    name = _kept_name(img, prep, draft)
-    if name in _KEPT:
-        return _KEPT[name], None
+    kept, name = _kept(img, prep, draft)
+    if name in kept:
+        return kept[name], None
     try:
         px = prep.pixels(img, draft)
     except ImageError as e:
         return None, str(e)
-    if name and len(_KEPT)*px.nbytes < _MOST:
-        _KEPT[name] = px
+    if name and len(kept)*px.nbytes < _MOST:
+        kept[name] = px
     return px, None
 
 def _label(img):

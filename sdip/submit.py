@@ -163,7 +163,7 @@ def submit_in_time(
     files = find_images(images, stems=True)
     ids = [path_text(f.stem) for f in files]
     with atomic_path(path) as tmp:  # a place that cannot be written is said before the work
-        kept = _writing_time(models, ids, mean, blend, tmp, clock)
+        kept = _writing_time(models, ids if until else ids[:1], mean, blend, tmp, clock)
         got = predict_in_time(models, files, None if until is None else until - kept, clock=clock)
         rows, unread = got.pop('rows'), got['report']
         if len(unread) == len(files):
