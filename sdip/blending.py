@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
 
 from .core import atomic_path, check_emb, unit
 
@@ -175,6 +174,7 @@ def bounded_search(
     tol: float,  # stop when the ratio is known to this width
 ) -> list:  # every (ratio, score) tried, in order
     "Enclose the maximum of a function with one peak, by Brent's method"
+    from scipy.optimize import minimize_scalar
     tried = []
 
     def loss(r):
@@ -308,6 +308,7 @@ def _cosine_and_grad(w, dots, gram):  # (m,), (n, m), (n, m, m) -> mean cosine o
 
 # %% ../nbs/06_blending.ipynb #climb
 def _climb(w, dots, gram):  # (m,) -> (m,) with a higher score; zeros stay zero
+    from scipy.optimize import minimize
     loss = lambda w: tuple(-v for v in _cosine_and_grad(w, dots, gram))
     bounds = [(0, None if v else 0) for v in w]
     return minimize(loss, w, jac=True, method='L-BFGS-B', bounds=bounds, options=dict(ftol=1e-12)).x

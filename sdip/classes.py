@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from scipy.special import softmax
 
 from .core import (EMB_DIM, SAVE_AGAIN, atomic_path, check_sha256, hash_items, right_shape, unit,
                        write_json)
@@ -71,6 +70,7 @@ def class_bridge(
     top: int = 100,  # classes that count, the likeliest ones
 ) -> np.ndarray:  # (n, 384) float32, means of rows; NaN for NaN
     "Probabilities of the likeliest classes times the vectors of their names; ValueError for odd settings"
+    from scipy.special import softmax
     _check_settings(temperature, top)
     best = np.argsort(-logits, 1, kind='stable')[:, :top]  # (n, top)
     probs = np.zeros(logits.shape, np.float32)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
-from scipy.ndimage import gaussian_filter1d
-from scipy.optimize import brentq
 
 from .near_duplicates import check_threshold, greedy_walk, missed_share, Rows
 from .sharded_duplicates import greedy_shards, row_paths, RowFiles, rows_in_memory
@@ -143,6 +141,7 @@ def summary(
 # %% ../nbs/01_dedup_weighting.ipynb #weight-ratios
 def _ratio(sim, ref, shrink, bins=512):  # (n,), (m,) similarities, pseudo-rows -> (n,)
     "Density ratio from two histograms smoothed alike, shrunk towards 1 where rows are few"
+    from scipy.ndimage import gaussian_filter1d
     h = max(1.06*max(v.std(), 1e-6)*len(v)**-.2 for v in (sim, ref))  # Silverman's rule, smaller sample
     lo, hi = min(sim.min(), ref.min()) - 4*h, max(sim.max(), ref.max()) + 4*h
     width, m = (hi-lo)/bins, min(len(sim), len(ref))
@@ -182,6 +181,7 @@ def within_limits(
     max_weight: float,  # limits are this and its inverse; at least 1
 ) -> np.ndarray:  # (n,) of mean 1; all 1 where every ratio is 0
     "Ratios as weights: scaled, and cut at the limits"
+    from scipy.optimize import brentq
     if not raw.max() > 0:
         return np.ones(len(raw))
     w = raw/raw.mean()

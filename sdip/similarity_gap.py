@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import wasserstein_distance
 
 from .core import check_emb, path_text, row_cosine, unit
 from .data import find_images, image_paths
@@ -72,6 +71,7 @@ def compare_gap(
     groups=(None, None, None),  # of a, b and reference: the prompt of each row; None: each row alone
 ) -> Gap:
     "Does a data set widen the gap to the reference? ValueError: fewer than 5 groups with numbers in a set"
+    from scipy.stats import wasserstein_distance
     named = dict(a=a, b=b, reference=reference)
     a, b, ref = (_Grouped(k, v, g) for (k, v), g in zip(named.items(), groups, strict=True))
     rng, m, whole = np.random.default_rng(seed), min(len(a), len(b)), ref.values

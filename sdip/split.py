@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from .core import check_emb, hash_items, unit
@@ -23,6 +21,8 @@ from .prompts import clean_prompts, duplicate_of
 
 # %% ../nbs/01a_split.ipynb #components
 def _components(n, links):  # n rows, [(rows i, rows j), ..] -> (n,) family numbers, in order of first rows
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
     i, j = (np.concatenate([link[k] for link in links]) for k in (0, 1))
     graph = coo_matrix((np.ones(len(i), bool), (i, j)), (n, n))
     label = connected_components(graph, directed=False)[1]
