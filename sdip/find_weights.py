@@ -288,6 +288,43 @@ def load_source(
         raise ValueError(f"{run/'sources.json'} names no {role}: repeat the same sdip_run")
     return load_outside(role, said['path'], said['origin']['sha256'], **given)
 
+# %% ../nbs/08_find_weights.ipynb #second-clip
+def _refuse_same(first, clip, place):  # two CLIPs
+    one, two = (c.encode_texts(['a red fox in the snow'])[0] for c in (first, clip))
+    if one.shape == two.shape and one @ two > 1 - 1e-5:
+        raise ValueError(f'second={place} is the CLIP that has found the candidates, so that it would rank '
+                         'them as they are: name another, or leave it out')
+
+def second_clip(
+    m: dict,  # a member of a checked table
+    start: str = '',  # of the run
+):  # `ClipEncoder`; None: the member names none
+    "The CLIP that ranks a bank's candidates again. ValueError: none there, another, or the first one"
+    from sdip.encoders import ClipEncoder, shipped
+    if m['kind'] != 'knn' or 'second' not in m.get('options', {}):
+        return None
+    place, digest = m['options']['second'], m['options'].get('second_sha256')
+    clip = load_outside('clip', place, digest)
+    if start == 'shipped':
+        with shipped('base_clip') as folder:
+            _refuse_same(ClipEncoder(folder), clip, place)
+    return clip
+
+# %% ../nbs/08_find_weights.ipynb #copy-second
+def copy_second(
+    run: Run,
+    name: str,  # of a member
+    m: dict,  # what the run says of it
+    first,  # the CLIP that finds the candidates
+):  # `ClipEncoder`; None: the member names no second
+    "The member's second CLIP, copied into the run under a name of its content. ValueError: see `second_clip`"
+    from sdip.encoders import ClipEncoder
+    clip = second_clip(m)
+    if clip is None:
+        return None
+    _refuse_same(first, clip, m['options']['second'])
+    return ClipEncoder(clip.save(run/f'{name}/second-{clip.sha256[:12]}'))  # equal bytes, whoever writes
+
 # %% ../nbs/08_find_weights.ipynb #check-sources
 def _is_finite(role, model):
     from PIL import Image

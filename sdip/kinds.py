@@ -20,7 +20,7 @@ _DEFAULTS = dict(source=None, weights=None, sha256=None, size=None, head='linear
 _NETWORK = 'source', 'weights', 'sha256', 'size', 'head', 'recipe'
 _READS = dict(clip=_NETWORK, knn=('options', ), interrogator=('options', ), vit=(*_NETWORK, 'options'),
               classes=(), frozen=('options', ), blip=[f for f in _NETWORK if f != 'weights'])
-_OPTIONS = dict(knn=dict(bank=('best', 'texts')),
+_OPTIONS = dict(knn=dict(bank=('best', 'texts'), second=str, second_sha256=str),
                 frozen=dict(by=('group', 'source'), whole=(True, False), backbones=list, dims=int,
                             landmarks=int, width=float),
                 interrogator=dict(ranker=('large', 'base'), words=('classic', 'writeup'),
@@ -60,11 +60,15 @@ def _check_fields(name, m, kinds):  # m: what the table says of a member
 # %% ../nbs/08_kinds.ipynb #check-options
 def _check_options(name, kind, options):
     known = _OPTIONS.get(kind)
+    if kind == 'vit' and 'second' in options:  # others would reach timm, which checks its own
+        raise ValueError(f'{name}.options.second: a vit has no candidates to rank again; a knn has')
     for k, v in options.items() if known else ():
         if k not in known:
             raise ValueError(f"{name}.options.{k}: kind {kind!r} knows {', '.join(known)}")
         if isinstance(known[k], tuple) and v not in known[k]:
             raise ValueError(f"{name}.options.{k} is {v!r}, expected one of {', '.join(map(str, known[k]))}")
+        if known[k] is str and not (isinstance(v, str) and v):
+            raise ValueError(f"{name}.options.{k} is {v!r}, expected a text, or leave it out")
 
 # %% ../nbs/08_kinds.ipynb #check-members
 def check_members(

@@ -18,7 +18,7 @@ from .data import image_paths, relative_paths
 from .tables import read_texts
 from .artifacts import Stage, stage_list
 from .bank_of_prompts import known_prompts, run_bank
-from .find_weights import load_source, read_sources
+from .find_weights import copy_second, load_source, read_sources, second_clip
 from .inputs import clip_rows, families
 from .kinds import left_out_split, member_recipe, Part, part_split, sources_to_leave
 
@@ -142,11 +142,12 @@ def try_towers(
     for name in names:
         m = args['members'][name]
         _check_start(name, m, args['start'])
-        if m.get('source'):
-            try:
+        try:
+            if m.get('source'):
                 _TOWERS[m['kind']](run, m)
-            except ValueError as e:
-                raise ValueError(f'member {name!r}: {e}') from None
+            second_clip(m, args['start'])
+        except ValueError as e:
+            raise ValueError(f'member {name!r}: {e}') from None
 
 # %% ../nbs/08_members.ipynb #plan-members
 def plan_members(
@@ -174,13 +175,15 @@ def plan_members(
 def _fit_knn(run, m, part):
     "A bank of the training prompts' texts and of their pictures, tuned on validation pictures"
     if not run.pictured:
-        return _fit_knn_to_texts(run, part)
+        return _fit_knn_to_texts(run, m, part)
     (table, targ), images, split = run.pairs(), clip_rows(run, 'images'), _split(run, part)
     mine = {s: np.flatnonzero(split == s) for s in ('train', *HELD_OUT)}
     model = _bank(run, table.iloc[mine['train']], targ, images, m['options'].get('bank', 'best'))
-    model.tune(images[mine['valid']], targ[mine['valid']])
+    model.rerank_by(copy_second(run, part.member, m, model.clip))
+    see = {s: model.embed_queries(image_paths(table.iloc[mine[s]], ''), images[mine[s]]) for s in HELD_OUT}
+    model.tune(see['valid'], targ[mine['valid']])
     model.save(run/part.folder)
-    rows = {s: model.predict_from(images[mine[s]]) for s in HELD_OUT}
+    rows = {s: model.predict_from(see[s]) for s in HELD_OUT}
     facts = dict(k=model.k, weights=model.weights, mix=model.mix or 'all as one')
     return facts | save_predictions(run, part, rows)
 
@@ -204,12 +207,13 @@ def _bank(run, train, targ, images, which):  # train: pairs, with their row numb
 
 _K = 50  # neighbours in a bank of texts: best on drawn pictures, see `08_zero_shot`
 
-def _fit_knn_to_texts(run, part):
+def _fit_knn_to_texts(run, m, part):
     "The bank alone; there is no picture to tune on"
     from sdip.bank import open_space
     from sdip.knn import KNNRegressor
     prompts, targ, keys = known_prompts(run, texts=True)
     model = KNNRegressor(open_space(run/'base_clip'), k=_K).fit(keys, targ, prompts, 'text')
+    model.rerank_by(copy_second(run, part.member, m, model.clip))
     model.save(run/part.folder)
     return dict(prompts=len(prompts), k=model.k, weights=model.weights)
 
@@ -469,6 +473,8 @@ def member_stage(
     halves = [h(part) if callable(h) else f'{part.folder}/{h}' for h in kind.halves]
     if m['kind'] == 'interrogator' and run.args.get('start') == 'real' and not _ranks_by_base(m):
         files.append('ranker/*')
+    if m['kind'] == 'knn' and 'second' in m.get('options', {}):
+        files.append(f'{part.member}/second-*/*')
     args = [*kind.args, 'folds'] if part.fold is not None else kind.args
     needs = (*kind.needs, 'bank_texts') if run.args.get('bank') and run.pictured else kind.needs
     return Stage(part.stage, title, partial(_fit_part, m=m, part=part, fit=kind.fit), tuple(needs),

@@ -271,21 +271,28 @@ def _lineup_of(args, add, changes, kinds):
         args['ratios'] = None  # the preset's are of other members: they are searched
     return {name: _pinned(name, m) for name, m in members.items()}
 
+
+# %% ../nbs/08_run.ipynb #walk-pinned
 def _pinned(name, m):
+    if second := m.get('options', {}).get('second') if m['kind'] == 'knn' else None:
+        found = _pin(name, second, m['options'].get('second_sha256')) if Path(second).exists() else ()
+        return m | dict(options=m['options'] | dict(zip(('second', 'second_sha256'), found)))
     field = next((f for f in ('source', 'weights') if m.get(f) and Path(m[f]).exists()), None)
     if field is None:
         return m
-    place = Path(m[field])
-    if field == 'source' and not place.is_dir():
-        raise ValueError(f'member {name!r}: {place} is a file, which does not say what network it is for: '
-                         f'give the name of one as source, and the file as weights')
+    if field == 'source' and not Path(m[field]).is_dir():
+        raise ValueError(f'member {name!r}: {Path(m[field])} is a file, which does not say what network it '
+                         f'is for: give the name of one as source, and the file as weights')
+    return m | dict(zip((field, 'sha256'), _pin(name, m[field], m['sha256'])))
+
+def _pin(name, place, expected):  # -> absolute path, SHA-256 of the weights there
     file, fault = weights_in(place)
     if fault or file is None:
         raise ValueError(f"member {name!r}: {fault or f'{place} holds no weights'}")
     digest = sha256(file)
-    if m['sha256'] not in (None, digest):
-        raise ValueError(f"member {name!r}: {file} has SHA-256 {digest}, expected {m['sha256']}")
-    return m | {field: str(place.resolve()), 'sha256': digest}
+    if expected not in (None, digest):
+        raise ValueError(f"member {name!r}: {file} has SHA-256 {digest}, expected {expected}")
+    return str(Path(place).resolve()), digest
 
 # %% ../nbs/08_run.ipynb #walk-arguments-2
 def _with_bank(args, changes):

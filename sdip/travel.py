@@ -43,6 +43,14 @@ def _plain(value):
     return re.split(r'[\\/]', value.rstrip('\\/'))[-1]
 
 # %% ../nbs/08d_travel.ipynb #without-texts
+def _all_by_second(folder, out, step=4096):
+    "Rows of every prompt by a bank's second CLIP, which cannot read them where they are empty"
+    model = KNNRegressor.load(folder, device='cpu')
+    for lo in range(0, len(model), step):
+        model.second.take(model.shelves, np.arange(lo, min(lo + step, len(model))))
+    facts = model.second.write(out, len(model))
+    return {k: facts[k] for k in ('has_rows', 'digest')}
+
 def _without_texts(folder, out):
     "The changed files of a kNN bank whose prompts are empty; its rows and settings are the same"
     config = read_json(folder/'config.json')
@@ -51,6 +59,8 @@ def _without_texts(folder, out):
     for name, rows in empty.items():
         np.save(out/f'{name}.npy', rows)
         config['columns'][name] = rows_digest(rows[:0] if name == 'texts' else rows)
+    if config.get('second'):
+        config['second'] |= _all_by_second(folder, out)
     spans = [s | dict(root='.') for s in config['spans']]
     write_json(config | dict(spans=spans), out/'config.json')
     return {p.name: p for p in out.iterdir()}
