@@ -272,6 +272,23 @@ def rank(
     "The nearest phrases of each picture, in words."
     return [[self.phrases[j] for j in row] for row in self.top(emb, k, reference)[1]]
 
+# %% ../nbs/05_candidates.ipynb #phrase-total
+@patch
+def row(
+        self: PhraseTable,
+        i: int,  # number of a phrase
+) -> np.ndarray:  # (d,) float32
+    "The embedding of one phrase, wherever the matrix is."
+    return np.asarray(self.matrix[i], np.float32)
+
+@patch
+def total(self: PhraseTable) -> np.ndarray:  # (d,) float32
+    "The sum of all rows, added one after the other: equal in memory and on disk, in blocks."
+    out = None
+    for _, rows in self._rows():
+        out = rows.sum(0) if out is None else np.vstack([out, rows]).sum(0)
+    return out
+
 # %% ../nbs/05_candidates.ipynb #sieve
 UNSAFE = frozenset('''nude nudes nudity naked nsfw porn porno erotic erotica sexy sexual sex topless lingerie
     underwear hentai fetish gore gory bloody corpse corpses'''.split())

@@ -68,6 +68,8 @@ class Interrogator:
         self._make_tables(phrases, not bare if clean is None else clean, matrices or {})
 
 # %% ../nbs/05_interrogator.ipynb #interrogator-tables
+_MAPPED_FROM = 200_000  # phrases of a list, from which its matrix stays on disk
+
 @patch
 def _make_tables(self: Interrogator, phrases, clean, matrices):
     if phrases is None:
@@ -81,7 +83,7 @@ def _make_tables(self: Interrogator, phrases, clean, matrices):
                          ": see mine_phrases")
     used = [k for k, v in lists.items() if v and not (self.captioner and k == 'subjects')]
     self.tables = {k: self._table(lists, k, matrices.get(k)) for k in used}
-    self._rows = {p: row for t in self.tables.values() for p, row in zip(t.phrases, t.matrix)}
+    self._places = [(t, {p: i for i, p in enumerate(t.phrases)}) for t in self.tables.values()]
     self.notes += [f'{k}: {note}' for k, t in self.tables.items() for note in t.notes]
     self.budget = TokenBudget(self.clip)
 
@@ -92,7 +94,7 @@ def _table(self: Interrogator, lists, name, matrix):  # -> PhraseTable of one li
     rest = [p for k, v in lists.items() if k not in ('subjects', 'negative') for p in v]
     templates, fills = (LEADING, rest) if name == 'subjects' else (APPENDED, heads)
     return PhraseTable(lists[name], templates, self.clip, fills, self.n_fills, matrix=matrix,
-                       cache=self.cache)
+                       cache=self.cache, mapped=len(lists[name]) > _MAPPED_FROM)
 
 # %% ../nbs/05_interrogator.ipynb #learn-reference
 @patch
@@ -138,7 +140,7 @@ def _search(self: Interrogator, emb, captions, mode):
         if mode == 'classic':
             return classic_search(heads, phrases, self.budget, self.margins)
         if mode == 'best':
-            rows = [self._rows[p] for p in phrases]
+            rows = [self._row(p) for p in phrases]
             return best_search(Climb(x, heads[0], phrases, rows, middle, self.budget))
         if mode == 'writeup':
             return writeup_search(heads[0], phrases, self.budget)
@@ -148,7 +150,7 @@ def _search(self: Interrogator, emb, captions, mode):
 
 @patch
 def _middle(self: Interrogator, tables):  # -> (d,), mean embedding of all phrases
-    return sum(t.matrix.sum(0) for t in tables.values())/max(1, sum(len(t.phrases) for t in tables.values()))
+    return sum(t.total() for t in tables.values())/max(1, sum(len(t.phrases) for t in tables.values()))
 
 # %% ../nbs/05_interrogator.ipynb #ranked
 @patch
@@ -172,6 +174,10 @@ def _shortlist(self: Interrogator, emb, tables, k, lowest):  # -> n lists of the
         phrases = [t.phrases[j] for t, _, ids in found for j in ids[i]]
         out.append(list(dict.fromkeys(phrases[j] for j in o))[:k])
     return out
+
+@patch
+def _row(self: Interrogator, phrase):  # -> (d,); of two lists with one phrase the last one's
+    return next(t.row(at[phrase]) for t, at in reversed(self._places) if phrase in at)
 
 @patch
 def _encode_texts(self: Interrogator, texts):  # n str -> (n, d); what `calibrate` encoded is there already
@@ -269,7 +275,7 @@ def _put_into_words(self: Interrogator, images, part, emb, mode, heads, rows):
     prompts = [join_phrases(c, *extra) for c, extra in found]
     sims = (emb*self._encode_texts(prompts)).sum(1)  # (b, d) -> (b,)
     for i, x, (caption, extra), prompt, sim, pool in zip(part, emb, found, prompts, sims, pools):
-        phrases = [(p, float((x - self._shift) @ self._rows[p])) for p in extra]
+        phrases = [(p, float((x - self._shift) @ self._row(p))) for p in extra]
         rows[i].update(caption=caption, prompt=prompt, similarity=float(sim), phrases=phrases)
         near = pool.pop(prompt, 0.)
         self.tried[i] = [(prompt, near)] + sorted(pool.items(), key=lambda kv: -kv[1])[:19]
@@ -423,7 +429,7 @@ def save(
         arrays['captions'] = scenes.matrix
     for name, a in arrays.items():  # one half-precision copy at a time
         with atomic_path(folder/f'{name}.npy') as tmp:
-            np.save(tmp, a.astype(np.float16 if a.ndim > 1 else np.float32), allow_pickle=False)
+            np.save(tmp, a.astype(np.float16 if a.ndim > 1 else np.float32, copy=False), allow_pickle=False)
     phrases = {k: t.phrases for k, t in self.tables.items()}
     write_json(dict(phrases=phrases, captions=scenes and scenes.phrases), folder/'phrases.json')
     captioner = 'scene' if scenes else 'none' if self.captioner is None else 'custom'
