@@ -2858,6 +2858,62 @@ def test_hard_loop_killed():
     with expect_fail(ValueError, contains='killed was begun with n 8, this call says 9'):
         alone('killed', 9)
 
+def tiny_diffusion(folder):
+    "The Stable Diffusion of random weights that 00i_generate tests with, saved"
+    import torch
+    from execnb.nbio import read_nb
+    names = dict(torch=torch)
+    for cell in read_nb(ROOT/'nbs/00i_generate.ipynb').cells:
+        if cell.id in ('tiny-reader', 'tiny-pipeline'):
+            exec(cell.source, names)
+    return names['tiny_pipeline'](folder)
+
+def test_hard_loop_paints():
+    """The loop with a Stable Diffusion in diffusers' format: after a misprint of its name the same folder goes on;
+    SIGKILL while it paints, and no picture is painted twice; the run learns from all of them"""
+    import io
+    from contextlib import redirect_stdout
+    from fastcore.test import expect_fail
+    from sdip.generate import generate, StableDiffusion
+    from sdip.grammar import sample_prompts
+    from sdip.hard_loop import hard_files
+    from sdip.metadata import parse_parameters, png_parameters
+    from sdip.run import walk
+    from sdip.tables import read_texts
+    walk('run', 'tiny', members=dict(knn=dict(kind='knn')), quiet=True)
+    tiny_diffusion('painter')
+    Path('prompts.txt').write_text('\n'.join(sample_prompts(80, seed=7)))
+    sizes, how = dict(steps=10, made=64, saved=48), dict(n=8, per_prompt=2, least=-1.)
+    again = lambda model: hard_files('run', 'prompts.txt', 'out', how=how, model=model, **sizes)
+    with expect_fail(ValueError, contains="no pipeline could be loaded from 'pointer'"):
+        again('pointer')
+    images = Path('out/round1/painted/images')
+    command = 'sdip_generate out --hard run --prompts prompts.txt --n 8 --per-prompt 2 --least -1 --model painter'
+    with open('log.txt', 'w') as log:
+        work = subprocess.Popen([*command.split(), '--steps', '10', '--made', '64', '--size', '48'],
+                                stdout=log, stderr=log)
+    wait_for(lambda: len([*images.glob('*.png')]) >= 3 or work.poll() is not None)
+    work.kill()
+    assert work.wait() == -9, Path('log.txt').read_text()
+    early = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in images.glob('*.png')}
+    assert 3 <= len(early) < 16
+    with redirect_stdout(io.StringIO()) as said:
+        again('painter')
+    assert '16 pictures painted, 0 left out' in said.getvalue(), said.getvalue()
+    assert early == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in early}
+    told = parse_parameters(png_parameters(next(images.glob('*.png'))))[-1]
+    assert {'Steps': '10', 'Saved size': '48x48', 'Model': 'painter'}.items() <= told.items(), told
+    chosen = read_texts('out/round1/chosen.csv', 'prompt')
+    generate(chosen, 'alone', StableDiffusion('painter', **sizes), per_prompt=2)
+    assert {p.name: p.read_bytes() for p in images.iterdir()} == {p.name: p.read_bytes()
+                                                                 for p in Path('alone/images').iterdir()}
+    before, after = (json.loads(Path(f'{d}/receipts/pairs.json').read_text())['facts']['train']
+                     for d in ('run', 'out/round1/run'))
+    assert after == before + 16, (before, after)
+    assert not [*Path('out').rglob('.tmp-*')]
+    with expect_fail(ValueError, contains='out was begun with painter {'):
+        again('pointer')
+
 JUPYTER = """import os, sys
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell

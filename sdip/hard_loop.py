@@ -305,8 +305,10 @@ def _claim(out, said):
                              'loop: choose another')
         write_json(said, file)
     old = read_fields(file, 'choose another folder')
-    if not (out/'round1/added').exists() and old.get('least') != said['least']:
-        old['least'] = said['least']  # no picture was added by the first one
+    none_added, none_painted = (not (out/f'round1/{d}').exists() for d in ('added', 'painted/images'))
+    free = ['least']*none_added + ['painter']*none_painted  # what has had no effect may change
+    if any(old.get(k) != said[k] for k in free):
+        old |= {k: said[k] for k in free}
         write_json(old, file)
     if other := [f'{k} {old.get(k)!r}, this call says {v!r}' for k, v in said.items() if old.get(k) != v]:
         raise ValueError(f"{out} was begun with {'; '.join(other)}: repeat the first options, or choose "
