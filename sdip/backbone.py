@@ -263,7 +263,7 @@ def make_head(
 # %% ../nbs/02_backbone.ipynb #image-head
 class ImageRegressor(nn.Module):
     "Tower -> features of root mean square 1 -> head; in training also -> words, where there is such a head"
-    bf16 = False  # train the tower in bfloat16; it predicts in full precision
+    bf16 = False  # compute the tower in bfloat16
 
     def __init__(
             self,
@@ -292,8 +292,7 @@ def features(
         x: torch.Tensor,  # (b, 3, S, S), normalised
 ) -> torch.Tensor:  # (b, width)
     "What the head sees"
-    half = self.bf16 and torch.is_grad_enabled()
-    with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
+    with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
         parts = [self.body(x)] if self.pool is None else both_pools(self.body, x)
         return torch.cat([F.rms_norm(part.float(), part.shape[1:]) for part in parts], 1)
 

@@ -80,6 +80,7 @@ def _fit_tower(run, m, part, **given):
     at.mkdir(parents=True, exist_ok=True)
     half = _train_half(run, m, model, len(table)) if recipe.precision == 'auto' else {}
     model.fit(table, targ, run.folder, recipe, checkpoint=at/'checkpoint.pt', quiet=run.quiet, **given)
+    model.net.bf16 = False  # it predicts in full precision
     model.save(at)
     facts = half | ({'probe': f'{max(model.probe_scores.values()):.4f}'} if model.probe_scores else {})
     if 'cut' in model.history[-1]:
