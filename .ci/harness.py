@@ -11,8 +11,8 @@ ROOT = HERE.parent
 LIMITS = dict(notebooks=12*60, slow=40*60, checks=10*60)  # seconds a stage may take
 AT_ONCE = dict(slow=2, checks=1)  # functions of a stage that run side by side; those marked by_itself do not
 TAIL = 60  # lines of a failure's log that are shown
-RUNNING = set()  # processes of tests and checks
 WHY = 20  # lines of it that are shown once more at the end, where a log that was cut still has them
+RUNNING = set()  # processes of tests and checks
 
 def notebooks():
     return sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '_.')

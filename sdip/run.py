@@ -271,7 +271,6 @@ def _lineup_of(args, add, changes, kinds):
         args['ratios'] = None  # the preset's are of other members: they are searched
     return {name: _pinned(name, m) for name, m in members.items()}
 
-
 # %% ../nbs/08_run.ipynb #walk-pinned
 def _pinned(name, m):
     if second := m.get('options', {}).get('second') if m['kind'] == 'knn' else None:
