@@ -21,7 +21,7 @@ from .data import ImageError, read_image
 from .hub import local_folder
 from .lock import read_fields
 from .pretrained import check_model_cfg, check_timm_args
-from .preprocess import keep_pictures, pick_device
+from .preprocess import pick_device
 from .artifacts import Run
 from .interrogator import Words
 from .inputs import run_decoder
@@ -38,9 +38,11 @@ from .views import Views
 # %% ../nbs/08a_predictor.ipynb #blocks
 def _try_read(image):
     try:
-        return read_image(image), None
+        picture = read_image(image)  # a new one, which nobody draws on
     except ImageError as e:
         return None, str(e)
+    picture.prepared = {}  # members that want the same pixels find them there
+    return picture, None
 
 # %% ../nbs/08a_predictor.ipynb #blocks-2
 def _decoded_blocks(images, most=256, budget=5e8):  # budget: bytes
@@ -205,9 +207,7 @@ _STARTS = 5  # texts of the interrogator that a search for words begins with
 @patch
 def _fill(self: RunPredictor, preds, at, pictures):
     "Rows and words of decoded pictures, which stand at `at` among all"
-    with keep_pictures():  # prepared once for all members that want the same pixels
-        found = self._predict_members(pictures)
-    for m, rows in found.items():
+    for m, rows in self._predict_members(pictures).items():
         preds[m][at] = rows
     if speaker := self._speaker():
         model = getattr(self.models[speaker], 'models', [self.models[speaker]])[0]  # of the first fold
@@ -216,6 +216,10 @@ def _fill(self: RunPredictor, preds, at, pictures):
         if self._looks is None:
             self._looks = np.zeros((len(self.words), self._seen.shape[1]), np.float32)
         self._looks[at] = self._seen - (0 if model.reference is None else model.reference)
+    for model in self.models.values():
+        for one in getattr(model, 'models', [model]):
+            if isinstance(getattr(one, 'words', None), Words):
+                one.words.pictures = None  # a table of words shows its pictures, and would keep this block
 
 @patch
 def _speaker(self: RunPredictor, names=None):

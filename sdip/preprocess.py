@@ -230,7 +230,7 @@ _USES = []  # blocks that want pixels to be kept
 
 @contextmanager
 def keep_pictures():
-    "Keep prepared pixels while the block lasts: of files up to 256 MB, of PIL images as long as they live"
+    "Keep the pixels of picture files in memory while the block lasts, up to 256 MB"
     _USES.append(1)
     try:
         yield
@@ -242,8 +242,8 @@ def keep_pictures():
 def _kept(img, prep, draft):
     "Where a picture's pixels are kept, by what name; None: they are not"
     how = prep.size, prep.interpolation, prep.resize_mode, prep.crop_pct, draft
-    if _USES and isinstance(img, Image.Image):
-        return img.__dict__.setdefault('_prepared', {}), how
+    if isinstance(img, Image.Image) and hasattr(img, 'prepared'):  # its owner has said so
+        return img.prepared, how
     if not _USES or not isinstance(img, (str, Path)):
         return {}, None
     try:
