@@ -91,6 +91,11 @@ def _by_length(
     if len(order):
         yield order[lo:]
 
+def _filled(tokens):  # (b, n) -> (a multiple of 16, n), but for 8 rows or fewer
+    "The last row again and again: a CPU keeps a kernel for every shape, so there should be few"
+    more = -len(tokens) % 16 if len(tokens) > 8 else 0
+    return torch.cat([tokens, tokens[-1:].expand(more, -1)])
+
 # %% ../nbs/00e_encoders.ipynb #target-encoder
 def _has_bf16(device):
     "Does the device multiply matrices of bfloat16 faster than of float32?"
@@ -124,7 +129,7 @@ class TargetEncoder:
 # %% ../nbs/00e_encoders.ipynb #target-batches
 @patch
 def _batches(self: TargetEncoder, texts):
-    "(row numbers, MiniLM's input) of texts of similar length"
+    "(row numbers, MiniLM's input with rows to spare) of texts of similar length"
     if not texts:
         return
     tok, most = self.model.tokenizer, self.model.max_seq_length
@@ -134,6 +139,7 @@ def _batches(self: TargetEncoder, texts):
         x = torch.full((len(rows), n), tok.pad_token_id)  # (b, n)
         for line, i in zip(x, rows):
             line[:len(ids[i])] = torch.tensor(ids[i])
+        x = _filled(x)
         mask = (x != tok.pad_token_id).long()
         yield rows, dict(input_ids=x.to(self.device), attention_mask=mask.to(self.device))
 
@@ -154,7 +160,7 @@ def __call__(
     distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
     emb = np.zeros((len(distinct), EMB_DIM), np.float32)
     for rows, batch in self._batches(list(distinct)):
-        emb[rows] = self.model(batch)['sentence_embedding'].float().cpu()  # (b, 384)
+        emb[rows] = self.model(batch)['sentence_embedding'][:len(rows)].float().cpu()  # (b, 384)
     return unit(emb)[[distinct[p] for p in prompts]]  # (distinct, 384) -> (n, 384)
 
 # %% ../nbs/00e_encoders.ipynb #clip-encoder
@@ -376,7 +382,7 @@ def encode_texts(
     for lo in range(0, len(todo), self.bs):
         tokens = self.tokenizer(todo[lo:lo + self.bs]).to(self.device)  # (b, context)
         with half_precision(self.device, self.precision):
-            emb = _text_rows(self.model, tokens)  # (b, dim)
+            emb = _text_rows(self.model, _filled(tokens))[:len(tokens)]  # (b, dim)
         out[lo:lo + self.bs] = F.normalize(emb.float(), dim=-1).cpu()
     return out[np.array([distinct[t] for t in texts], dtype=np.int64)]  # (distinct, dim) -> (n, dim)
 
