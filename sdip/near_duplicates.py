@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import check_emb, unit as unit_rows
+from .core import check_emb, keep_memory, unit as unit_rows
 from .preprocess import pick_device
 
 # %% ../nbs/00j_near_duplicates.ipynb #family-rows
@@ -135,7 +135,7 @@ class Sketched:
 
 # %% ../nbs/00j_near_duplicates.ipynb #sketch
 SLACK = 2e-5  # float32 products of unit rows are off by less
-_FETCH_COST = 25_000  # multiply-adds in the time that it takes to fetch one row from memory
+_FETCH_COST = 100_000  # multiply-adds in the time that it takes to fetch a row of a pair, and to compare it
 _GROUPS = 8  # of coordinates whose length alone is kept
 _LEADS = 16, 24, 40, 72, 136  # numbers of leading coordinates to choose from
 
@@ -197,12 +197,13 @@ def pair_cosines(
     i: np.ndarray,  # (k,) row numbers in it
     y: Rows,  # another table, or the same
     j: np.ndarray,  # (k,) row numbers in that
+    dtype=torch.float64,  # of the products
 ) -> np.ndarray:  # (k,) float32
-    "Cosines of pairs of rows, one by one: float64, rounded to float32"
-    out = np.zeros(len(i), np.float32)
-    for lo in range(0, len(i), 2048):
-        k = slice(lo, lo + 2048)
-        dot = (x.take(i[k], torch.float64)*y.take(j[k], torch.float64)).sum(1)  # (b, d) -> (b,)
+    "Cosines of pairs of rows, one by one, rounded to float32"
+    out, step = np.zeros(len(i), np.float32), 4096
+    for lo in range(0, len(i), step):
+        k = slice(lo, lo + step)
+        dot = (x.take(i[k], dtype)*y.take(j[k], dtype)).sum(1)  # (b, d) -> (b,)
         out[k] = (dot/(x.norm[i[k]]*y.norm[j[k]])).cpu().numpy()
     return out
 
@@ -215,11 +216,10 @@ def _product(u, v, same):  # (p, w), (q, w) -> (p, q); a row is not paired with 
 
 def _by_sketch(u, v, threshold):  # (p, w), (q, w) -> (row of u, row of v), tensors (k,), sorted
     s, low = _product(u, v, u is v), threshold - SLACK  # (p, q)
-    if not s.numel():
-        return torch.zeros(2, 0, dtype=torch.long)
-    hot = (s.amax(1) >= low).nonzero()[:, 0]  # rows with any candidate
-    r, c = (s[hot] >= low).nonzero().T
-    return hot[r], c
+    if s.device.type != 'cpu':
+        return (s >= low).nonzero().T
+    k = np.flatnonzero(s.numpy() >= np.float32(low))  # numpy finds a few among many in half of torch's time
+    return tuple(map(torch.from_numpy, np.divmod(k, len(v))))
 
 def _in_full(a, b, threshold):  # -> (row of a, row of b, float32 cosine), tensors (k,)
     s = _product(a.unit(), b.unit(), a is b)  # (p, d) @ (d, q) -> (p, q)
@@ -238,7 +238,9 @@ def _candidates(a, b, threshold, rows=None):  # rows (q,) of b; None: all
 
 # %% ../nbs/00j_near_duplicates.ipynb #near
 def _verify(a, b, r, c, v, threshold):  # candidates, as of `_candidates` -> those that are near
-    edge = np.flatnonzero(v < threshold + SLACK)
+    new = v == 0  # only their sketches have been compared
+    v[new] = pair_cosines(a.rows, a.i[r[new]], b.rows, b.i[c[new]], torch.float32)
+    edge = np.flatnonzero((v >= threshold - SLACK) & (new | (v < threshold + SLACK)))
     v[edge] = pair_cosines(a.rows, a.i[r[edge]], b.rows, b.i[c[edge]])
     near = v >= np.float32(threshold)
     return r[near], c[near], np.minimum(v[near], 1)  # a float32 product of equal rows may be 1.0000001
@@ -250,6 +252,19 @@ def near_pairs(
 ) -> tuple:  # (row of a, row of b, cosine), each (k,), sorted by row
     "Pairs at or above the threshold; a row is not paired with itself"
     return _verify(a, b, *_candidates(a, b, threshold), threshold)
+
+def near_in_tiles(
+    a: Sketched,  # p rows, a tile
+    b: Sketched,  # q rows, as many as there are
+    threshold: float,  # cosine from which two rows are near
+    tile: int = 4096,  # rows of b at a time
+) -> tuple:  # (row of a, row of b, cosine), each (k,), tile by tile
+    "The same with many rows: candidates tile by tile, fetched all at once"
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+    for q, rows in zip(range(0, len(b), tile), b.tiles(tile)):
+        r, c, v = _candidates(a, rows, threshold)
+        found.append((r, q + c, v))
+    return _verify(a, b, *map(np.concatenate, zip(*found)), threshold)
 
 # %% ../nbs/00j_near_duplicates.ipynb #threshold
 def check_threshold(
@@ -290,10 +305,8 @@ class BestMatch:
 # %% ../nbs/00j_near_duplicates.ipynb #compare
 def _compare(t, bank, best, threshold, tile):  # show every row of `t` the rows of `bank`
     for at in range(0, len(t), tile):
-        for b in bank.tiles(tile):
-            r, c, v = near_pairs(t[at:at + tile], b, threshold)
-            if len(r):
-                best.see(at + r, b.code[c], v)
+        r, c, v = near_in_tiles(t[at:at + tile], bank, threshold, 4*tile)
+        best.see(at + r, bank.code[c], v)
 
 # %% ../nbs/00j_near_duplicates.ipynb #greedy-inside
 def _greedy_inside(t, best, threshold):  # -> (p,) bool, which rows stay; updates `best` of those that go
@@ -493,6 +506,7 @@ def greedy_walk(
     tile: int = 1024,  # rows a block
 ) -> tuple:  # (`Sketched` of the kept rows, in order; `BestMatch` of every row, base rows called -1, -2, ..)
     "Keep every row that is not near a row of the base or one that was kept before it"
+    keep_memory()  # one table of products after the other has the same size
     cells = make_cells(x, threshold, mode)
     step = tile*min(16, max(8, len(x) // 25_000))  # rows a block
     share = min(1, cells.share + step/len(x)) if cells else 1

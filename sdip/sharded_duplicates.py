@@ -17,11 +17,11 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import SAVE_AGAIN, atomic_path, check_emb, hash_items, read_json, right_shape, sha256
+from .core import SAVE_AGAIN, atomic_path, check_emb, hash_items, keep_memory, read_json, right_shape, sha256
 from .engines import run_shards
 from .lock import claim_manifest, folder_lock
 from .near_duplicates import BestMatch, Cells, Rows, Sketch, Sketched
-from .near_duplicates import cells_of, check_norms, check_threshold, greedy_walk, near_pairs
+from .near_duplicates import cells_of, check_norms, check_threshold, greedy_walk, near_in_tiles
 
 # %% ../nbs/00j_sharded_duplicates.ipynb #open-rows
 def _open_rows(file):  # -> (n, d) memory map of float16 or float32
@@ -227,16 +227,16 @@ def block(self: _Plan, b):  # -> `Sketched` of a block's rows, called by their p
 def _near_before(t, bank, threshold, tile=1024):  # -> (row of t, row of bank, cosine), each (k,)
     "Pairs with rows of the bank that come before the last row of a tile"
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
-    for p in range(0, len(t), tile):
-        rows = t[p:p + tile]
-        for q in range(0, np.searchsorted(bank.code, rows.code[-1]), tile):
-            r, c, v = near_pairs(rows, bank[q:q + tile], threshold)
-            found.append((p + r, q + c, v))
+    for p, rows in zip(range(0, len(t), tile), t.tiles(tile)):
+        before = bank[:np.searchsorted(bank.code, rows.code[-1])]
+        r, c, v = near_in_tiles(rows, before, threshold, 4*tile)
+        found.append((p + r, c, v))
     return tuple(map(np.concatenate, zip(*found)))
 
 class _PairWork:
     "Near pairs of pair k of blocks: rows of block j, stayers of block i that come before them"
     def __init__(self, plan, pairs):
+        keep_memory()
         self.plan, self.pairs = plan, pairs
         self.cells = None if plan.centre is None else Cells(plan.centre, plan.threshold)
 
