@@ -39,34 +39,40 @@ class PredictWork:
     ) -> Path:  # of the submission
         "What `sdip_predict` does once it is loaded"
         from sdip.predictor import predict_to_csv
+        self.p.predict(self.files[:1])  # an interrogator remembers the texts of its last pictures
         self.made += 1
         files = [str(f) for f in self.files]
-        for t in range(1, times):  # other names of the same pictures
-            for f in self.files:
-                at = f.with_name(f'{t}-{f.name}')
-                if not at.exists():
-                    os.link(f, at)
-                files.append(str(at))
+        for t, f in product(range(1, times), self.files):  # other names of the same pictures
+            at = f.with_name(f'{t}-{f.name}')
+            if not at.exists():
+                os.link(f, at)
+            files.append(str(at))
         predict_to_csv(files, self.p, self.folder/f'{self.made}.csv')
         return self.folder/f'{self.made}.csv'
 
 # %% ../nbs/09_bench_predict.ipynb #predict-floor
 @patch
-def noted_texts(self: PredictWork) -> list:  # of (CLIP, texts), one for each call
-    "What the models' CLIPs read while they predict these pictures"
-    clips = {id(m.clip): m.clip for m in self.p.models.values() if getattr(m, 'clip', None) is not None}
-    calls = []
+def noted_texts(self: PredictWork) -> list:  # of (encoder, texts), one for each call
+    "What the models' CLIPs and their MiniLM read while they predict these pictures"
+    self.p.predict(self.files[-1:])  # MiniLM is loaded by the first one
+    models, calls = self.p.models.values(), []
+    clips = {id(m.clip): m.clip for m in models if getattr(m, 'clip', None) is not None}
+    lms = [(m, m.targets) for m in models if getattr(m, 'targets', None) is not None]
 
-    def noting(clip, read):
-        return lambda texts: (calls.append((clip, list(texts))), read(texts))[1]
+    def noting(read):
+        return lambda texts: (calls.append((read, list(texts))), read(texts))[1]
 
     for clip in clips.values():
-        clip.encode_texts = noting(clip, clip.encode_texts)
+        clip.encode_texts = noting(clip.encode_texts)
+    for m, lm in lms:
+        m.targets = noting(lm)
     try:
         self.p.predict(self.files)
     finally:
         for clip in clips.values():
             del clip.encode_texts
+        for m, lm in lms:
+            m.targets = lm
     return calls
 
 # %% ../nbs/09_bench_predict.ipynb #predict-floor-2
@@ -87,8 +93,8 @@ def floor(
         Image.open(f).convert('RGB')
     for see, size in towers.values():
         see(np.zeros((len(self.files), size, size, 3), np.uint8))
-    for clip, texts in calls:
-        clip.encode_texts(texts)
+    for encode, texts in calls:
+        encode(texts)
 
 # %% ../nbs/09_bench_predict.ipynb #predict-bench
 def bench_predict(
