@@ -14,13 +14,13 @@ def _lineup(clip, vit, bank='best', **words):  # clip, vit: fields of their reci
                 vit=dict(kind='vit', recipe=vit), interrogator=dict(kind='interrogator', options=words))
 
 _TOWER = dict(lr=1e-3, layer_decay=.8)
+_FAST = _TOWER | dict(lr=2e-3, unfreezing=((3, 1), (None, 3)))  # few epochs at a high rate
 _PLAYGROUND = dict(
     n_train=5000, n_valid=600, n_test=1000, per_prompt=2, loose=0.3, size=64,  # what is drawn
     threshold=0.95,  # near-duplicates go
     start='shipped',  # towers that come with the package
     weights='ratio', weight_power=0.5,  # sample weights from similarity
-    members=_lineup(_TOWER | dict(unfreezing=((1, 1), (3, 1), (None, 4))),
-                    _TOWER | dict(unfreezing=((1, 1), (3, 1), (None, 3)))),
+    members=_lineup(_FAST, _FAST),
     folds=0,  # K: every member is trained K times, each time without a K-th of the rows
     reference=None,  # pairs or pictures like those to predict for, which sample weights aim at
     ratios=None,  # of the blend; None: searched
