@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import SAVE_AGAIN, atomic_path, check_emb, hash_items, keep_memory, read_json, right_shape, sha256
+from .core import SAVE_AGAIN, atomic_path, check_emb, hash_items, keep_memory, read_json
+from .core import right_shape, sha256
 from .engines import run_shards
 from .lock import claim_manifest, folder_lock
 from .near_duplicates import BestMatch, Cells, Rows, Sketch, Sketched
