@@ -197,14 +197,18 @@ def pair_cosines(
     i: np.ndarray,  # (k,) row numbers in it
     y: Rows,  # another table, or the same
     j: np.ndarray,  # (k,) row numbers in that
-    dtype=torch.float64,  # of the products
+    rough: bool = False,  # in float32, from rows of length 1: off by less than `SLACK`
 ) -> np.ndarray:  # (k,) float32
-    "Cosines of pairs of rows, one by one, rounded to float32"
+    "Cosines of pairs of rows, one by one: float64, rounded to float32"
     out, step = np.zeros(len(i), np.float32), 4096
     for lo in range(0, len(i), step):
         k = slice(lo, lo + step)
-        dot = (x.take(i[k], dtype)*y.take(j[k], dtype)).sum(1)  # (b, d) -> (b,)
-        out[k] = (dot/(x.norm[i[k]]*y.norm[j[k]])).cpu().numpy()
+        if rough:
+            cos = (x.unit(i[k])*y.unit(j[k])).sum(1)  # (b, d) -> (b,)
+        else:
+            cos = (x.take(i[k], torch.float64)*y.take(j[k], torch.float64)).sum(1)
+            cos = cos/(x.norm[i[k]]*y.norm[j[k]])
+        out[k] = cos.cpu().numpy()
     return out
 
 # %% ../nbs/00j_near_duplicates.ipynb #two-ways
@@ -241,7 +245,7 @@ def _candidates(a, b, threshold, rows=None):  # rows (q,) of b; None: all
 # %% ../nbs/00j_near_duplicates.ipynb #near
 def _verify(a, b, r, c, v, threshold):  # candidates, as of `_candidates` -> those that are near
     new = v == 0  # only their sketches have been compared
-    v[new] = pair_cosines(a.rows, a.i[r[new]], b.rows, b.i[c[new]], torch.float32)
+    v[new] = pair_cosines(a.rows, a.i[r[new]], b.rows, b.i[c[new]], rough=True)
     edge = np.flatnonzero((v >= threshold - SLACK) & (new | (v < threshold + SLACK)))
     v[edge] = pair_cosines(a.rows, a.i[r[edge]], b.rows, b.i[c[edge]])
     near = v >= np.float32(threshold)
